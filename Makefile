@@ -1,0 +1,55 @@
+# Two commands do everything: `make serve` and `make test`. Bare `make` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+ROOM ?= all
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+serve: $(VENV)/.core ## install, and serve the bundled model at http://127.0.0.1:8000 (PORT=, MODEL=, ARGS=)
+	@$(PY) -m whalefall serve --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+test: $(VENV)/.test ## install, and run the whole suite
+	@$(PY) tests/run.py $(ARGS)
+
+test-long: $(VENV)/.test ## the grids, searches and sanitizer builds that take longer
+	@$(PY) -m pytest -q -m slow --timeout 3600 $(ARGS)
+
+lint: $(VENV)/.test ## ruff, mypy, import contracts, C++ format
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-cache
+	@files=$$(git ls-files 'src/*.cpp' 'src/*.h'); [ -z "$$files" ] || $(VENV)/bin/clang-format --dry-run -Werror $$files
+
+format: $(VENV)/.test ## rewrite Python and C++ sources in the house format
+	@$(VENV)/bin/ruff check --fix-only -q . ; $(VENV)/bin/ruff format -q .
+	@files=$$(git ls-files 'src/*.cpp' 'src/*.h'); [ -z "$$files" ] || $(VENV)/bin/clang-format -i $$files
+
+bench: $(VENV)/.bench ## measure (ROOM=gemm, …) and renew docs/benchmarks.md
+	@$(PY) -m whalefall bench $(ROOM) $(ARGS)
+
+$(VENV)/.python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "whalefall needs Python 3.11 or newer as python3: apt-get install python3"; exit 2; }
+	@python3 -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); echo "this Python has no venv: apt-get install python3-venv"; exit 2; }
+	@command -v c++ >/dev/null || command -v $${WHALEFALL_CXX:-c++} >/dev/null || $(PIP) ziglang || echo "no C++ compiler: whalefall will run its numpy reference, slowly"
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing whalefall into $(VENV) (once)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "installing the test extra (once; the pinned torch from plain pip is a large CUDA build, see README)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) -e '.[bench]'
+	@touch $@
+
+.PHONY: help serve test test-long lint format bench

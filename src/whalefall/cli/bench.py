@@ -1,0 +1,48 @@
+"""`whalefall bench ROOM`: runs `benchmarks/ROOM.py` of a checkout and renews docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import whalefall
+from whalefall.errors import MissingError
+
+app = typer.Typer(add_completion=False)
+
+
+def checkout() -> Path:
+    """The root of the repository this package is run from; MissingError for an installed wheel."""
+    root = Path(whalefall.__file__).resolve().parents[2]
+    if not (root / "benchmarks").is_dir():
+        raise MissingError(
+            f"whalefall bench: no benchmarks/ beside {root}; run it from a checkout of the repository"
+        )
+    return root
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench(
+    context: typer.Context,
+    room: Annotated[str, typer.Argument(help="a room: gemm, attention, fs, …, or `all`, or `table`")],
+) -> None:
+    """Measure a room; its own options follow its name (whalefall bench ROOM --help)."""
+    root = checkout()
+    if room == "table":
+        from whalefall.testing.benchmark import write_page
+
+        write_page(root)
+        return
+    names = sorted(p.stem for p in (root / "benchmarks").glob("*.py") if p.stem[0] != "_")
+    if room != "all" and room not in names:
+        raise MissingError(f"whalefall bench: no benchmark {room!r}; there are {', '.join(names)}")
+    for name in names if room == "all" else [room]:
+        sys.argv = [f"whalefall bench {name}", *context.args]
+        sys.path.insert(0, str(root))
+        runpy.run_path(str(root / "benchmarks" / f"{name}.py"), run_name="__main__")

@@ -1,0 +1,57 @@
+"""Every environment variable whalefall reads, in one table (also the page docs/environment.md).
+
+`get` returns the value as text, `TABLE` describes it; no other module reads `os.environ` for a
+`WHALEFALL_` name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["TABLE", "Variable", "cache_dir", "get", "markdown"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, default (as text) and meaning."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+TABLE = (
+    Variable(
+        "WHALEFALL_CACHE", "~/.cache/whalefall", "where compiled kernels and measurements are kept"
+    ),
+    Variable(
+        "WHALEFALL_ISA",
+        "",
+        "forces an instruction-set level: any, avx2, avx512, avx512bf16 or amx (default: the best)",
+    ),
+    Variable("WHALEFALL_THREADS", "", "threads of the kernel pool (default: all cores)"),
+    Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
+)
+_DEFAULTS = {v.name: v.default for v in TABLE}
+
+
+def get(name: str) -> str:
+    """The value of a variable of `TABLE`, or its default; KeyError for a name not in the table."""
+    default = _DEFAULTS[name]
+    return os.environ.get(name, default)
+
+
+def cache_dir() -> Path:
+    """`WHALEFALL_CACHE` as a path, created where missing."""
+    path = Path(get("WHALEFALL_CACHE")).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def markdown() -> str:
+    """The table as the page docs/environment.md shows it."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    rows += [f"| `{v.name}` | `{v.default or '–'}` | {v.meaning} |" for v in TABLE]
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,176 @@
+"""The benchmark harness: interleaved contenders, medians with spread, rows that make a page.
+
+A file `benchmarks/ROOM.py` measures with `interleave`, builds `Row`s and calls `save(room, rows)`.
+That writes docs/benchmarks/ROOM.json; `write_page` renders all of them, and the notes beside them
+(docs/benchmarks/ROOM.notes.md), as docs/benchmarks.md. Nobody edits that page by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Row", "Timing", "interleave", "save", "write_page"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender: median, and the quartiles as its spread."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: the thing measured, with its shape.
+        against: the peer (with version) or the limit measured in the same run.
+        target: the aim as text, e.g. ">= 0.85x".
+        ours: our figure in `unit`; None where it was not measured (the note says why).
+        theirs: the peer's or limit's figure in the same unit.
+        ratio: how many times as good ours is (1.0: equal, above 1: ours is better).
+        reached: whether the target was met; None where there is no target.
+    """
+
+    what: str
+    against: str
+    target: str
+    ours: float | None
+    theirs: float | None
+    unit: str
+    ratio: float | None
+    reached: bool | None
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    warmups: int = 1,
+    min_time_s: float = 0.0,
+) -> dict[str, Timing]:
+    """Time the contenders in turns, `rounds` times each, after `warmups` unmeasured turns.
+
+    Where one call is shorter than `min_time_s`, it is repeated within a round to last that long.
+    """
+    repeats = {}
+    for name, call in contenders.items():
+        for _ in range(max(1, warmups)):
+            start = time.perf_counter()
+            call()
+            once = time.perf_counter() - start
+        repeats[name] = max(1, int(min_time_s / max(once, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: timing(values) for name, values in samples.items()}
+
+
+def timing(samples: Sequence[float]) -> Timing:
+    """Median and quartiles of a list of seconds."""
+    if len(samples) < 2:
+        return Timing(samples[0], samples[0], samples[0], len(samples))
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(middle, low, high, len(samples))
+
+
+def commit(root: Path) -> str:
+    """The short hash of the checkout's commit, "+" appended where files differ from it."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=9"]
+    out = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return out or "unknown"
+
+
+def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = None) -> Path:
+    """Write docs/benchmarks/ROOM.json with the machine's description, print it, renew the page.
+
+    Args:
+        room: the benchmark's name; with a part (`gemm-avx512`) one room can keep several levels.
+        rows: the measured lines.
+        versions: the peers' versions.
+    """
+    from whalefall.jit import machine
+
+    root = Path(sys.modules["whalefall"].__file__ or "").resolve().parents[2]
+    folder = root / "docs" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = machine.describe()
+    result = {
+        "room": room,
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": facts["cpu"],
+        "isa": facts["isa"],
+        "cores": facts["cores"],
+        "commit": commit(root),
+        "command": "whalefall " + " ".join(["bench", *sys.argv[0].split()[2:], *sys.argv[1:]]),
+        "versions": dict(versions or {}),
+        "rows": [asdict(row) for row in rows],
+    }
+    path = folder / f"{room}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(section(result))
+    write_page(root)
+    return path
+
+
+def write_page(root: Path) -> None:
+    """Render docs/benchmarks.md of the checkout `root` from all results and notes in it."""
+    folder = root / "docs" / "benchmarks"
+    head = (
+        "# Benchmarks\n\nWritten by `whalefall bench`; edit the notes in docs/benchmarks/, not this "
+        "page. A ratio above 1 means that whalefall is better; rows that miss their target say so.\n"
+    )
+    parts = [head]
+    for path in sorted(folder.glob("*.json")):
+        parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
+        notes = path.with_suffix(".notes.md")
+        if notes.exists():
+            parts.append(notes.read_text(encoding="utf-8"))
+    (root / "docs" / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """One room's results as markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"## {result['room']}",
+        "",
+        f"{result['date']}, {result['cpu']}, {result['cores']} cores, ISA level `{result['isa']}`, "
+        f"commit {result['commit']}{', ' + versions if versions else ''}. `{result['command']}`",
+        "",
+        "| what | against | ours | theirs | ratio | target | reached |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    verdict = {True: "yes", False: "**no**", None: "–"}
+    for row in result["rows"]:
+        note = f" ({row['note']})" if row["note"] else ""
+        lines.append(
+            f"| {row['what']}{note} | {row['against']} | {figure(row['ours'])} {row['unit']} "
+            f"| {figure(row['theirs'])} {row['unit']} | {figure(row['ratio'])} "
+            f"| {row['target']} | {verdict[row['reached']]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits, or a dash."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,37 @@
+"""The `whalefall` command: fast, found by name, one line for an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def whalefall(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "whalefall", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_room_that_has_commands() -> None:
+    from whalefall.cli.discovery import command_files
+
+    done = whalefall("--help")
+    assert done.returncode == 0
+    for name in (*command_files(), "bench", "doctor"):
+        assert f"\n  {name} " in done.stdout
+
+
+def test_help_imports_no_heavy_module() -> None:
+    code = (
+        "import sys, whalefall.cli.main as m\n"
+        "text = m.usage()\n"
+        "print([n for n in ('numpy', 'typer', 'torch', 'duckdb', 'fastapi') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_command_is_one_line_and_exit_code_2() -> None:
+    done = whalefall("frobnicate")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: whalefall: no command 'frobnicate'")
+    assert done.stderr.count("\n") == 1
