@@ -22,7 +22,7 @@ def test_help_lists_every_room_that_has_commands() -> None:
 
 def test_help_imports_no_heavy_module() -> None:
     code = (
-        "import sys, whalefall.cli.main as m\n"
+        "import sys, whalefall.cli.dispatch as m\n"
         "text = m.usage()\n"
         "print([n for n in ('numpy', 'typer', 'torch', 'duckdb', 'fastapi') if n in sys.modules])"
     )

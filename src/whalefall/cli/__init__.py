@@ -4,6 +4,6 @@ Rooms are found by file name and imported only when called, so `whalefall --help
 line that `--help` shows for a room is the first line of its `commands.py`.
 """
 
-from whalefall.cli.main import main
+from whalefall.cli.dispatch import main
 
 __all__ = ["main"]

@@ -20,17 +20,17 @@ def checkout() -> Path:
     root = Path(whalefall.__file__).resolve().parents[2]
     if not (root / "benchmarks").is_dir():
         raise MissingError(
-            f"whalefall bench: no benchmarks/ beside {root}; run it from a checkout of the repository"
+            f"whalefall bench: no benchmarks/ in {root}; run it from a checkout of the repository"
         )
     return root
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    room: Annotated[str, typer.Argument(help="a room: gemm, attention, fs, …, or `all`, or `table`")],
+    room: Annotated[
+        str, typer.Argument(help="a room: gemm, attention, fs, …, or `all`, or `table`")
+    ],
 ) -> None:
     """Measure a room; its own options follow its name (whalefall bench ROOM --help)."""
     root = checkout()

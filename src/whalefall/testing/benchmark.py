@@ -134,8 +134,9 @@ def write_page(root: Path) -> None:
     """Render docs/benchmarks.md of the checkout `root` from all results and notes in it."""
     folder = root / "docs" / "benchmarks"
     head = (
-        "# Benchmarks\n\nWritten by `whalefall bench`; edit the notes in docs/benchmarks/, not this "
-        "page. A ratio above 1 means that whalefall is better; rows that miss their target say so.\n"
+        "# Benchmarks\n\nWritten by `whalefall bench`; edit the notes in docs/benchmarks/, not "
+        "this page. A ratio above 1 means that whalefall is better; rows that miss their target "
+        "say so.\n"
     )
     parts = [head]
     for path in sorted(folder.glob("*.json")):

@@ -1,0 +1,20 @@
+"""Jit room: C++ compiled at first use, cached, loaded; one thread pool; what the machine can do.
+
+In: a source file of a room's `native/` folder, defines, an ISA level. Out: a `Library` whose C
+functions are called through ctypes (the GIL is free meanwhile).
+Source: DeepGEMM's run-time compilation, for CPUs.
+"""
+
+from whalefall.jit.compile import Library, build
+from whalefall.jit.isa import LEVELS, best_level, levels
+from whalefall.jit.pool import get_num_threads, set_num_threads
+
+__all__ = [
+    "LEVELS",
+    "Library",
+    "best_level",
+    "build",
+    "get_num_threads",
+    "levels",
+    "set_num_threads",
+]

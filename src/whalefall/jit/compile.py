@@ -1,0 +1,146 @@
+"""Compiles one C++ source into a shared library, once per machine, and loads it.
+
+The cache key covers the source, the headers it includes, options, compiler and CPU features, so a
+cache folder shared between machines never serves a binary made for another one. Files appear by
+rename, so processes that compile the same thing at the same time do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from whalefall import env
+from whalefall.errors import MissingError, WhalefallError
+from whalefall.jit import isa
+from whalefall.jit.compiler import Compiler, compiler
+from whalefall.jit.progress import announce
+
+__all__ = ["INCLUDE", "CompileError", "Library", "build"]
+
+INCLUDE = Path(__file__).parent / "include"
+_OPTIONS = (
+    # Contraction is off so that an FMA happens only where the source says so: the same bits at
+    # every optimisation level and compiler. No -ffast-math: NaN must stay NaN.
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-psabi"),
+)
+_INCLUDES = re.compile(rb'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+class CompileError(WhalefallError, RuntimeError):
+    """The compiler refused a source; the message holds its first lines."""
+
+
+class Library(ctypes.CDLL):
+    """A loaded native library; `ON_LOAD` hooks (the thread pool's) have seen it.
+
+    Attributes:
+        path: the compiled file in the cache.
+        level: the ISA level it was compiled for.
+    """
+
+    def __init__(self, path: Path, level: str) -> None:
+        super().__init__(str(path))
+        self.path = path
+        self.level = level
+        for hook in ON_LOAD:
+            hook(self)
+
+
+# Called with each library just loaded; `pool` hands its thread pool to units that export a slot.
+ON_LOAD: list[Callable[[Library], None]] = []
+
+
+def headers(source: Path) -> list[Path]:
+    """The files that `source` includes by quoted name, recursively, in a fixed order."""
+    seen: dict[Path, None] = {}
+    todo = [source]
+    while todo:
+        current = todo.pop()
+        for name in _INCLUDES.findall(current.read_bytes()):
+            for folder in (current.parent, INCLUDE):
+                path = (folder / os.fsdecode(name)).resolve()
+                if path.is_file():
+                    if path not in seen:
+                        seen[path] = None
+                        todo.append(path)
+                    break
+    return list(seen)
+
+
+def cache_key(source: Path, options: Sequence[str], tool: Compiler) -> str:
+    """A hash of everything that the compiled bytes depend on."""
+    digest = hashlib.sha256()
+    for path in [source, *headers(source)]:
+        digest.update(path.read_bytes() + b"\0")
+    for text in (*options, *tool.command, tool.version, *sorted(isa.cpu_features())):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def build(
+    source: str | Path,
+    defines: Mapping[str, str | int] | None = None,
+    flags: Sequence[str] = (),
+    level: str | None = None,
+) -> Library:
+    """Compile `source` (or find it compiled) and load it.
+
+    Args:
+        source: a .cpp file; it may include "whalefall/…" headers of this room and its neighbours.
+        defines: macros; ints and identifiers only (dtype, head size), never M, N, K of a call.
+        flags: more compiler options (a sanitizer, a warning).
+        level: an ISA level; None: the best one, or what WHALEFALL_ISA forces.
+    Returns: the library; the same object for the same arguments.
+    Raises: MissingError without a compiler or source, CompileError with the compiler's words.
+    """
+    chosen = level or isa.best_level()
+    pairs = tuple(sorted((defines or {}).items()))
+    return _build(Path(source).resolve(), pairs, tuple(flags), chosen)
+
+
+@functools.cache
+def _build(
+    source: Path, defines: tuple[tuple[str, str | int], ...], flags: tuple[str, ...], level: str
+) -> Library:
+    if not source.is_file():
+        raise MissingError(f"jit: no source {source}; the wheel should carry it, reinstall")
+    tool = compiler()
+    options = [
+        *_OPTIONS,
+        *isa.flags(level),
+        *(f"-D{name}={value}" for name, value in defines),
+        *flags,
+        f"-I{INCLUDE}",
+    ]
+    folder = env.cache_dir() / "jit"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
+    if not target.exists():
+        _compile(tool, source, options, target)
+    return Library(target, level)
+
+
+def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path) -> None:
+    handle, name = tempfile.mkstemp(suffix=".tmp", prefix=target.stem, dir=target.parent)
+    os.close(handle)
+    command = [*tool.command, *options, str(source), "-o", name, "-ldl"]
+    try:
+        with announce(f"compiling {source.name} ({target.stem.split('-')[1]})", sys.stderr):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            words = "\n".join(done.stderr.splitlines()[:20])
+            raise CompileError(f"jit: {' '.join(tool.command)} refused {source.name}:\n{words}")
+        os.chmod(name, 0o755)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""Which C++ compiler there is: WHALEFALL_CXX, the system's, or the one in the ziglang wheel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from whalefall import env
+from whalefall.errors import MissingError
+
+__all__ = ["Compiler", "compiler", "find_compiler"]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command that starts it, and what it says about itself."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def _candidates() -> list[tuple[str, ...]]:
+    forced = env.get("WHALEFALL_CXX")
+    if forced:
+        return [tuple(shlex.split(forced))]
+    found: list[tuple[str, ...]] = [
+        (path,) for path in map(shutil.which, ("c++", "g++", "clang++")) if path
+    ]
+    if importlib.util.find_spec("ziglang"):
+        found.append((sys.executable, "-m", "ziglang", "c++"))
+    return found
+
+
+@functools.cache
+def find_compiler() -> Compiler | None:
+    """The first compiler that answers `--version`, or None."""
+    for command in _candidates():
+        try:
+            done = subprocess.run(
+                [*command, "--version"], capture_output=True, text=True, timeout=60, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and done.stdout:
+            return Compiler(command, done.stdout.splitlines()[0])
+    return None
+
+
+def compiler() -> Compiler:
+    """The compiler; MissingError with the remedy where there is none."""
+    found = find_compiler()
+    if found is None:
+        raise MissingError(
+            "no C++ compiler (WHALEFALL_CXX, c++, g++, clang++ or ziglang); "
+            "apt-get install g++, or pip install ziglang"
+        )
+    return found

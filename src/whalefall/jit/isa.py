@@ -1,0 +1,86 @@
+"""Instruction-set levels: which there are, which this machine has, how to compile for one.
+
+`any` is the x86-64 (or other architecture's) baseline; each later level contains the ones before.
+A kernel is written once over `whalefall/simd.h` and compiled for a level; WHALEFALL_ISA forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from whalefall import env
+from whalefall.errors import ConfigError, UnsupportedError
+
+__all__ = ["LEVELS", "best_level", "cpu_features", "flags", "levels"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One ISA level: its rank in the order, the CPU flags it needs, the compiler options."""
+
+    rank: int
+    needs: frozenset[str]
+    options: tuple[str, ...]
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni"}
+_BF16 = _AVX512 | {"avx512_bf16"}
+_AMX = _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
+_AVX2_OPTIONS = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512_OPTIONS = (
+    *_AVX2_OPTIONS,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+)
+LEVELS: dict[str, Level] = {
+    "any": Level(0, frozenset(), ()),
+    "avx2": Level(1, _AVX2, _AVX2_OPTIONS),
+    "avx512": Level(2, _AVX512, _AVX512_OPTIONS),
+    "avx512bf16": Level(3, _BF16, (*_AVX512_OPTIONS, "-mavx512bf16")),
+    "amx": Level(
+        4, _AMX, (*_AVX512_OPTIONS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+    ),
+}
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """The flags of /proc/cpuinfo (the kernel leaves out what it does not save, as XCR0 tells)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+@functools.cache
+def levels() -> tuple[str, ...]:
+    """The levels this machine has, lowest first."""
+    have = cpu_features()
+    return tuple(name for name, level in LEVELS.items() if level.needs <= have)
+
+
+def best_level() -> str:
+    """The level kernels use: WHALEFALL_ISA where set, else the highest this machine has.
+
+    Raises: ConfigError for an unknown name, UnsupportedError for a level the machine lacks.
+    """
+    forced = env.get("WHALEFALL_ISA")
+    if not forced:
+        return levels()[-1]
+    if forced not in LEVELS:
+        raise ConfigError(f"WHALEFALL_ISA is {forced!r}, wanted one of {', '.join(LEVELS)}")
+    if forced not in levels():
+        lacks = ", ".join(sorted(LEVELS[forced].needs - cpu_features()))
+        raise UnsupportedError(f"WHALEFALL_ISA={forced}: this CPU lacks {lacks}; unset it")
+    return forced
+
+
+def flags(level: str) -> tuple[str, ...]:
+    """Compiler options for a level, with WF_ISA (its rank) and WF_ISA_NAME defined."""
+    return (*LEVELS[level].options, f"-DWF_ISA={LEVELS[level].rank}", f'-DWF_ISA_NAME="{level}"')

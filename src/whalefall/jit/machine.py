@@ -1,0 +1,136 @@
+"""What this machine is: cores, ISA level, compiler, memory, measured bandwidth and peak, GPU.
+
+Asked by `whalefall doctor`, `model check`, `plan` and the benchmarks. Measurements are kept in the
+cache folder under a key of CPU model, core count and level, so another machine measures anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from whalefall import env
+from whalefall.jit import isa, pool
+from whalefall.jit.compile import Library, build
+from whalefall.jit.compiler import find_compiler
+
+__all__ = ["cpu_model", "describe", "fma_peak", "limits", "memory_bytes", "read_bandwidth"]
+
+_READ_BYTES = 1 << 29
+
+
+def cpu_model() -> str:
+    """The CPU's name with family and model, since clouds hide the marketing name."""
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name", os.uname().machine)
+    if "cpu family" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']} model {fields.get('model', '?')})"
+
+
+def memory_bytes() -> int:
+    """Physical memory, or the control group's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _library() -> Library:
+    library = build(Path(__file__).parent / "native" / "limits.cpp")
+    library.wf_read.restype = ctypes.c_int64
+    library.wf_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.wf_fma.restype = ctypes.c_double
+    library.wf_fma.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+    return library
+
+
+def read_bandwidth(rounds: int = 7) -> float:
+    """Bytes a second that all kernel threads read from memory (median), huge pages asked for."""
+    library = _library()
+    with mmap.mmap(-1, _READ_BYTES) as area:
+        area.madvise(mmap.MADV_HUGEPAGE)
+        view = ctypes.c_char.from_buffer(area)
+        address = ctypes.addressof(view)
+        ctypes.memset(address, 1, _READ_BYTES)
+        samples = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            library.wf_read(address, _READ_BYTES)
+            samples.append(_READ_BYTES / (time.perf_counter() - start))
+        del view
+    return statistics.median(samples)
+
+
+def fma_peak(rounds: int = 7) -> float:
+    """FLOP/s of fp32 multiply-adds in registers on all kernel threads (median)."""
+    library = _library()
+    sink = (ctypes.c_float * 64)()
+    samples = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        flops = library.wf_fma(50_000, sink)
+        samples.append(flops / (time.perf_counter() - start))
+    return statistics.median(samples)
+
+
+def limits(measure: bool = False) -> dict[str, float]:
+    """Measured `read_bytes_s` and `fma_flops` of this machine, from the cache unless `measure`."""
+    key = f"{cpu_model()}|{pool.get_num_threads()}|{isa.best_level()}"
+    path = env.cache_dir() / "machine.json"
+    known: dict[str, dict[str, float]] = {}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            known = {}
+    if measure or key not in known:
+        known[key] = {"read_bytes_s": read_bandwidth(), "fma_flops": fma_peak()}
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    return known[key]
+
+
+def gpus() -> list[str]:
+    """Names of NVIDIA GPUs that nvidia-smi lists; empty where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def describe(measure: bool = False) -> dict[str, Any]:
+    """Everything `whalefall doctor` says, as plain values for JSON."""
+    tool = find_compiler()
+    facts: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": isa.best_level(),
+        "isa_levels": list(isa.levels()),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
+        "compiler": f"{' '.join(tool.command)}: {tool.version}" if tool else "none",
+        "gpu": gpus() or "none",
+        "kernels": "native" if tool else "numpy reference (slow): install a C++ compiler",
+    }
+    if tool:
+        measured = limits(measure)
+        facts["threads"] = pool.get_num_threads()
+        facts["read_gb_s"] = round(measured["read_bytes_s"] / 1e9, 1)
+        facts["fma_gflops"] = round(measured["fma_flops"] / 1e9, 1)
+    return facts

@@ -1,0 +1,78 @@
+// What the machine can do: read bandwidth of a large buffer, and the peak of fp32 FMA.
+#include <cstdint>
+#include "whalefall/pool.h"
+
+namespace {
+typedef float vec __attribute__((vector_size(WF_ISA >= 2 ? 64 : (WF_ISA == 1 ? 32 : 16))));
+typedef long long words __attribute__((vector_size(WF_ISA >= 2 ? 64 : (WF_ISA == 1 ? 32 : 16))));
+constexpr int kChains = 12;  // latency 4 x 2 ports needs 8
+constexpr int kUnroll = 16;
+
+__attribute__((noinline)) words read_all(const char* data, int64_t bytes) {
+  words sum[4] = {};
+  for (int64_t i = 0; i + int64_t(4 * sizeof(words)) <= bytes; i += 4 * sizeof(words)) {
+    __builtin_prefetch(data + i + 1024);
+    for (int j = 0; j < 4; ++j)
+      sum[j] ^= *reinterpret_cast<const words*>(data + i + j * sizeof(words));
+  }
+  return sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+}
+
+// kUnroll rounds in one asm block: between blocks g++ writes the accumulators to memory.
+inline void step(vec* acc, vec a, vec b) {
+#if WF_ISA >= 1
+  asm volatile(
+      ".rept 16\n\t"
+      "vfmadd213ps %[b], %[a], %[c0]\n\t"
+      "vfmadd213ps %[b], %[a], %[c1]\n\t"
+      "vfmadd213ps %[b], %[a], %[c2]\n\t"
+      "vfmadd213ps %[b], %[a], %[c3]\n\t"
+      "vfmadd213ps %[b], %[a], %[c4]\n\t"
+      "vfmadd213ps %[b], %[a], %[c5]\n\t"
+      "vfmadd213ps %[b], %[a], %[c6]\n\t"
+      "vfmadd213ps %[b], %[a], %[c7]\n\t"
+      "vfmadd213ps %[b], %[a], %[c8]\n\t"
+      "vfmadd213ps %[b], %[a], %[c9]\n\t"
+      "vfmadd213ps %[b], %[a], %[c10]\n\t"
+      "vfmadd213ps %[b], %[a], %[c11]\n\t"
+      ".endr\n\t"
+      : [c0] "+x"(acc[0]), [c1] "+x"(acc[1]), [c2] "+x"(acc[2]), [c3] "+x"(acc[3]),
+        [c4] "+x"(acc[4]), [c5] "+x"(acc[5]), [c6] "+x"(acc[6]), [c7] "+x"(acc[7]),
+        [c8] "+x"(acc[8]), [c9] "+x"(acc[9]), [c10] "+x"(acc[10]), [c11] "+x"(acc[11])
+      : [a] "x"(a), [b] "x"(b));
+#else
+  for (int i = 0; i < kUnroll; ++i)
+    for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b;
+#endif
+}
+
+__attribute__((noinline)) vec multiply_add(int64_t rounds) {
+  vec a = vec{} + 0.999f, b = vec{} + 1e-3f, acc[kChains];
+  for (int j = 0; j < kChains; ++j) acc[j] = vec{} + float(j);
+  for (int64_t i = 0; i < rounds; ++i) step(acc, a, b);
+  vec sum{};
+  for (int j = 0; j < kChains; ++j) sum += acc[j];
+  return sum;
+}
+}  // namespace
+
+// Reads `bytes` at `data` (64-byte aligned) once, on all threads; returns something that depends on
+// it.
+WF_EXPORT int64_t wf_read(const char* data, int64_t bytes) {
+  constexpr int64_t kPiece = 1 << 20;
+  int64_t total[64] = {};
+  wf::parallel_for(bytes / kPiece, [&](int64_t i, int thread) {
+    words part = read_all(data + i * kPiece, kPiece);
+    total[thread & 63] ^= part[0];
+  });
+  int64_t sum = 0;
+  for (int64_t t : total) sum ^= t;
+  return sum;
+}
+
+// Runs `rounds` rounds of independent multiply-adds on each thread; returns the FLOPs done.
+WF_EXPORT double wf_fma(int64_t rounds, float* sink) {
+  int threads = wf::num_threads();
+  wf::parallel_for(threads, [&](int64_t i, int) { sink[i & 63] = multiply_add(rounds)[0]; });
+  return 2.0 * rounds * kUnroll * kChains * (sizeof(vec) / 4) * threads;
+}

@@ -1,0 +1,53 @@
+"""The process's one kernel thread pool: how many threads it has, and its address for libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from whalefall import env
+from whalefall.errors import ConfigError
+from whalefall.jit.compile import ON_LOAD, Library, build
+
+__all__ = ["address", "get_num_threads", "set_num_threads"]
+
+
+@functools.cache
+def _pool() -> Library:
+    library = build(Path(__file__).parent / "native" / "pool.cpp", level="any")
+    library.wf_pool.restype = ctypes.c_void_p
+    text = env.get("WHALEFALL_THREADS")
+    if text and not (text.isdigit() and int(text) > 0):
+        raise ConfigError(f"WHALEFALL_THREADS is {text!r}, wanted a whole number above 0")
+    library.wf_pool_set_threads(int(text) if text else len(os.sched_getaffinity(0)))
+    return library
+
+
+def address() -> int:
+    """The address of the pool's `wf::Pool`, for `wf_set_pool`."""
+    return int(_pool().wf_pool())
+
+
+def get_num_threads() -> int:
+    """How many threads kernels use, the caller's included."""
+    return int(_pool().wf_pool_get_threads())
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads kernels use from the next call on; results do not depend on it.
+
+    Source: the counterpart of DeepGEMM's `set_num_sms`.
+    """
+    if count < 1:
+        raise ConfigError(f"set_num_threads: got {count}, wanted 1 or more")
+    _pool().wf_pool_set_threads(count)
+
+
+def _hand_over(library: Library) -> None:
+    if hasattr(library, "wf_set_pool"):
+        library.wf_set_pool(ctypes.c_void_p(address()))
+
+
+ON_LOAD.append(_hand_over)
