@@ -32,6 +32,9 @@ TABLE = (
         "forces an instruction-set level: any, avx2, avx512, avx512bf16 or amx (default: the best)",
     ),
     Variable("WHALEFALL_THREADS", "", "threads of the kernel pool (default: all cores)"),
+    Variable(
+        "WHALEFALL_TRACE", "", "a folder: each process records a trace and writes it there at exit"
+    ),
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
 )
 _DEFAULTS = {v.name: v.default for v in TABLE}

@@ -1,0 +1,140 @@
+"""Trace room: the Chrome trace format, written.
+
+In: a recorder's session, or events as dictionaries. Out: a `.json` or `.json.gz` that
+chrome://tracing, Perfetto and PyTorch-profiler tools read. A file appears whole or not at all.
+Source: "Trace Event Format" (Google); the header fields are those of the PyTorch profiler.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from whalefall.trace.recorder import Event, Session
+
+__all__ = ["session_events", "write", "write_session"]
+
+# A lane with its own name gets a thread number above those of the threads.
+FIRST_TRACK = 1000
+
+
+def boot_id() -> str:
+    """Names this boot of this host: traces with the same one share their monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def write(path: str | Path, events: Iterable[dict[str, Any]], header: dict[str, Any]) -> int:
+    """Stream `events` to `path`; returns their number.
+
+    Args:
+        path: the file; `.gz` compresses it.
+        events: Chrome trace events, times in microseconds.
+        header: further top-level keys, e.g. `distributedInfo`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as raw:
+            if path.suffix == ".gz":
+                with gzip.GzipFile("", "wb", 6, raw, 0) as packed:
+                    count = _write_events(packed, events, header)
+            else:
+                count = _write_events(raw, events, header)
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _write_events(
+    file: IO[bytes] | gzip.GzipFile, events: Iterable[dict[str, Any]], header: dict[str, Any]
+) -> int:
+    encoder = msgspec.json.Encoder(enc_hook=str)
+    keys = {"schemaVersion": 1, "displayTimeUnit": "ms", **header}
+    file.write(encoder.encode(keys)[:-1] + b',\n"traceEvents": [')
+    count = 0
+    for event in events:
+        file.write((b",\n" if count else b"\n") + encoder.encode(event))
+        count += 1
+    file.write(b"\n]}\n")
+    return count
+
+
+def write_session(session: Session, path: Path) -> None:
+    """Write a recorder's session with the clocks that `merge` aligns it by."""
+    header = {
+        "baseTimeNanoseconds": session.wall_ns,
+        "whalefall": {
+            "boot": boot_id(),
+            "monotonic_ns": session.monotonic_ns,
+            "dropped": session.dropped,
+        },
+    }
+    if session.rank is not None:
+        header["distributedInfo"] = {"backend": "whalefall", "rank": session.rank}
+    write(path, session_events(session), header)
+
+
+def session_events(session: Session) -> Iterator[dict[str, Any]]:
+    """A session as Chrome trace events: names of process and lanes first, times from its start."""
+    pid = os.getpid() if session.rank is None else session.rank
+    events = session.events
+    lanes = _lanes(events)
+    yield _named("process_name", pid, 0, session.name)
+    if session.rank is not None:
+        yield {
+            "ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0,
+            "args": {"sort_index": session.rank},
+        }  # fmt: skip
+    for (thread, track), tid in lanes.items():
+        yield _named(
+            "thread_name", pid, tid, track or session.thread_names.get(thread, f"thread {tid}")
+        )
+    for event in session.events:
+        tid = lanes[(0, event.track) if event.track else (event.thread, "")]
+        yield _chrome(event, pid, tid, session.monotonic_ns)
+
+
+def _lanes(events: Iterable[Event]) -> dict[tuple[int, str], int]:
+    """(thread, "") or (0, track) → number of its lane, in the order of appearance."""
+    lanes: dict[tuple[int, str], int] = {}
+    threads, tracks = 0, FIRST_TRACK
+    for event in events:
+        key = (0, event.track) if event.track else (event.thread, "")
+        if key not in lanes:
+            lanes[key] = tracks if event.track else threads
+            tracks, threads = tracks + bool(event.track), threads + (not event.track)
+    return lanes
+
+
+def _named(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _chrome(event: Event, pid: int, tid: int, origin_ns: int) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "ph": "X", "cat": event.category or "span", "name": event.name, "pid": pid, "tid": tid,
+        "ts": (event.start_ns - origin_ns) / 1000,
+    }  # fmt: skip
+    if event.duration_ns < 0:
+        out |= {"ph": "i", "s": "t"}
+    else:
+        out["dur"] = event.duration_ns / 1000
+    args = dict(event.args)
+    if event.category in ("compute", "communication"):
+        # the keys by which PyTorch-profiler tools know a kernel of a device's stream
+        args = {"device": pid, "stream": tid, **args}
+    if args:
+        out["args"] = args
+    return out
