@@ -1,0 +1,147 @@
+"""Arrays by memory: one view of numpy arrays and CPU torch tensors, without importing torch.
+
+A kernel needs an address, a shape, strides and the name of a dtype; `view` reads them. Results are
+allocated with the caller's library (`empty_like`), or computed in numpy over the same memory
+(`as_numpy`) and given back in the caller's library (`restore`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from whalefall.errors import DtypeError, UnsupportedError
+
+__all__ = ["NUMPY_DTYPES", "View", "as_numpy", "empty_like", "restore", "view"]
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
+    **{name: np.dtype(name) for name in ("int64", "int32", "int16", "int8")},
+    **{name: np.dtype(name) for name in ("uint64", "uint32", "uint16", "uint8", "bool")},
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+_TORCH_NAMES: dict[Any, str] = {}  # torch.dtype -> name, filled as dtypes are met
+
+
+class View(NamedTuple):
+    """What a kernel needs to know of an array; valid while the array lives.
+
+    Attributes:
+        address: of the first element.
+        shape: lengths.
+        strides: distances in elements.
+        dtype: the name numpy and torch share ("float32", "bfloat16", "float8_e4m3fn", …).
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie row by row without gaps."""
+        expected = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length != 1 and stride != expected:
+                return False
+            expected *= length
+        return True
+
+
+def view(array: Any, name: str = "array") -> View:
+    """The memory of a numpy array or CPU torch tensor.
+
+    Args:
+        array: the array; `name` is how a refusal calls it.
+    Raises: DtypeError for another kind of object or dtype, UnsupportedError for a tensor that is
+        not in the memory of this machine's CPU.
+    """
+    if isinstance(array, np.ndarray):
+        dtype = _NAMES.get(array.dtype)
+        if dtype is None:
+            raise DtypeError(f"{name}: dtype {array.dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
+        size = array.itemsize
+        strides = tuple([s // size for s in array.strides])
+        return View(array.__array_interface__["data"][0], array.shape, strides, dtype)
+    if hasattr(array, "data_ptr") and hasattr(array, "stride"):
+        if array.device.type != "cpu":
+            raise UnsupportedError(
+                f"{name}: a tensor on {array.device}, wanted CPU memory; move it with .cpu()"
+            )
+        return View(
+            array.data_ptr(), tuple(array.shape), tuple(array.stride()), _torch_name(array.dtype)
+        )
+    raise DtypeError(
+        f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
+    )
+
+
+_NAMES_TEXT = tuple(NUMPY_DTYPES)
+
+
+def _torch_name(dtype: Any) -> str:
+    name = _TORCH_NAMES.get(dtype)
+    if name is None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in NUMPY_DTYPES:
+            raise DtypeError(f"dtype {dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
+        _TORCH_NAMES[dtype] = name
+    return name
+
+
+def is_torch(array: Any) -> bool:
+    """Whether `array` is a torch tensor."""
+    return not isinstance(array, np.ndarray) and hasattr(array, "data_ptr")
+
+
+def as_numpy(array: Any, name: str = "array") -> np.ndarray[Any, Any]:
+    """A numpy array over the same memory, whatever the dtype (bf16 and float8 of torch included).
+
+    The result keeps `array` alive, and writing to one writes to the other.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    seen = view(array, name)
+    dtype = NUMPY_DTYPES[seen.dtype]
+    if 0 in seen.shape:
+        return np.empty(seen.shape, dtype)
+    lowest = sum((n - 1) * s for n, s in zip(seen.shape, seen.strides, strict=True) if s < 0)
+    highest = sum((n - 1) * s for n, s in zip(seen.shape, seen.strides, strict=True) if s > 0)
+    size = (highest - lowest + 1) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(seen.address + lowest * dtype.itemsize)
+    memory.owner = array  # type: ignore[attr-defined]
+    return np.ndarray(
+        seen.shape,
+        dtype,
+        memory,  # type: ignore[arg-type]
+        offset=-lowest * dtype.itemsize,
+        strides=tuple(s * dtype.itemsize for s in seen.strides),
+    )
+
+
+def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
+    """An uninitialised array of `shape` and `dtype`, made by the library that made `array`."""
+    if is_torch(array):
+        torch = sys.modules["torch"]  # a tensor exists, so torch is imported
+        return array.new_empty(tuple(shape), dtype=getattr(torch, dtype), device="cpu")
+    return np.empty(tuple(shape), NUMPY_DTYPES[dtype])
+
+
+def restore(array: np.ndarray[Any, Any], like: Any) -> Any:
+    """`array` (numpy) in the library of `like`, over the same memory."""
+    if not is_torch(like):
+        return array
+    torch = sys.modules["torch"]
+    dtype = getattr(torch, _NAMES[array.dtype])
+    plain = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[array.itemsize]
+    return torch.from_numpy(array.view(plain)).view(dtype)

@@ -1,0 +1,285 @@
+"""Linear layers over weights as checkpoints hold them, and the experts of a step.
+
+`fp8_linear` keeps activations as they are (W8A16) or quantises them as published (W8A8);
+`linear` does the same for BF16 and FP32 weights; `fused_experts` runs gate, up, SiLU and down of
+all selected experts in one native call. Within a form, a row's bits depend on nothing but the row.
+Source: DeepSeek-V3 technical report 3.3; `native/linear.h`, `native/experts.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from whalefall.dtypes import View, empty_like, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.native_calls import (
+    FORMS,
+    KINDS,
+    Expert,
+    ExpertsCall,
+    Input,
+    LinearCall,
+    Output,
+    Weight,
+    library,
+)
+
+__all__ = ["ExpertWeights", "fp8_linear", "fused_experts", "linear"]
+
+Form = Literal["few", "many"]
+MANY_ROWS = 32  # from here on packing a panel pays: the default form of a call
+
+
+class ExpertWeights(NamedTuple):
+    """One expert: gate `w1` and up `w3` [I, H], down `w2` [H, I], each with its block scales.
+
+    The scales are [ceil(rows / 128), ceil(cols / 128)] fp32, or None for BF16 and FP32 weights.
+    """
+
+    w1: Any
+    w3: Any
+    w2: Any
+    w1_scale: Any = None
+    w3_scale: Any = None
+    w2_scale: Any = None
+
+
+def fp8_linear(
+    x: Any,
+    weight: Any,
+    scale: Any,
+    form: Form | None = None,
+    *,
+    quantize_activations: bool = False,
+    out: Any = None,
+    out_dtype: str | None = None,
+) -> Any:
+    """y = x · (weight · scale)ᵀ for a weight quantised in 128×128 blocks.
+
+    Args:
+        x: [M, K] float32 or bfloat16, stride 1 along K.
+        weight: [N, K] float8_e4m3fn, contiguous, at any address.
+        scale: [ceil(N/128), ceil(K/128)] float32, contiguous.
+        form: "few" streams the weight once per 32 rows, "many" decodes panels for hundreds of rows;
+            None: by M. A row's bits depend on the form, never on M.
+        quantize_activations: make each 128 of a row E4M3 first (W8A8); False keeps them (W8A16).
+        out: [M, N] float32 or bfloat16 to write; None allocates with the library of `x`.
+        out_dtype: of an allocated result, default x's.
+    Returns: `out`.
+    Raises: ShapeError, DtypeError, ConfigError: one line each.
+    """
+    call = LinearCall()
+    call.weight = weight_struct(weight, scale, "fp8_linear")
+    return _run_linear("fp8_linear", call, x, form, quantize_activations, out, out_dtype)
+
+
+def linear(
+    x: Any,
+    weight: Any,
+    form: Form | None = None,
+    *,
+    out: Any = None,
+    out_dtype: str | None = None,
+) -> Any:
+    """y = x · weightᵀ for a BF16 or FP32 weight [N, K]; arguments as `fp8_linear`'s."""
+    call = LinearCall()
+    call.weight = weight_struct(weight, None, "linear")
+    return _run_linear("linear", call, x, form, False, out, out_dtype)
+
+
+def fused_experts(
+    x: Any,
+    experts: Sequence[ExpertWeights] | ctypes.Array[Expert],
+    topk_idx: Any,
+    form: Form | None = None,
+    *,
+    topk_weights: Any = None,
+    quantize_activations: bool = False,
+    out: Any = None,
+    out_dtype: str | None = None,
+) -> Any:
+    """rows[t, j] = w2 · (silu(w1 · x[t]) · (w3 · x[t])) of expert topk_idx[t, j].
+
+    Args:
+        x: [T, H] float32 or bfloat16.
+        experts: each expert's weights, or `expert_structs` of them (made once, kept).
+        topk_idx: [T, top-k] int32 or int64; a negative index: none, its row is zero.
+        form: as in `fp8_linear`; None: by the rows an expert gets on average.
+        topk_weights: [T, top-k] float32; row (t, j) is multiplied by its weight before rounding.
+        quantize_activations: W8A8 for both products.
+        out: [T, top-k, H]; None allocates in `out_dtype` (default bfloat16).
+    Returns: one row per selection in top-k order; adding them up is the caller's.
+    Raises: ShapeError, DtypeError.
+    """
+    structs = experts if isinstance(experts, ctypes.Array) else expert_structs(experts)
+    x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
+    tokens, topk, hidden = _check_selection(structs, x_view, topk_idx, idx)
+    index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
+    if out is None:
+        out = empty_like(x, (tokens, topk, hidden), out_dtype or "bfloat16")
+    rows = view(out, "fused_experts: out")
+    if rows.shape != (tokens, topk, hidden) or not rows.contiguous or rows.dtype not in _OUT:
+        raise ShapeError(
+            f"fused_experts: out is {rows.dtype} {list(rows.shape)}, wanted contiguous float32 or "
+            f"bfloat16 {[tokens, topk, hidden]}"
+        )
+    call = ExpertsCall()
+    call.experts, call.num_experts = ctypes.addressof(structs), len(structs)
+    call.topk_idx, call.tokens, call.topk = index.ctypes.data, tokens, topk
+    call.x = _input(x_view)
+    call.rows = Output(rows.address, hidden, None, None, KINDS[rows.dtype], 0)
+    if topk_weights is not None:
+        factors = view(topk_weights, "fused_experts: topk_weights")
+        if factors.shape != (tokens, topk) or factors.dtype != "float32" or not factors.contiguous:
+            raise ShapeError(
+                f"fused_experts: topk_weights is {factors.dtype} {list(factors.shape)}, wanted "
+                f"contiguous float32 {[tokens, topk]}"
+            )
+        call.rows.factor = factors.address
+    mean = tokens * topk / max(1, len(structs))
+    call.form = _form(form, mean, "fused_experts")
+    call.quantize = quantize_activations
+    library().wf_experts(ctypes.addressof(call))
+    return out
+
+
+_OUT = ("float32", "bfloat16")
+
+
+def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
+    """The native description of experts; keep the arrays alive as long as it is used."""
+    structs = (Expert * len(experts))()
+    for i, e in enumerate(experts):
+        structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"expert {i}: w1")
+        structs[i].w3 = weight_struct(e.w3, e.w3_scale, f"expert {i}: w3")
+        structs[i].w2 = weight_struct(e.w2, e.w2_scale, f"expert {i}: w2")
+        shapes = [(w.rows, w.cols) for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
+        first = (structs[0].w1.rows, structs[0].w1.cols)
+        if shapes != [first, first, first[::-1]]:
+            raise ShapeError(
+                f"expert {i}: w1, w3, w2 are {shapes}, wanted {[first, first, first[::-1]]}"
+            )
+    return structs
+
+
+def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Weight:
+    """The native description of a weight matrix.
+
+    Args:
+        weight: [N, K] float8_e4m3fn, bfloat16 or float32, contiguous.
+        scale: block scales of the whole matrix, for float8 only.
+        first_row: where `weight` starts in that whole matrix.
+    """
+    w = view(weight, f"{name}: weight")
+    if w.dtype not in KINDS:
+        raise DtypeError(f"{name}: weight is {w.dtype}, wanted one of {', '.join(KINDS)}")
+    if len(w.shape) != 2 or not w.contiguous:
+        raise ShapeError(
+            f"{name}: weight has shape {list(w.shape)} and strides {list(w.strides)}, wanted "
+            "[N, K] without gaps; make it contiguous"
+        )
+    rows, cols = w.shape
+    if (w.dtype == "float8_e4m3fn") != (scale is not None):
+        raise DtypeError(
+            f"{name}: weight is {w.dtype} and scale is {'missing' if scale is None else 'given'}; "
+            "float8 weights have block scales, others none"
+        )
+    if scale is None:
+        return Weight(w.address, None, rows, cols, 0, first_row, KINDS[w.dtype], 0)
+    s = view(scale, f"{name}: scale")
+    blocks = (-(-(first_row + rows) // 128), -(-cols // 128))
+    fits = len(s.shape) == 2 and s.shape[1] == blocks[1] and s.shape[0] >= blocks[0]
+    if not fits or s.dtype != "float32" or not s.contiguous:
+        raise ShapeError(
+            f"{name}: scale is {s.dtype} {list(s.shape)}, wanted contiguous float32 "
+            f"{list(blocks)} = [ceil(N={rows} / 128), ceil(K={cols} / 128)]; "
+            "per_block_cast_to_fp8 makes it"
+        )
+    return Weight(w.address, s.address, rows, cols, blocks[1], first_row, KINDS[w.dtype], 0)
+
+
+def _run_linear(
+    name: str,
+    call: LinearCall,
+    x: Any,
+    form: Form | None,
+    quantize: bool,
+    out: Any,
+    out_dtype: str | None,
+) -> Any:
+    seen = view(x, f"{name}: x")
+    rows, cols = call.weight.rows, call.weight.cols
+    if len(seen.shape) != 2 or seen.shape[1] != cols or _gaps(seen):
+        raise ShapeError(
+            f"{name}: x has shape {list(seen.shape)} and strides {list(seen.strides)}, wanted "
+            f"[M, K={cols}] with stride 1 along K"
+        )
+    if seen.dtype not in _OUT:
+        raise DtypeError(f"{name}: x is {seen.dtype}, wanted float32 or bfloat16")
+    if out is None:
+        out = empty_like(x, (seen.shape[0], rows), out_dtype or seen.dtype)
+    y = view(out, f"{name}: out")
+    if y.shape != (seen.shape[0], rows) or y.dtype not in _OUT or _gaps(y):
+        raise ShapeError(
+            f"{name}: out is {y.dtype} {list(y.shape)} with strides {list(y.strides)}, wanted "
+            f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N"
+        )
+    call.x = _input(seen)
+    call.y = Output(y.address, y.strides[0], None, None, KINDS[y.dtype], 0)
+    call.count = seen.shape[0]
+    call.form = _form(form, seen.shape[0], name)
+    call.quantize = quantize
+    library().wf_linear(ctypes.addressof(call))
+    return out
+
+
+def _gaps(seen: View) -> bool:
+    return 0 not in seen.shape and seen.shape[1] > 1 and seen.strides[1] != 1
+
+
+def _input(seen: View) -> Input:
+    return Input(seen.address, seen.strides[0], KINDS[seen.dtype], 0)
+
+
+def _form(form: str | None, rows: float, name: str) -> int:
+    if form is None:
+        return FORMS["many" if rows >= MANY_ROWS else "few"]
+    if form not in FORMS:
+        raise ConfigError(f"{name}: form is {form!r}, wanted 'few', 'many' or None")
+    return FORMS[form]
+
+
+def _check_selection(
+    structs: ctypes.Array[Expert], x: View, topk_idx: Any, idx: View
+) -> tuple[int, int, int]:
+    hidden = structs[0].w1.cols if len(structs) else -1
+    if len(x.shape) != 2 or (hidden >= 0 and x.shape[1] != hidden) or _gaps(x):
+        raise ShapeError(
+            f"fused_experts: x has shape {list(x.shape)} and strides {list(x.strides)}, wanted "
+            f"[T, H={hidden}] with stride 1 along H"
+        )
+    if x.dtype not in _OUT:
+        raise DtypeError(f"fused_experts: x is {x.dtype}, wanted float32 or bfloat16")
+    if len(idx.shape) != 2 or idx.shape[0] != x.shape[0]:
+        raise ShapeError(
+            f"fused_experts: topk_idx has shape {list(idx.shape)}, wanted [T={x.shape[0]}, top-k]"
+        )
+    if idx.dtype not in ("int32", "int64"):
+        raise DtypeError(f"fused_experts: topk_idx is {idx.dtype}, wanted int32 or int64")
+    return x.shape[0], idx.shape[1], x.shape[1]
+
+
+def _numpy_int32(topk_idx: Any, idx: View, num_experts: int) -> np.ndarray[Any, Any]:
+    from whalefall.dtypes import as_numpy
+
+    index = as_numpy(topk_idx)
+    if index.size and int(index.max()) >= num_experts:
+        raise ShapeError(
+            f"fused_experts: topk_idx holds {int(index.max())}, wanted less than {num_experts} "
+            "experts"
+        )
+    return index.astype(np.int32, copy=False)

@@ -1,0 +1,131 @@
+// What the products of this room work on: a weight as it lies in a checkpoint, rows of activations
+// made fp32, and where results go. Plain structs: Python fills them through ctypes, and other
+// rooms' native units include this header.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <sys/mman.h>
+#include "whalefall/pool.h"
+#include "whalefall/simd.h"
+
+namespace wf::gemm {
+constexpr int kBlock = 128;  // K of one partial sum; rows and columns of one scale of a weight
+
+enum Kind : int32_t { kF32 = 0, kBf16 = 1, kFp8 = 2 };
+enum Form : int32_t { kFew = 0, kMany = 1 };
+
+constexpr int64_t kind_bytes(int kind) { return kind == kF32 ? 4 : kind == kBf16 ? 2 : 1; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// W[rows, cols], row-major without gaps, at any alignment.
+struct Weight {
+  const void* data;
+  const float* scale;   // kFp8: [ceil(rows / 128), scale_pitch], of the whole matrix; else null
+  int64_t rows, cols;   // of this part
+  int64_t scale_pitch;  // scales in a row: ceil(cols / 128)
+  int64_t first_row;    // where this part starts in the whole matrix: row n has the scales of
+                        // block row (first_row + n) / 128
+  int32_t kind;
+  int32_t unused;
+
+  const uint8_t* row(int64_t n) const {
+    return static_cast<const uint8_t*>(data) + n * cols * kind_bytes(kind);
+  }
+  const float* row_scale(int64_t n) const {
+    return scale + ((first_row + n) / kBlock) * scale_pitch;
+  }
+};
+
+// Activations as the caller has them: kF32 or kBf16 rows, `pitch` elements apart.
+struct Input {
+  const void* data;
+  int64_t pitch;
+  int32_t kind;
+  int32_t unused;
+};
+
+// Activations as the kernels read them: fp32 rows, zero from K to the next multiple of 128.
+struct Rows {
+  const float* data;
+  int64_t pitch;
+  const int32_t* index;  // row m is data[index[m]]; null: data[m]
+  const float* scale;    // [rows, scale_pitch], one for each 128 of K; null: 1
+  int64_t scale_pitch;
+
+  int64_t place(int64_t m) const { return index ? index[m] : m; }
+  const float* row(int64_t m) const { return data + place(m) * pitch; }
+  const float* row_scale(int64_t m) const {
+    return scale ? scale + place(m) * scale_pitch : nullptr;
+  }
+};
+
+// Where results go: kF32 or kBf16, row m at index[m]. `factor` multiplies row m before rounding.
+struct Output {
+  void* data;
+  int64_t pitch;
+  const int32_t* index;
+  const float* factor;
+  int32_t kind;
+  int32_t unused;
+
+  void put(int64_t m, int64_t n, const float* values, int64_t count) const {
+    int64_t place = (index ? index[m] : m) * pitch + n;
+    float f = factor ? factor[index ? index[m] : m] : 1.0f;
+    for (int64_t i = 0; i < count; ++i) {
+      float v = factor ? values[i] * f : values[i];
+      if (kind == kBf16)
+        static_cast<uint16_t*>(data)[place + i] = float_to_bf16(v);
+      else
+        static_cast<float*>(data)[place + i] = v;
+    }
+  }
+};
+
+// Memory that grows and stays, on huge pages (4 KiB pages cost a quarter of the bandwidth).
+class Scratch {
+ public:
+  ~Scratch() { release(); }
+  template <class T>
+  T* get(int64_t count) {
+    int64_t bytes = round_up(count * int64_t(sizeof(T)) + 256, int64_t(1) << 21);
+    if (bytes > bytes_) {
+      release();
+      void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (p == MAP_FAILED) __builtin_trap();
+      madvise(p, bytes, MADV_HUGEPAGE);
+      data_ = p;
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void release() {
+    if (data_) munmap(data_, bytes_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// 2 * kLanes weights at p as floats, in order; kFp8 comes divided by kFp8Scale.
+template <int kKind, bool kExact = false>
+inline void decode(const uint8_t* p, vf& low, vf& high) {
+  if constexpr (kKind == kFp8) {
+    if constexpr (kExact)
+      fp8_decode_exact(p, low, high);
+    else
+      fp8_decode(p, low, high);
+  } else if constexpr (kKind == kBf16) {
+    uint16_t v[2 * kLanes];
+    std::memcpy(v, p, sizeof v);
+    low = load_bf16(v);
+    high = load_bf16(v + kLanes);
+  } else {
+    low = load(reinterpret_cast<const float*>(p));
+    high = load(reinterpret_cast<const float*>(p) + kLanes);
+  }
+}
+}  // namespace wf::gemm

@@ -1,0 +1,165 @@
+"""Linears and fused experts against float64, at every ISA level; rows bit for bit in M."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from whalefall import gemm, jit
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+
+E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
+SHAPES = [(1, 1), (5, 3), (64, 128), (129, 257), (200, 1200), (300, 512)]
+ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 33, 70]
+
+
+@pytest.fixture(params=jit.levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("WHALEFALL_ISA", request.param)
+    return str(request.param)
+
+
+def fp8_weight(rng: np.random.Generator, n: int, k: int) -> tuple[Any, Any, Any]:
+    """Every code but NaN, block scales, and the product of both in float64."""
+    codes = rng.integers(0, 256, (n, k)).astype(np.uint8)
+    codes[(codes & 127) == 127] = 1
+    weight = codes.view(E4M3)
+    scale = (rng.random((-(-n // 128), -(-k // 128))) + 0.5).astype(np.float32) * 0.01
+    spread = np.repeat(np.repeat(scale.astype(np.float64), 128, 0), 128, 1)[:n, :k]
+    return weight, scale, weight.astype(np.float64) * spread
+
+
+def error(y: Any, x: Any, w: Any) -> float:
+    """Largest error over the largest sum of magnitudes: what summation order can account for."""
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    if y.size == 0:
+        return 0.0
+    return float(
+        np.abs(np.asarray(y, np.float64) - x64 @ w64.T).max() / (np.abs(x64) @ np.abs(w64).T).max()
+    )
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_linears_agree_with_float64_and_rows_do_not_depend_on_m(
+    level: str, form: Any, n: int, k: int
+) -> None:
+    rng = np.random.default_rng(n)
+    weight, scale, exact = fp8_weight(rng, n, k)
+    for m in ROWS:
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        y = gemm.fp8_linear(x, weight, scale, form)
+        assert error(y, x, exact) < 1e-6  # 24-bit sums of at most 128 and of 10
+        for i in range(m):
+            assert (gemm.fp8_linear(x[i : i + 1], weight, scale, form) == y[i]).all()
+        for dtype in (np.float32, BF16):
+            plain = exact.astype(dtype)
+            assert error(gemm.linear(x, plain, form), x, plain) < 1e-6
+        x16 = x.astype(BF16)
+        y16 = gemm.fp8_linear(x16, weight, scale, form)
+        wide = gemm.fp8_linear(x16.astype(np.float32), weight, scale, form)
+        assert y16.dtype == BF16
+        assert (y16 == wide.astype(BF16)).all()
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_weight_reaches_its_column_and_no_other(level: str, form: Any, code: int) -> None:
+    rng = np.random.default_rng(1)
+    weight, scale, _ = fp8_weight(rng, 70, 300)
+    x = rng.standard_normal((5, 300)).astype(np.float32)
+    clean = gemm.fp8_linear(x, weight, scale, form)
+    for row, column in [(13, 77), (69, 299), (0, 0), (64, 128)]:
+        dirty = weight.copy()
+        dirty.view(np.uint8)[row, column] = code
+        for m in (1, 2, 5):
+            y = gemm.fp8_linear(x[:m], dirty, scale, form)
+            assert np.isnan(y[:, row]).all()
+            others = np.arange(70) != row
+            assert (y[:, others] == clean[:m][:, others]).all()
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_a_part_of_a_weight_uses_the_scales_of_its_own_rows(level: str, form: Any) -> None:
+    from whalefall.gemm.linear import weight_struct
+    from whalefall.gemm.native_calls import FORMS, Input, LinearCall, Output, library
+
+    rng = np.random.default_rng(2)
+    weight, scale, _ = fp8_weight(rng, 300, 200)
+    x = rng.standard_normal((3, 200)).astype(np.float32)
+    whole = gemm.fp8_linear(x, weight, scale, form)
+    part = np.ascontiguousarray(weight[100:231])
+    y = np.zeros((3, 131), np.float32)
+    call = LinearCall(
+        weight_struct(part, scale, "part", first_row=100),
+        Input(x.ctypes.data, 200, 0, 0),
+        Output(y.ctypes.data, 131, None, None, 0, 0),
+        3,
+        FORMS[form],
+        0,
+    )
+    import ctypes
+
+    library().wf_linear(ctypes.addressof(call))
+    assert (y == whole[:, 100:231]).all()
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit(level: str, form: Any, threads: int) -> None:
+    rng = np.random.default_rng(3)
+    weight, scale, _ = fp8_weight(rng, 513, 384)
+    x = rng.standard_normal((9, 384)).astype(np.float32)
+    expected = gemm.fp8_linear(x, weight, scale, form)
+    before = jit.get_num_threads()
+    jit.set_num_threads(threads)
+    try:
+        assert (gemm.fp8_linear(x, weight, scale, form) == expected).all()
+    finally:
+        jit.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_fused_experts_agree_with_float64_in_top_k_order(level: str, form: Any) -> None:
+    rng = np.random.default_rng(4)
+    hidden, width, num_experts, tokens, topk = 200, 150, 7, 11, 3
+    experts, exact = [], []
+    for _ in range(num_experts):
+        w1, w3 = fp8_weight(rng, width, hidden), fp8_weight(rng, width, hidden)
+        w2 = fp8_weight(rng, hidden, width)
+        experts.append(gemm.ExpertWeights(w1[0], w3[0], w2[0], w1[1], w3[1], w2[1]))
+        exact.append((w1[2], w3[2], w2[2]))
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32) * 0.1
+    idx = np.stack([rng.permutation(num_experts)[:topk] for _ in range(tokens)])
+    idx[3, 1] = -1
+    rows = gemm.fused_experts(x, experts, idx, form, out_dtype="float32")
+    for t in range(tokens):
+        for j, e in enumerate(idx[t]):
+            if e < 0:
+                assert (rows[t, j] == 0).all()
+                continue
+            gate, up, down = exact[e]
+            g = gate @ x[t]
+            wanted = down @ (g / (1 + np.exp(-g)) * (up @ x[t]))
+            assert np.abs(rows[t, j] - wanted).max() < 1e-5 * np.abs(wanted).max()
+    alone = gemm.fused_experts(x[5:6], experts, idx[5:6], form, out_dtype="float32")
+    assert (alone[0] == rows[5]).all()
+    assert (gemm.fused_experts(x, experts, idx, form) == rows.astype(BF16)).all()
+
+
+def test_refusals_say_what_is_wrong() -> None:
+    weight, scale, _ = fp8_weight(np.random.default_rng(5), 64, 256)
+    x = np.zeros((2, 256), np.float32)
+    with pytest.raises(ShapeError, match=r"scale is float32 \[1, 1\], wanted .* \[1, 2\]"):
+        gemm.fp8_linear(x, weight, scale[:, :1].copy())
+    with pytest.raises(ShapeError, match=r"x has shape \[2, 255\].*wanted \[M, K=256\]"):
+        gemm.fp8_linear(x[:, :255], weight, scale)
+    with pytest.raises(DtypeError, match="x is float64"):
+        gemm.fp8_linear(x.astype(np.float64), weight, scale)
+    with pytest.raises(DtypeError, match="float8 weights have block scales"):
+        gemm.linear(x, weight)
+    with pytest.raises(ConfigError, match="form is 'some'"):
+        gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
