@@ -20,7 +20,7 @@ import numpy as np
 
 from whalefall.errors import CorruptError, MissingError, UnsupportedError
 
-__all__ = ["DTYPES", "Checkpoint", "Tensor"]
+__all__ = ["DTYPES", "Checkpoint", "ShardWriter", "Tensor", "write_safetensors"]
 
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
@@ -206,3 +206,45 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes a checkpoint's tensors as shards of bounded size, and their index last.
+
+    A run that was interrupted leaves no index, so nothing half-written ever loads.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 1 << 30) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._shard: dict[str, np.ndarray] = {}
+        self._held = 0
+        self._files: dict[str, str] = {}
+        self._count = 0
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Take a tensor; a full shard goes to the disk."""
+        self._shard[name] = array
+        self._held += array.nbytes
+        if self._held >= self._shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._count += 1
+        file = f"model-{self._count:05d}.safetensors"
+        write_safetensors(self._folder / file, self._shard)
+        self._files.update(dict.fromkeys(self._shard, file))
+        self._shard, self._held = {}, 0
+
+    def close(self) -> None:
+        """Write the last shard and the index (or one plain model.safetensors)."""
+        if not self._files:
+            write_safetensors(self._folder / "model.safetensors", self._shard)
+            return
+        if self._shard:
+            self._flush()
+        index = {"metadata": {}, "weight_map": self._files}
+        path = self._folder / "model.safetensors.index.json"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        os.replace(temporary, path)

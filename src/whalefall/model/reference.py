@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from whalefall.model.config import ModelConfig
-from whalefall.model.routing import gate
+from whalefall.model.gate import choose_experts
 from whalefall.model.weights import Attention, Experts, Layer, Linear, Mlp, MtpLayer, Weights
 
 __all__ = ["forward", "hidden_states", "mtp_logits"]
@@ -75,7 +75,8 @@ def mlp(x: np.ndarray, w: Mlp) -> np.ndarray:
 
 def experts(x: np.ndarray, w: Experts, c: ModelConfig) -> np.ndarray:
     """Routed experts weighted by the gate, summed in the gate's order, then the shared expert."""
-    weights, chosen = gate(x.astype(np.float32) @ w.gate_weight.T, w.gate_bias, c)
+    logits = (x @ w.gate_weight.T.astype(x.dtype)).astype(np.float32)
+    chosen, weights = choose_experts(logits, w.gate_bias, c)
     rows = np.zeros((*chosen.shape, x.shape[-1]), x.dtype)
     for expert in np.unique(chosen):
         token, place = np.nonzero(chosen == expert)

@@ -1,0 +1,298 @@
+"""Engine room: requests in, deltas out, one step at a time.
+
+In: a checkpoint folder, requests (`add`, `cancel`). Out: `step()` computes one batch and returns
+what it added to each answer. One thread calls `step`; `add` and `cancel` may come from others.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from whalefall.engine.answer import Answer
+from whalefall.engine.core import Batch, BlockManager, Scheduler, Sequence
+from whalefall.engine.core.sequence import BLOCK_SIZE
+from whalefall.engine.kv_cache import KV_DTYPES, KVCache
+from whalefall.engine.model_runner import ModelRunner
+from whalefall.engine.outputs import Delta, EngineStats
+from whalefall.engine.sampling import sample
+from whalefall.engine.sampling_params import SamplingParams
+from whalefall.errors import ConfigError, LimitError, MissingError
+from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
+from whalefall.model.step import COMPUTE, make_step
+
+__all__ = ["Engine", "EngineConfig"]
+
+_DEFAULT_KV_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine computes, and how much it may hold.
+
+    Attributes:
+        compute: "w8a16" (activations kept), "w8a8" (as published) or "fp32" (exact path).
+        kv: type of the KV cache, "bf16" or "fp32"; None: fp32 for compute="fp32", else bf16.
+        max_batch_tokens: tokens of one step.
+        max_sequences: answers that run at once.
+        kv_cache_bytes: memory of the KV cache; None: 1 GiB, or what max_model_len needs.
+        num_blocks: the same in blocks of 64 tokens; wins over kv_cache_bytes.
+        max_model_len: longest prompt and answer together; None: the model's, as far as it fits.
+        strict_prefix: keep blocks of answers out of the prefix cache.
+    """
+
+    compute: str = "w8a16"
+    kv: str | None = None
+    max_batch_tokens: int = 2048
+    max_sequences: int = 128
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+    strict_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises: ConfigError."""
+        if self.compute not in COMPUTE:
+            raise ConfigError(f"compute is {self.compute!r}, wanted one of {', '.join(COMPUTE)}")
+        if self.kv is not None and self.kv not in KV_DTYPES:
+            raise ConfigError(f"kv is {self.kv!r}, wanted one of {', '.join(KV_DTYPES)}")
+        limits = ("max_batch_tokens", "max_sequences", "kv_cache_bytes", "num_blocks")
+        for name in (*limits, "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1 << 48:
+                raise ConfigError(f"{name} is {value!r}, wanted 1 or more")
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the KV cache."""
+        return self.kv or ("fp32" if self.compute == "fp32" else "bf16")
+
+
+@dataclass
+class _Request:
+    """The answers of one request; those after the first wait until the prompt is computed."""
+
+    answers: list[Answer]
+    held_back: list[Answer]
+
+
+class Engine:
+    """Serves requests on one checkpoint.
+
+    Attributes:
+        config: the settings, with what was left open filled in.
+        model: the checkpoint's `ModelConfig`.
+        tokenizer: None where the checkpoint has none (token ids only).
+        max_model_len: longest prompt and answer together.
+    """
+
+    def __init__(self, model_path: str | Path, config: EngineConfig | None = None) -> None:
+        """Map the checkpoint and the KV cache; weights are read in the background."""
+        self.config = config or EngineConfig()
+        self.model = load_config(model_path)
+        checkpoint = Checkpoint(model_path)
+        self.weights = load_weights(checkpoint, self.model)
+        self.tokenizer = _tokenizer(Path(model_path), self.model.vocab_size)
+        num_blocks = self._num_blocks()
+        self.max_model_len = min(
+            self.config.max_model_len or self.model.max_position_embeddings,
+            self.model.max_position_embeddings,
+            num_blocks * BLOCK_SIZE,
+        )
+        kv_dtype = self.config.kv_dtype
+        cache = KVCache(self.model.num_layers, num_blocks, self.model.latent_dim, kv_dtype)
+        step = make_step(self.weights, self.model, self.config.compute, self.max_model_len)
+        self.runner = ModelRunner(step, cache)
+        self._blocks = BlockManager(num_blocks, self.config.strict_prefix)
+        self._scheduler = Scheduler(
+            self._blocks, self.config.max_batch_tokens, self.config.max_sequences
+        )
+        self._requests: dict[str, _Request] = {}
+        self._answer_of: dict[str, Answer] = {}
+        self._cancelled: list[Delta] = []
+        self._arrivals = 0
+        self._prompt_tokens = self._generated_tokens = 0
+        self._lock = threading.Lock()
+        checkpoint.populate()
+
+    def _num_blocks(self) -> int:
+        block = KVCache.block_bytes(
+            self.model.num_layers, self.model.latent_dim, self.config.kv_dtype
+        )
+        if self.config.num_blocks is not None:
+            return self.config.num_blocks
+        if self.config.kv_cache_bytes is not None:
+            if self.config.kv_cache_bytes < block:
+                raise ConfigError(
+                    f"kv_cache_bytes is {self.config.kv_cache_bytes}, one block takes {block}"
+                )
+            return self.config.kv_cache_bytes // block
+        wanted = -(-(self.config.max_model_len or 1) // BLOCK_SIZE)
+        return max(wanted, _DEFAULT_KV_BYTES // block)
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Items[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: the caller's name for it; must not be in use.
+            prompt: token ids.
+            params: sampling and stopping.
+            priority: lower runs earlier.
+            cache_salt: only requests with the same salt share cached prefixes.
+        Raises: LimitError for a prompt that leaves no room for an answer, ConfigError for ids or
+            settings that make no sense.
+        """
+        self._check(request_id, prompt, params)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        with self._lock:
+            if request_id in self._requests:
+                raise ConfigError(f"add: request {request_id!r} is running already")
+            answers = [
+                self._answer(request_id, index, list(prompt), params, seed, priority, cache_salt)
+                for index in range(params.n)
+            ]
+            self._requests[request_id] = _Request(answers, answers[1:])
+            self._scheduler.add(answers[0].seq)
+
+    def _check(self, request_id: str, prompt: Items[int], params: SamplingParams) -> None:
+        if not len(prompt):
+            raise ConfigError(f"add: request {request_id!r} has an empty prompt")
+        if len(prompt) >= self.max_model_len:
+            raise LimitError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len}"
+                " with the answer; shorten it"
+            )
+        low, high = min(prompt), max(prompt)
+        vocab = self.model.vocab_size
+        if low < 0 or high >= vocab:
+            raise ConfigError(
+                f"add: the prompt has token {low if low < 0 else high}, wanted 0 … {vocab - 1}"
+            )
+        for token in (*params.logit_bias, *params.stop_token_ids):
+            if not 0 <= token < vocab:
+                raise ConfigError(
+                    f"add: logit_bias or stop_token_ids has {token}, wanted 0 … {vocab - 1}"
+                )
+
+    def _answer(
+        self,
+        request_id: str,
+        index: int,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        priority: int,
+        salt: str | None,
+    ) -> Answer:
+        seq_id = f"{index}/{request_id}"
+        seq = Sequence(seq_id, prompt, len(prompt), salt or "", priority, self._arrivals)
+        self._arrivals += 1
+        answer = Answer(
+            request_id,
+            index,
+            seq,
+            params,
+            seed,
+            self.tokenizer,
+            self.model.eos_token_ids,
+            self.max_model_len,
+        )
+        self._answer_of[seq_id] = answer
+        return answer
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its last deltas come with the next step. Unknown ids are ignored."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is None:
+                return
+            for answer in request.answers:
+                if answer.finish_reason is None:
+                    self._cancelled.append(answer.cancel())
+                    self._forget(answer)
+
+    def _forget(self, answer: Answer) -> None:
+        """Take a finished answer out of all books."""
+        request = self._requests[answer.request_id]
+        if answer in request.held_back:
+            request.held_back.remove(answer)
+        else:
+            self._scheduler.remove(answer.seq)
+            self.runner.cache.drop(answer.seq.seq_id)
+        del self._answer_of[answer.seq.seq_id]
+        if all(each.finish_reason is not None for each in request.answers):
+            del self._requests[answer.request_id]
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._requests or self._cancelled)
+
+    def step(self) -> list[Delta]:
+        """Compute one batch. Returns: what it added, answer by answer."""
+        with self._lock:
+            deltas, self._cancelled = self._cancelled, []
+            batch = self._scheduler.schedule()
+        if not batch.scheduled:
+            return deltas
+        logits = self.runner.run(batch)
+        with self._lock:
+            return deltas + self._commit(batch, logits)
+
+    def _commit(self, batch: Batch, logits: dict[str, np.ndarray]) -> list[Delta]:
+        # sequences cancelled while the step ran are gone from the books
+        batch.scheduled = [i for i in batch.scheduled if i.seq.seq_id in self._answer_of]
+        self._scheduler.commit(batch)
+        for item in batch.scheduled:
+            self._prompt_tokens += item.count if item.in_prompt else 0
+        answers = [self._answer_of[i.seq.seq_id] for i in batch.scheduled if i.seq.seq_id in logits]
+        chosen = sample([a.sample_row(logits[a.seq.seq_id]) for a in answers])
+        deltas = []
+        for answer, (token, logprobs) in zip(answers, chosen, strict=True):
+            deltas.append(answer.push(token, logprobs))
+            self._generated_tokens += 1
+            self._release_siblings(answer)
+            if answer.finish_reason is not None:
+                self._forget(answer)
+        return deltas
+
+    def _release_siblings(self, answer: Answer) -> None:
+        """Start the other answers of a request, whose prompt is in the prefix cache now."""
+        request = self._requests[answer.request_id]
+        for sibling in request.held_back:
+            self._scheduler.add(sibling.seq)
+        request.held_back.clear()
+
+    def stats(self) -> EngineStats:
+        """Counters and present load."""
+        with self._lock:
+            return EngineStats(
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                kv_used=self._blocks.num_used,
+                kv_total=self._blocks.num_blocks,
+                prefix_queries=self._blocks.query_tokens,
+                prefix_hits=self._blocks.hit_tokens,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+                preemptions=self._scheduler.num_preemptions,
+                expert_load=self.runner.step.expert_load.copy(),
+            )
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder, vocab_size)
+    except MissingError:
+        return None

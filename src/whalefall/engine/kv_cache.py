@@ -1,0 +1,64 @@
+"""Engine room: the pages of latent KV, and the swap area.
+
+In: block ids. Out: `array` [layers, blocks, 64, latent + rope] on mapped memory with huge pages
+(4 KiB pages cost a quarter of the bandwidth); pages take memory when first written.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from whalefall.engine.core.sequence import BLOCK_SIZE
+from whalefall.errors import ConfigError
+
+__all__ = ["KV_DTYPES", "KVCache", "map_array"]
+
+KV_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
+_HUGE = 2 << 20
+
+
+def map_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A zeroed array on anonymous mapped memory that asks for huge pages."""
+    count = int(np.prod(shape, dtype=np.int64))
+    size = max(1, -(-count * dtype.itemsize // _HUGE)) * _HUGE
+    area = mmap.mmap(-1, size + _HUGE)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(area, np.uint8)
+    start = -raw.ctypes.data % _HUGE
+    return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class KVCache:
+    """Latent KV in pages of 64 tokens.
+
+    Attributes:
+        array: [layers, blocks, 64, latent + rope].
+    """
+
+    def __init__(self, layers: int, num_blocks: int, latent_dim: int, dtype: str) -> None:
+        """Map the pages. Raises: ConfigError for an unknown dtype."""
+        if dtype not in KV_DTYPES:
+            raise ConfigError(f"kv is {dtype!r}, wanted one of {', '.join(KV_DTYPES)}")
+        self.array = map_array((layers, num_blocks, BLOCK_SIZE, latent_dim), KV_DTYPES[dtype])
+        self._swapped: dict[str, np.ndarray] = {}
+
+    @staticmethod
+    def block_bytes(layers: int, latent_dim: int, dtype: str) -> int:
+        """Bytes of one block over all layers."""
+        return layers * BLOCK_SIZE * latent_dim * KV_DTYPES[dtype].itemsize
+
+    def swap_out(self, seq_id: str, blocks: Sequence[int]) -> None:
+        """Put the content of a sequence's blocks aside."""
+        self._swapped[seq_id] = self.array[:, list(blocks)].copy()
+
+    def swap_in(self, seq_id: str, blocks: Sequence[int]) -> None:
+        """Bring the content put aside back, into blocks that may be others."""
+        self.array[:, list(blocks)] = self._swapped.pop(seq_id)
+
+    def drop(self, seq_id: str) -> None:
+        """Forget what was put aside for a sequence."""
+        self._swapped.pop(seq_id, None)

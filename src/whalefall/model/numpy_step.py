@@ -1,0 +1,83 @@
+"""Model room: the forward step in plain numpy, for machines without a compiler and as a check.
+
+In, out: see `step.Step`. Absorbed MLA over paged latents, fp32; agrees with `reference.forward`.
+Slow (weights are dequantised at each use), and its last bits depend on the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from whalefall.model import reference as plain
+from whalefall.model.config import ModelConfig
+from whalefall.model.gate import choose_experts
+from whalefall.model.step import StepBatch
+from whalefall.model.weights import Attention, Experts, Weights
+
+__all__ = ["NumpyStep"]
+
+# T tokens, H heads, N nope, V value, L latent
+
+
+class NumpyStep:
+    """A `step.Step` in numpy."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, max_positions: int) -> None:
+        """Prepare a step over `weights` for positions below `max_positions`."""
+        self.weights = weights
+        self.config = config
+        self._cos_sin = config.rope.table(max_positions)
+        self.expert_load = np.zeros((config.num_layers, max(config.num_experts, 1)), np.int64)
+
+    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+        """See `step.Step`."""
+        c, w = self.config, self.weights
+        x = w.embed[batch.tokens].astype(np.float32)
+        cos_sin = self._cos_sin[batch.positions]
+        for index, layer in enumerate(w.layers):
+            normed = plain.rms_norm(x, layer.input_norm, c.rms_norm_eps)
+            x = x + self._attention(normed, layer.attention, cos_sin, batch, kv[index])
+            normed = plain.rms_norm(x, layer.post_norm, c.rms_norm_eps)
+            if isinstance(layer.mlp, Experts):
+                x = x + plain.experts(normed, layer.mlp, c)
+                logits = normed @ layer.mlp.gate_weight.T
+                chosen, _ = choose_experts(logits, layer.mlp.gate_bias, c)
+                self.expert_load[index] += np.bincount(chosen.ravel(), minlength=c.num_experts)
+            else:
+                x = x + plain.mlp(normed, layer.mlp)
+        x = plain.rms_norm(x[batch.logit_rows], w.norm, c.rms_norm_eps)
+        return np.ascontiguousarray(plain.linear(x, w.head))
+
+    def _attention(
+        self, x: np.ndarray, w: Attention, cos_sin: np.ndarray, batch: StepBatch, kv: np.ndarray
+    ) -> np.ndarray:
+        c = self.config
+        if w.q is not None:
+            q = plain.linear(x, w.q)
+        else:
+            assert w.q_a is not None and w.q_a_norm is not None and w.q_b is not None
+            compressed = plain.rms_norm(plain.linear(x, w.q_a), w.q_a_norm, c.norm_eps_latent)
+            q = plain.linear(compressed, w.q_b)
+        q = q.reshape(len(x), c.num_heads, c.qk_head_dim)
+        q_nope, q_rope = np.split(q, [c.qk_nope_head_dim], axis=-1)
+        latent, k_rope = np.split(plain.linear(x, w.kv_a), [c.kv_lora_rank], axis=-1)
+        latent = plain.rms_norm(latent, w.kv_a_norm, c.norm_eps_latent)
+        rows = np.concatenate([latent, plain.rotate(k_rope, cos_sin)], axis=-1)
+        up = w.kv_b.dequantize().reshape(c.num_heads, -1, c.kv_lora_rank)
+        k_up_HNL, v_up_HVL = np.split(up, [c.qk_nope_head_dim], axis=1)
+        q_latent = np.einsum("thn,hnl->thl", q_nope, k_up_HNL)
+        q_full = np.concatenate([q_latent, plain.rotate(q_rope, cos_sin[:, None])], axis=-1)
+        out = np.empty((len(x), c.num_heads, c.kv_lora_rank), np.float32)
+        for s in range(len(batch.starts) - 1):
+            part = slice(batch.starts[s], batch.starts[s + 1])
+            positions, table = batch.positions[part], batch.block_tables[s]
+            kv[table[positions // 64], positions % 64] = rows[part].astype(kv.dtype)
+            known = np.arange(positions[-1] + 1)
+            keys = kv[table[known // 64], known % 64].astype(np.float32)
+            scores = np.einsum("thl,kl->htk", q_full[part], keys) * np.float32(c.softmax_scale)
+            scores = np.where(known <= positions[:, None], scores, -np.inf)
+            p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            p /= p.sum(axis=-1, keepdims=True)
+            out[part] = np.einsum("htk,kl->thl", p, keys[:, : c.kv_lora_rank])
+        values = np.einsum("thl,hvl->thv", out, v_up_HVL)
+        return plain.linear(values.reshape(len(x), -1), w.o)
