@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tests.model import truth
 from tests.model.forms import FORMS
+
 from whalefall.model import Checkpoint, load_config, load_weights, reference
 from whalefall.model.synth import synth
 

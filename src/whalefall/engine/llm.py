@@ -75,7 +75,9 @@ class LLM:
             raise ConfigError("chat: this checkpoint has no tokenizer")
         return self.generate([self.tokenizer.apply_chat_template(messages, **kwargs)], params)[0]
 
-    def _output(self, index: int, prompt: str | Items[int], params: SamplingParams) -> RequestOutput:
+    def _output(
+        self, index: int, prompt: str | Items[int], params: SamplingParams
+    ) -> RequestOutput:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ConfigError("generate: this checkpoint has no tokenizer; pass token ids")
@@ -104,7 +106,9 @@ class LLM:
         for start in range(0, len(tokens), chunk or len(tokens)):
             count = min(chunk or len(tokens), len(tokens) - start)
             item = Scheduled(seq, start, count, True)
-            parts.append(engine.runner.step(step_batch([item], True, np.arange(count)), cache.array))
+            parts.append(
+                engine.runner.step(step_batch([item], True, np.arange(count)), cache.array)
+            )
         return np.concatenate(parts)
 
 

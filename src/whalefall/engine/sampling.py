@@ -60,10 +60,10 @@ class SampleRow:
 
 def uniform(seed: int, index: int, position: int) -> float:
     """The draw of answer `index` at `position`: a hash, so that it depends on nothing else."""
-    text = b"".join(
-        (v & ((1 << 64) - 1)).to_bytes(8, "little") for v in (seed, index, position)
+    text = b"".join((v & ((1 << 64) - 1)).to_bytes(8, "little") for v in (seed, index, position))
+    return (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 11) / (
+        1 << 53
     )
-    return (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 11) / (1 << 53)
 
 
 def penalised(params: SamplingParams) -> bool:

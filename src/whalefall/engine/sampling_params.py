@@ -101,8 +101,11 @@ class SamplingParams:
     def _real(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not low <= value <= high or (
-            open_low and value == low
+        if (
+            not good
+            or not math.isfinite(value)
+            or not low <= value <= high
+            or (open_low and value == low)
         ):
             above = "above " if open_low else ""
             raise ConfigError(f"{name} is {value!r}, wanted {above}{low} to {high}")

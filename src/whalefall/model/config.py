@@ -239,7 +239,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         qk_rope_head_dim=_number(raw, where, "qk_rope_head_dim", 64),
         v_head_dim=_number(raw, where, "v_head_dim", 128),
         intermediate_size=_number(raw, where, "intermediate_size"),
-        moe_intermediate_size=_number(raw, where, "moe_intermediate_size", 0 if not experts else ...),
+        moe_intermediate_size=_number(
+            raw, where, "moe_intermediate_size", 0 if not experts else ...
+        ),
         num_experts=experts,
         num_experts_per_tok=_number(raw, where, "num_experts_per_tok", 0 if not experts else ...),
         num_shared_experts=_number(raw, where, "n_shared_experts", 0),
@@ -296,4 +298,6 @@ def _check_experts(config: ModelConfig, where: str) -> None:
             f"{where}: n_group is {config.n_group}, wanted a divisor of {config.num_experts}"
         )
     if not 0 < config.topk_group <= config.n_group:
-        raise ConfigError(f"{where}: topk_group is {config.topk_group}, wanted 1 to {config.n_group}")
+        raise ConfigError(
+            f"{where}: topk_group is {config.topk_group}, wanted 1 to {config.n_group}"
+        )

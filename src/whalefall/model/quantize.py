@@ -42,9 +42,7 @@ def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    return (
-        name.endswith(".weight") and len(shape) == 2 and not any(part in name for part in _KEPT)
-    )
+    return name.endswith(".weight") and len(shape) == 2 and not any(part in name for part in _KEPT)
 
 
 def quantize(

@@ -108,9 +108,7 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], s
         yield "lm_head.weight", (c.vocab_size, hidden), "head"
 
 
-def _attention_shapes(
-    name: str, c: ModelConfig
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _attention_shapes(name: str, c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], str]]:
     rows = c.num_heads * c.qk_head_dim
     if c.q_lora_rank:
         yield f"{name}.q_a_proj.weight", (c.q_lora_rank, c.hidden_size), "linear"
@@ -125,9 +123,7 @@ def _attention_shapes(
     yield f"{name}.o_proj.weight", (c.hidden_size, c.num_heads * c.v_head_dim), "linear"
 
 
-def _mlp_shapes(
-    name: str, c: ModelConfig, moe: bool
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _mlp_shapes(name: str, c: ModelConfig, moe: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
     parts = [(name, c.intermediate_size)]
     if moe:
         yield f"{name}.gate.weight", (c.num_experts, c.hidden_size), "gate"

@@ -1,8 +1,8 @@
 // One token out of one row of logits, many rows at once (definition: sampling.py, `sample_row`).
 //
 //   x = logits with penalties, bias and bans;  p = exp((x - max x) / temperature)
-//   drop p < min_p; keep the top_k greatest; keep the fewest whose sum reaches top_p of what is left
-//   token = the first one, in order of ids, at which the running sum exceeds uniform * sum
+//   drop p < min_p; keep the top_k greatest; keep the fewest whose sum reaches top_p of what is
+//   left token = the first one, in order of ids, at which the running sum exceeds uniform * sum
 //
 // Sums are in double and in order of ids, so nothing depends on other rows or on threads.
 #include <algorithm>
