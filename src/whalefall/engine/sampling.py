@@ -61,9 +61,8 @@ class SampleRow:
 def uniform(seed: int, index: int, position: int) -> float:
     """The draw of answer `index` at `position`: a hash, so that it depends on nothing else."""
     text = b"".join((v & ((1 << 64) - 1)).to_bytes(8, "little") for v in (seed, index, position))
-    return (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 11) / (
-        1 << 53
-    )
+    bits = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return (bits >> 11) / (1 << 53)
 
 
 def penalised(params: SamplingParams) -> bool:
@@ -149,7 +148,7 @@ def _library() -> jit.Library:
 def _list(values: Sequence[float], dtype: type, keep: list[np.ndarray]) -> int | None:
     if not len(values):
         return None
-    array = np.array(values, dtype)
+    array: np.ndarray = np.array(values, dtype)
     keep.append(array)
     return int(array.ctypes.data)
 

@@ -105,9 +105,7 @@ def shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as problem:
             raise CorruptError(f"{index}: not an index ({problem!r}); {_AGAIN}") from None
         for name in names:

@@ -225,6 +225,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     layers = _number(raw, where, "num_hidden_layers")
     experts = _number(raw, where, "n_routed_experts", raw.get("num_local_experts", 0))
     q_lora = _number(raw, where, "q_lora_rank", 0)
+    no_experts = ... if experts else 0
     _refuse_unsupported(raw, where)
     config = ModelConfig(
         model_type=raw["model_type"],
@@ -239,11 +240,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         qk_rope_head_dim=_number(raw, where, "qk_rope_head_dim", 64),
         v_head_dim=_number(raw, where, "v_head_dim", 128),
         intermediate_size=_number(raw, where, "intermediate_size"),
-        moe_intermediate_size=_number(
-            raw, where, "moe_intermediate_size", 0 if not experts else ...
-        ),
+        moe_intermediate_size=_number(raw, where, "moe_intermediate_size", no_experts),
         num_experts=experts,
-        num_experts_per_tok=_number(raw, where, "num_experts_per_tok", 0 if not experts else ...),
+        num_experts_per_tok=_number(raw, where, "num_experts_per_tok", no_experts),
         num_shared_experts=_number(raw, where, "n_shared_experts", 0),
         first_k_dense=_first_k_dense(raw, where, layers),
         n_group=_number(raw, where, "n_group", 1),

@@ -97,7 +97,7 @@ def hidden_states(
 ) -> np.ndarray:
     """The final norm's output of every position, [T, hidden]."""
     x = w.embed[np.asarray(tokens)].astype(dtype)
-    cos_sin = c.rope.table(len(tokens)).astype(dtype)
+    cos_sin: np.ndarray = c.rope.table(len(tokens)).astype(dtype)
     for each in w.layers:
         x = layer(x, each, c, cos_sin)
     return rms_norm(x, w.norm, c.rms_norm_eps)

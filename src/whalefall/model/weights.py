@@ -30,7 +30,7 @@ class Linear:
 
     def dequantize(self, dtype: type = np.float32) -> np.ndarray:
         """The weight in fp32 (or float64), blocks scaled by global row // 128 and column // 128."""
-        weight = self.weight.astype(np.float32).astype(dtype)
+        weight: np.ndarray = self.weight.astype(np.float32).astype(dtype)
         if self.scale is None:
             return weight
         rows, columns = weight.shape
