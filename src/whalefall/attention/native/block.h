@@ -1,0 +1,126 @@
+// A block: up to a few dozen query rows that read the same keys, in groups of R rows.
+//
+// Keys are taken in runs of whole tiles; each run starts from nothing, and its result is merged by
+// log-sum-exp with those before it, in order. A row's run length follows from its own number of
+// keys alone (`run_tiles`). So a run can be computed on any thread, alone or after another, and
+// the bits are the same.
+#pragma once
+#include <cmath>
+#include <cstdlib>
+#include "attend.h"
+
+namespace wf::attention {
+// Tiles of a run: 8 (512 keys), doubled as often as keeps a row's runs at 16 or fewer.
+inline int64_t run_tiles(int64_t keys) {
+  int64_t tiles = 8;
+  while (keys > tiles * kTile * 16) tiles *= 2;
+  return tiles;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One query row: where it is read and written (in elements), and how many keys it sees.
+struct Query {
+  int64_t q = 0, out = 0, lse = 0;
+  int64_t keys = 0;
+  int head = 0;
+  bool wanted = false;  // false: fills up a group of R
+};
+
+// Memory of one thread that stays for its next call; it grows, and is 64-byte aligned.
+class Arena {
+ public:
+  ~Arena() { std::free(data_); }
+  float* floats(int64_t count) {
+    if (count > size_) {
+      std::free(data_);
+      size_ = ceil_div(count, 1024) * 1024;
+      data_ = static_cast<float*>(std::aligned_alloc(64, size_t(size_) * sizeof(float)));
+      if (!data_) size_ = 0, std::abort();
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// A group's result over some keys: O unnormalised in [step][half][R][kLanes], then its softmax.
+template <int R>
+struct Partial {
+  float* o;
+  static int64_t floats(int64_t v_steps) { return v_steps * 2 * R * kLanes + 2 * kLanes; }
+  Softmax softmax(int64_t v_steps) const {
+    const float* end = o + v_steps * 2 * R * kLanes;
+    return {load(end), load(end + kLanes)};
+  }
+  void set(int64_t v_steps, const Softmax& state) {
+    float* end = o + v_steps * 2 * R * kLanes;
+    store(end, state.max);
+    store(end + kLanes, state.sum);
+  }
+  void clear(int64_t v_steps) {
+    std::memset(o, 0, size_t(v_steps * 2 * R * kLanes) * sizeof(float));
+    set(v_steps, Softmax{});
+  }
+  // Adds a later run's result to this one's.
+  void merge(int64_t v_steps, const Partial& later) {
+    Softmax mine = softmax(v_steps), other = later.softmax(v_steps);
+    vf best = max(mine.max, other.max), point = reference_point(best);
+    vf a = exp2_of_negative(mine.max - point), b = exp2_of_negative(other.max - point);
+    vf row_a[R], row_b[R];
+    for (int r = 0; r < R; ++r) row_a[r] = set1(a[r]), row_b[r] = set1(b[r]);
+    for (int64_t i = 0, at = 0; i < v_steps * 2; ++i)
+      for (int r = 0; r < R; ++r, at += kLanes)
+        store(o + at, fma(load(o + at), row_a[r], load(later.o + at) * row_b[r]));
+    set(v_steps, {best, fma(mine.sum, a, other.sum * b)});
+  }
+};
+
+// q of R rows in the order of `scores`: [step][half][R][kLanes], zero behind `width`.
+template <class Row, int R>
+inline void pack_queries(const void* q, Type type, const Query* rows, int64_t width,
+                         float* packed) {
+  for (int64_t i = 0; i < width; i += kStep, packed += 2 * R * kLanes)
+    for (int r = 0; r < R; ++r) {
+      vf a, b;
+      read_step<Row>(q, type, rows[r].q + i, width - i, a, b);
+      store(packed + r * kLanes, a);
+      store(packed + (R + r) * kLanes, b);
+    }
+}
+
+// What the results are stored as, and how a row's end is reached.
+struct Output {
+  void* out;
+  Type type;
+  float* lse;         // may be null; natural log
+  float* max_logits;  // may be null; placed as lse
+  const float* sink;  // may be null; [heads], natural units
+  float lonely_lse;   // of a row without keys
+};
+
+template <class Row, int R>
+inline void finish(const Partial<R>& partial, const Query* rows, int64_t width, const Output& to) {
+  constexpr double kLn2 = 0.69314718055994530942;
+  const int64_t v_steps = ceil_div(width, kStep);
+  Softmax state = partial.softmax(v_steps);
+  for (int r = 0; r < R; ++r) {
+    if (!rows[r].wanted) continue;
+    double sum = state.sum[r], top = state.max[r] * kLn2;
+    // A row without weight (no keys, or all at -inf) gives 0; NaN stays NaN in `out`.
+    double lse = sum > 0 ? top + std::log(sum) : (sum == 0 ? to.lonely_lse : kInf);
+    double factor = sum == 0 ? 0.0 : 1.0 / sum;
+    if (to.sink && sum > 0) factor /= 1.0 + std::exp(double(to.sink[rows[r].head]) - lse);
+    if (to.lse) to.lse[rows[r].lse] = float(lse);
+    if (to.max_logits) to.max_logits[rows[r].lse] = float(top);
+    vf scale = set1(float(factor));
+    const float* o = partial.o + r * kLanes;
+    for (int64_t i = 0; i < width; i += kStep, o += 2 * R * kLanes) {
+      vf a = load(o) * scale, b = load(o + R * kLanes) * scale;
+      if (sum == 0) a = b = vf{};
+      write_step<Row>(to.out, to.type, rows[r].out + i, width - i, a, b);
+    }
+  }
+}
+}  // namespace wf::attention

@@ -1,0 +1,7 @@
+// Entry of paged MLA for a row format (WF_ROW: Fp32Row, Fp16Row, or Bf16Row, which reads FP8 too)
+// and a group size (WF_GROUP: 1, 2 or 4 rows, by the query heads of a kv head).
+#include "mla.h"
+
+WF_EXPORT void wf_paged_attention(const wf::attention::PagedArgs* args) {
+  wf::attention::paged_attention<wf::attention::WF_ROW, WF_GROUP>(*args);
+}

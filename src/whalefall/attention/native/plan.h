@@ -1,0 +1,189 @@
+// Shares out the blocks of a call over the threads, and runs them.
+//
+// Work is what differs between paged, sparse and dense attention:
+//   using Row;  kRows (R);  k_width(), v_width(), scale(), q(), q_type(), output()
+//   blocks() -> std::vector<Block>;  queries(block, Query*) -> count, a multiple of R
+//   source(block, scratch) -> an object with
+//     fill(tile, n, Tile&)    addresses of the stored rows of keys 64 * tile … + n - 1
+//     expand(Tile&)           where rows cannot be used as stored: addresses in `scratch`
+// A block of much work is cut between runs; then its runs' results go through memory and are
+// merged after all are there, in the order in which one thread would have merged them.
+#pragma once
+#include <algorithm>
+#include <vector>
+#include "whalefall/pool.h"
+#include "block.h"
+
+namespace wf::attention {
+struct Block {
+  int64_t token = 0, tokens = 0;  // query tokens
+  int head = 0, heads = 0;
+  int64_t index = 0;      // of the sequence or request, where Work wants one
+  int64_t keys = 0;       // of the row that sees most
+  int64_t run_tiles = 0;  // equal for all its rows
+  int64_t rows = 0;       // with those that fill up groups
+
+  int64_t tiles() const { return ceil_div(keys, kTile); }
+  int64_t runs() const { return std::max<int64_t>(1, ceil_div(tiles(), run_tiles)); }
+};
+
+struct Task {
+  int64_t block, first_run, end_run;
+  float* partials;  // null: the block is this task's alone
+  int64_t cost;
+};
+
+// A block whose runs are computed by several tasks; its results are [run][group].
+struct Split {
+  int64_t block;
+  float* partials;
+};
+
+template <class Work>
+class Runner {
+  using Row = typename Work::Row;
+  static constexpr int R = Work::kRows;
+  using Result = Partial<R>;
+
+ public:
+  explicit Runner(const Work& work)
+      : work_(work),
+        k_steps_(ceil_div(work.k_width(), kStep)),
+        v_steps_(ceil_div(work.v_width(), kStep)),
+        q_floats_(k_steps_ * 2 * R * kLanes),
+        result_floats_(Result::floats(v_steps_)) {}
+
+  void run() {
+    blocks_ = work_.blocks();
+    share_out();
+    parallel_for(int64_t(tasks_.size()), [&](int64_t i, int) { compute(tasks_[i]); });
+    parallel_for(int64_t(splits_.size()), [&](int64_t i, int) { merge(splits_[i]); });
+  }
+
+ private:
+  // Cuts what is more than its share into pieces of whole runs; hands out the longest first.
+  void share_out() {
+    int64_t total = 0, floats = 0;
+    for (const Block& b : blocks_) total += cost(b, b.tiles());
+    const int64_t limit = num_threads() == 1 ? total : total / (num_threads() * 4) + 1;
+    for (int64_t i = 0; i < int64_t(blocks_.size()); ++i) {
+      const Block& b = blocks_[i];
+      int64_t step = b.runs();
+      if (cost(b, b.tiles()) > limit) step = std::max<int64_t>(1, limit / cost(b, b.run_tiles));
+      for (int64_t run = 0; run < b.runs(); run += step) {
+        int64_t end = std::min(run + step, b.runs());
+        int64_t tiles = std::min(end * b.run_tiles, b.tiles()) - run * b.run_tiles;
+        tasks_.push_back({i, run, end, nullptr, cost(b, tiles)});
+      }
+      if (step < b.runs()) floats += b.runs() * b.rows / R * result_floats_;
+    }
+    static thread_local Arena arena;
+    float* next = floats ? arena.floats(floats) : nullptr;
+    for (Task& task : tasks_) {
+      const Block& b = blocks_[task.block];
+      if (task.end_run - task.first_run == b.runs()) continue;
+      if (task.first_run == 0) {
+        splits_.push_back({task.block, next});
+        next += b.runs() * b.rows / R * result_floats_;
+      }
+      task.partials = splits_.back().partials;
+    }
+    std::stable_sort(tasks_.begin(), tasks_.end(),
+                     [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  }
+  static int64_t cost(const Block& b, int64_t tiles) { return (tiles + 1) * b.rows; }
+
+  Result result(float* base, int64_t group) const { return {base + group * result_floats_}; }
+
+  void compute(const Task& task) const {
+    const Block& block = blocks_[task.block];
+    static thread_local std::vector<Query> rows;
+    rows.resize(size_t(block.rows));
+    work_.queries(block, rows.data());
+    const int64_t groups = block.rows / R, size = groups * result_floats_;
+    static thread_local Arena arena;
+    float* q = arena.floats(groups * q_floats_ + 2 * size);
+    float* all = q + groups * q_floats_;
+    float* last = all + size;
+    for (int64_t g = 0; g < groups; ++g)
+      pack_queries<Row, R>(work_.q(), work_.q_type(), &rows[g * R], work_.k_width(),
+                           q + g * q_floats_);
+    auto source = work_.source(block);
+    for (int64_t run = task.first_run; run < task.end_run; ++run) {
+      float* to = task.partials ? task.partials + run * size : (run == 0 ? all : last);
+      for (int64_t g = 0; g < groups; ++g) result(to, g).clear(v_steps_);
+      add_run(block, run, rows.data(), source, q, to);
+      if (!task.partials && run > 0) merge_run(block, run, rows.data(), all, last);
+    }
+    if (!task.partials) finish_all(block, rows.data(), all);
+  }
+
+  template <class Source>
+  void add_run(const Block& block, int64_t run, const Query* rows, Source& source, const float* q,
+               float* to) const {
+    const int64_t groups = block.rows / R;
+    const int64_t end = std::min((run + 1) * block.run_tiles, block.tiles());
+    Tile tiles[2];
+    auto fill = [&](int64_t tile, Tile& t) {
+      t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
+      source.fill(tile, t);
+      for (int i = t.n; i < t.n + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
+    };
+    int64_t first = run * block.run_tiles;
+    if (first < end) fill(first, tiles[0]);
+    for (int64_t tile = first; tile < end; ++tile) {
+      Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
+      Ahead ahead;
+      if (tile + 1 < end) {
+        fill(tile + 1, next);
+        ahead = {&next, source.k_bytes(), source.v_bytes()};
+      }
+      source.expand(now);
+      for (int64_t g = 0; g < groups; ++g) {
+        int seen[R], most = 0;
+        for (int r = 0; r < R; ++r) {
+          int64_t left = rows[g * R + r].keys - tile * kTile;
+          seen[r] = int(std::max<int64_t>(0, std::min<int64_t>(left, kTile)));
+          most = std::max(most, seen[r]);
+        }
+        if (most == 0) continue;
+        Result target = result(to, g);
+        Softmax state = target.softmax(v_steps_);
+        attend<Row, R>(now, ahead, seen, q + g * q_floats_, k_steps_, v_steps_,
+                       work_.scale() * 1.44269504f, target.o, state);
+        target.set(v_steps_, state);
+        ahead.tile = nullptr;  // the first group has fetched it
+      }
+    }
+  }
+
+  // Adds run `run` to those before it, for the groups that have keys in it.
+  void merge_run(const Block& block, int64_t run, const Query* rows, float* all,
+                 float* later) const {
+    for (int64_t g = 0; g < block.rows / R; ++g) {
+      int64_t keys = 0;
+      for (int r = 0; r < R; ++r) keys = std::max(keys, rows[g * R + r].keys);
+      if (keys > run * block.run_tiles * kTile) result(all, g).merge(v_steps_, result(later, g));
+    }
+  }
+  void finish_all(const Block& block, const Query* rows, float* all) const {
+    for (int64_t g = 0; g < block.rows / R; ++g)
+      finish<Row, R>(result(all, g), rows + g * R, work_.v_width(), work_.output());
+  }
+  void merge(const Split& split) const {
+    const Block& block = blocks_[split.block];
+    float* all = split.partials;
+    std::vector<Query> rows(size_t(block.rows));
+    work_.queries(block, rows.data());
+    for (int64_t run = 1; run < block.runs(); ++run)
+      merge_run(block, run, rows.data(), all, all + run * (block.rows / R) * result_floats_);
+    finish_all(block, rows.data(), all);
+  }
+
+  const Work& work_;
+  const int64_t k_steps_, v_steps_, q_floats_, result_floats_;
+  std::vector<Block> blocks_;
+  std::vector<Task> tasks_;
+  std::vector<Split> splits_;
+};
+}  // namespace wf::attention

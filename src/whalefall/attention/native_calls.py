@@ -1,0 +1,120 @@
+"""The native entries of the attention room: their structs, and the libraries built for a call.
+
+Each struct mirrors the one of the same name in `native/*.h`. Strides are in elements of the array,
+those of a `Cache` in bytes. A unit is compiled for a row format and a group size; head sizes,
+lengths and page sizes are plain arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from whalefall import jit
+
+__all__ = [
+    "FP8_ROW_BYTES",
+    "TYPES",
+    "AppendArgs",
+    "Cache",
+    "PagedArgs",
+    "VarlenArgs",
+    "append_entry",
+    "paged_entry",
+    "varlen_entry",
+]
+
+NATIVE = Path(__file__).parent / "native"
+FP8_ROW_BYTES = 656
+TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "fp8": 3}
+_ROWS = {0: "Fp32Row", 1: "Bf16Row", 2: "Fp16Row", 3: "Bf16Row"}
+Entry = Callable[[int], None]
+
+
+def _fields(text: str) -> list[tuple[str, Any]]:
+    """`p:` pointers, `n:` int64, `f:` floats and `i:` int32, in the order of the native struct."""
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int32}
+    return [(name, kinds[part[0]]) for part in text.split("; ") for name in part[2:].split()]
+
+
+class Cache(ctypes.Structure):
+    """Rows of a paged cache."""
+
+    _fields_ = _fields("p:data; n:block_stride row_stride head_stride blocks page")
+
+
+class PagedArgs(ctypes.Structure):
+    """Paged MLA: each token brings the address of its block table and how many keys it sees."""
+
+    _fields_ = [
+        *_fields("p:q; n:q_token q_head; p:out; n:out_token out_head; p:lse; n:lse_token lse_head"),
+        *_fields("p:sink tables keys; n:tokens heads kv_heads width v_width"),
+        ("cache", Cache),
+        *_fields("f:scale lonely_lse; i:q_type out_type cache_type"),
+    ]
+
+
+class VarlenArgs(ctypes.Structure):
+    """Dense attention over sequences end to end."""
+
+    _fields_ = [
+        *_fields("p:q k v; n:q_token q_head k_token k_head v_token v_head"),
+        *_fields("p:out; n:out_token out_head; p:lse; n:lse_token lse_head; p:q_starts k_starts"),
+        *_fields("n:sequences heads kv_heads width v_width"),
+        *_fields("f:scale lonely_lse; i:causal q_type out_type"),
+    ]
+
+
+class AppendArgs(ctypes.Structure):
+    """New latent rows for a cache."""
+
+    _fields_ = [
+        *_fields("p:latent rope; n:latent_stride latent_width rope_stride rope_width"),
+        *_fields("i:type cache_type; p:tables positions; n:tokens"),
+        ("cache", Cache),
+    ]
+
+
+def group_rows(heads: int) -> int:
+    """Query rows computed together, by the query heads of a kv head."""
+    return heads if heads <= 2 else 4
+
+
+def _entry(source: str, name: str, defines: dict[str, str | int], level: str | None) -> Entry:
+    call = getattr(jit.build(NATIVE / source, defines, level=level), name)
+    call.argtypes, call.restype = [ctypes.c_void_p], None
+    return call  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _paged(cache_type: int, group: int, level: str) -> Entry:
+    defines: dict[str, str | int] = {"WF_ROW": _ROWS[cache_type], "WF_GROUP": group}
+    return _entry("mla_paged.cpp", "wf_paged_attention", defines, level)
+
+
+def paged_entry(cache_type: int, heads_of_kv: int) -> Entry:
+    """`wf_paged_attention` for a cache format and the query heads of a kv head."""
+    return _paged(cache_type, group_rows(heads_of_kv), jit.best_level())
+
+
+@functools.cache
+def _varlen(row_type: int, level: str) -> Entry:
+    return _entry("mha_varlen.cpp", "wf_varlen_attention", {"WF_ROW": _ROWS[row_type]}, level)
+
+
+def varlen_entry(row_type: int) -> Entry:
+    """`wf_varlen_attention` for the format of K and V."""
+    return _varlen(row_type, jit.best_level())
+
+
+@functools.cache
+def _append(level: str) -> Entry:
+    return _entry("cache_append.cpp", "wf_cache_append", {}, level)
+
+
+def append_entry() -> Entry:
+    """`wf_cache_append`."""
+    return _append(jit.best_level())
