@@ -1,0 +1,88 @@
+// What a forward step works on: the model as pointers into the mapped checkpoint, and a batch.
+// Python fills these structs through ctypes (native_step.py mirrors them).
+#pragma once
+#include <cstdint>
+#include "../../attention/native/mla.h"
+#include "../../gemm/native/operands.h"
+
+namespace wf::model {
+using gemm::Weight;
+
+// Of gemm/native/experts.h and linear.cpp, whose entries are called by address.
+struct Expert {
+  Weight w1, w3, w2;
+};
+struct LinearCall {
+  Weight weight;
+  gemm::Input x;
+  gemm::Output y;
+  int64_t count;
+  int32_t form, quantize;
+};
+struct ExpertsCall {
+  const Expert* experts;
+  int64_t num_experts;
+  const int32_t* chosen;
+  int64_t tokens, topk;
+  gemm::Input x;
+  gemm::Output rows;
+  int32_t form, quantize;
+};
+// Of ep/native/routing.cpp.
+struct GateCall {
+  const float* logits;
+  const float* bias;
+  int64_t* index;
+  float* weight;
+  int64_t tokens, experts, top_k, groups, top_groups;
+  int32_t softmax, normalize;
+  float scale;
+};
+
+struct Layer {
+  const float* input_norm;
+  const float* post_norm;
+  Weight q_a;  // no rows: queries are projected directly, by q_b
+  const float* q_a_norm;
+  Weight q_b, kv_a;
+  const float* kv_a_norm;
+  const Weight* k_up;  // [heads], [nope, latent] parts of kv_b
+  const Weight* v_up;  // [heads], [value, latent] parts of kv_b
+  Weight o;
+  const Expert* experts;  // routed; null: a dense layer
+  const Expert* dense;    // the dense MLP, or the shared expert; may be null beside experts
+  Weight gate;
+  const float* gate_bias;
+  int64_t* load;  // [num_experts], how often each was chosen
+};
+
+struct Model {
+  const Layer* layers;
+  int64_t num_layers, hidden, heads, nope, rope, value, latent, q_lora, num_experts;
+  Weight embed, head;
+  const float* norm;
+  const float* rope_table;  // [positions, rope / 2, 2]
+  GateCall gate;            // the rules; pointers and counts are filled in for each layer
+  float eps, latent_eps, softmax_scale;
+  int32_t quantize;   // W8A8: products with FP8 weights take E4M3 activations
+  int32_t bf16_rows;  // routed experts' rows are rounded to bf16
+  void (*linear)(const LinearCall*);
+  void (*experts)(const ExpertsCall*);
+  int64_t (*route)(const GateCall*);
+  void (*attention)(const attention::PagedArgs*);
+};
+
+struct Batch {
+  const int32_t* tokens;
+  const int32_t* positions;
+  const int32_t* const* tables;  // [tokens]: each token's block table
+  int64_t count;
+  const int32_t* logit_rows;
+  int64_t num_logit_rows;
+  void* kv;  // [layers, blocks, 64, latent + rope]
+  int64_t kv_layer_bytes, kv_blocks;
+  int32_t kv_bf16;
+  int32_t form;  // gemm's: kFew for generated tokens, kMany for prompts
+  float* logits;
+};
+}  // namespace wf::model
