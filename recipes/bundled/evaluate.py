@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from corpus import NameLine, Page, read_names
 from export import dequantize
-from model import Model, Rows, Shape
 from questions import (
     ABOUT,
     HELD_OUT_FORMS,
@@ -34,6 +33,8 @@ from tokenizer import ASSISTANT, BOS, EOS, USER
 from tokenizers import Tokenizer
 from torch import Tensor
 from train import held_out, read_pages
+
+from model import Model, Rows, Shape
 
 VARIANTS = {
     "what does {x} do?": str,

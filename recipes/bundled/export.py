@@ -13,10 +13,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from model import MLP, Layer, Model, MoE, Shape
 from safetensors.torch import save_file
 from torch import Tensor
 from train import Optimizer, load_state
+
+from model import MLP, Layer, Model, MoE, Shape
 
 BLOCK = 128
 E4M3_MAX = 448.0

@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from corpus import Page, read_names
-from model import Model, MoE, Rows, Shape
 from questions import Conversations
 from tokenizer import ASSISTANT, BOS, EOS, USER, save, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from model import Model, MoE, Rows, Shape
 
 HELD_OUT_PAGES = 40
 PROSE_LENGTH = 256

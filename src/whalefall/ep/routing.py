@@ -70,7 +70,7 @@ def route(
     if scoring == "softmax" and bias_E is None and num_groups == topk_groups:
         num_groups = topk_groups = 1
     try:
-        library = _library()
+        native = library()
     except MissingError:  # no compiler on this machine; jit has said so
         return reference.route(
             logits_TE, bias_E, top_k, num_groups, topk_groups, scoring, normalize, scale
@@ -84,7 +84,7 @@ def route(
         address(weight_TK), T, E, top_k, num_groups, topk_groups, scoring == "softmax", normalize,
         scale,
     )  # fmt: skip
-    bad = library.wf_route(ctypes.byref(gate))
+    bad = native.wf_route(ctypes.byref(gate))
     if bad:
         raise RoutingError(f"route: logits of token {-1 - bad} hold NaN (or only -inf)")
     return idx_TK, weight_TK
@@ -111,10 +111,11 @@ def hosts_touched(topk_idx: np.ndarray, num_experts: int, num_hosts: int) -> np.
 
 
 @cache
-def _library() -> jit.Library:
-    library = jit.build(Path(__file__).parent / "native" / "routing.cpp")
-    library.wf_route.restype = ctypes.c_int64
-    return library
+def library() -> jit.Library:
+    """native/routing.cpp, whose `wf_route` other native units call by address."""
+    loaded = jit.build(Path(__file__).parent / "native" / "routing.cpp")
+    loaded.wf_route.restype = ctypes.c_int64
+    return loaded
 
 
 def _check(

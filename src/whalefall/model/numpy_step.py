@@ -40,7 +40,7 @@ class NumpyStep:
             normed = plain.rms_norm(x, layer.post_norm, c.rms_norm_eps)
             if isinstance(layer.mlp, Experts):
                 x = x + plain.experts(normed, layer.mlp, c)
-                logits = normed @ layer.mlp.gate_weight.T
+                logits = plain.linear(normed, layer.mlp.gate_weight)
                 chosen, _ = choose_experts(logits, layer.mlp.gate_bias, c)
                 self.expert_load[index] += np.bincount(chosen.ravel(), minlength=c.num_experts)
             else:

@@ -75,7 +75,7 @@ def mlp(x: np.ndarray, w: Mlp) -> np.ndarray:
 
 def experts(x: np.ndarray, w: Experts, c: ModelConfig) -> np.ndarray:
     """Routed experts weighted by the gate, summed in the gate's order, then the shared expert."""
-    logits = (x @ w.gate_weight.T.astype(x.dtype)).astype(np.float32)
+    logits = linear(x, w.gate_weight).astype(np.float32)
     chosen, weights = choose_experts(logits, w.gate_bias, c)
     rows = np.zeros((*chosen.shape, x.shape[-1]), x.dtype)
     for expert in np.unique(chosen):

@@ -7,11 +7,13 @@ MLA for generated tokens and for prompts, so a token's KV never depends on chunk
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from whalefall.errors import MissingError
 from whalefall.model.config import ModelConfig
 from whalefall.model.weights import Weights
 
@@ -58,7 +60,12 @@ class Step(Protocol):
 
 
 def make_step(weights: Weights, config: ModelConfig, compute: str, max_positions: int) -> Step:
-    """The step that computes this model on this machine."""
+    """The native step, or where no compiler is found the numpy one."""
+    from whalefall.model.native_step import NativeStep
     from whalefall.model.numpy_step import NumpyStep
 
-    return NumpyStep(weights, config, max_positions)
+    try:
+        return NativeStep(weights, config, compute, max_positions)
+    except MissingError as missing:
+        warnings.warn(f"{missing}; running the numpy reference, slowly", stacklevel=2)
+        return NumpyStep(weights, config, max_positions)

@@ -65,7 +65,7 @@ class Mlp:
 class Experts:
     """Gate (router) weight [experts, hidden] and bias, routed experts, shared expert."""
 
-    gate_weight: np.ndarray
+    gate_weight: Linear
     gate_bias: np.ndarray | None
     experts: tuple[Mlp, ...]
     shared: Mlp | None
@@ -163,13 +163,12 @@ class _Reader:
 
     def experts(self, name: str) -> Experts:
         c = self.config
-        gate = self.array(f"{name}.gate.weight", (c.num_experts, c.hidden_size))
         bias = None
         if c.topk_method == "noaux_tc":
             bias = self.small(f"{name}.gate.e_score_correction_bias", c.num_experts)
         width = c.moe_intermediate_size
         return Experts(
-            gate_weight=np.ascontiguousarray(gate.astype(np.float32)),
+            gate_weight=self.linear(f"{name}.gate", c.num_experts, c.hidden_size),
             gate_bias=bias,
             experts=tuple(self.mlp(f"{name}.experts.{e}", width) for e in range(c.num_experts)),
             shared=self.mlp(f"{name}.shared_experts", width * c.num_shared_experts)

@@ -64,11 +64,23 @@ class Step {
                              b_.num_logit_rows * m_.hidden,
                              T,
                              T};
-    float** places[] = {&x_,     &normed_,  &out_,    &q_a_,
-                        &q_,     &kv_,      &q_full_, &o_latent_,
-                        &value_, &gate_,    &weight_, reinterpret_cast<float**>(&index_),
-                        reinterpret_cast<float**>(&chosen_), &rows_, &last_,
-                        reinterpret_cast<float**>(&keys_), reinterpret_cast<float**>(&every_)};
+    float** places[] = {&x_,
+                        &normed_,
+                        &out_,
+                        &q_a_,
+                        &q_,
+                        &kv_,
+                        &q_full_,
+                        &o_latent_,
+                        &value_,
+                        &gate_,
+                        &weight_,
+                        reinterpret_cast<float**>(&index_),
+                        reinterpret_cast<float**>(&chosen_),
+                        &rows_,
+                        &last_,
+                        reinterpret_cast<float**>(&keys_),
+                        reinterpret_cast<float**>(&every_)};
     int64_t total = 0;
     for (int64_t size : sizes) total += gemm::round_up(size, 32);
     float* next = memory.get<float>(total);
@@ -81,8 +93,12 @@ class Step {
 
   void linear(const Weight& w, const float* x, int64_t pitch, int64_t count, float* y,
               int64_t y_pitch, int form) const {
-    LinearCall call{w, {x, pitch, gemm::kF32, 0}, {y, y_pitch, nullptr, nullptr, gemm::kF32, 0},
-                    count, form, m_.quantize && w.kind == gemm::kFp8};
+    LinearCall call{w,
+                    {x, pitch, gemm::kF32, 0},
+                    {y, y_pitch, nullptr, nullptr, gemm::kF32, 0},
+                    count,
+                    form,
+                    m_.quantize && w.kind == gemm::kFp8};
     m_.linear(&call);
   }
   void linear(const Weight& w, const float* x, float* y) const {
@@ -150,18 +166,27 @@ class Step {
     // a call from within a task runs on the task's own thread
     parallel_for(H, [&](int64_t h, int) {
       float* to = value_ + first * H * m_.value + h * m_.value;
-      LinearCall call{layer.v_up[h], {o_latent_ + h * m_.latent, H * m_.latent, gemm::kF32, 0},
-                      {to, H * m_.value, nullptr, nullptr, gemm::kF32, 0}, count, b_.form, 0};
+      LinearCall call{layer.v_up[h],
+                      {o_latent_ + h * m_.latent, H * m_.latent, gemm::kF32, 0},
+                      {to, H * m_.value, nullptr, nullptr, gemm::kF32, 0},
+                      count,
+                      b_.form,
+                      0};
       m_.linear(&call);
     });
   }
 
   void run_experts(const Expert* experts, int64_t num, const int32_t* chosen, int64_t topk,
                    void* rows, bool bf16) const {
-    ExpertsCall call{experts, num, chosen, b_.count, topk,
+    ExpertsCall call{experts,
+                     num,
+                     chosen,
+                     b_.count,
+                     topk,
                      {normed_, m_.hidden, gemm::kF32, 0},
                      {rows, m_.hidden, nullptr, nullptr, bf16 ? gemm::kBf16 : gemm::kF32, 0},
-                     b_.form, m_.quantize && experts->w1.kind == gemm::kFp8};
+                     b_.form,
+                     m_.quantize && experts->w1.kind == gemm::kFp8};
     m_.experts(&call);
   }
 
@@ -208,7 +233,8 @@ class Step {
   // The few form for both phases: few rows are asked for, and all positions give the same bits.
   void logits() const {
     for (int64_t r = 0; r < b_.num_logit_rows; ++r)
-      rms_norm(x_ + b_.logit_rows[r] * m_.hidden, m_.norm, m_.hidden, m_.eps, last_ + r * m_.hidden);
+      rms_norm(x_ + b_.logit_rows[r] * m_.hidden, m_.norm, m_.hidden, m_.eps,
+               last_ + r * m_.hidden);
     if (b_.num_logit_rows)
       linear(m_.head, last_, m_.hidden, b_.num_logit_rows, b_.logits, m_.head.rows, gemm::kFew);
   }

@@ -1,0 +1,259 @@
+"""Model room: the forward step as one native call.
+
+In: `Weights` in place. Out: a `step.Step` whose calls hand two structs to native/step.cpp; the
+products, experts, gate and attention are their rooms' own native entries, passed by address.
+Agrees with `reference.forward`; a token's bits depend on nothing but its own sequence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from whalefall import jit
+from whalefall.attention.native_calls import paged_entry
+from whalefall.ep.routing import library as gate_library
+from whalefall.errors import WhalefallError
+from whalefall.gemm.linear import weight_struct
+from whalefall.gemm.native_calls import FORMS, Expert, Weight
+from whalefall.gemm.native_calls import library as gemm_library
+from whalefall.model.config import ModelConfig
+from whalefall.model.gate import rules
+from whalefall.model.step import StepBatch
+from whalefall.model.weights import Experts, Layer, Linear, Mlp, Weights
+
+__all__ = ["NativeStep"]
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+_ATTENTION_TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1}
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", _P),
+        ("post_norm", _P),
+        ("q_a", Weight),
+        ("q_a_norm", _P),
+        ("q_b", Weight),
+        ("kv_a", Weight),
+        ("kv_a_norm", _P),
+        ("k_up", _P),
+        ("v_up", _P),
+        ("o", Weight),
+        ("experts", _P),
+        ("dense", _P),
+        ("gate", Weight),
+        ("gate_bias", _P),
+        ("load", _P),
+    )
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("logits", "bias", "index", "weight")),
+        *((name, _N) for name in ("tokens", "experts", "top_k", "groups", "top_groups")),
+        *((name, _I) for name in ("softmax", "normalize")),
+        ("scale", _F),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", _P),
+        *((name, _N) for name in ("num_layers", "hidden", "heads", "nope", "rope", "value")),
+        *((name, _N) for name in ("latent", "q_lora", "num_experts")),
+        ("embed", Weight),
+        ("head", Weight),
+        ("norm", _P),
+        ("rope_table", _P),
+        ("gate", _Gate),
+        *((name, _F) for name in ("eps", "latent_eps", "softmax_scale")),
+        *((name, _I) for name in ("quantize", "bf16_rows")),
+        *((name, _P) for name in ("linear", "run_experts", "route", "attention")),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("tokens", "positions", "tables")),
+        ("count", _N),
+        ("logit_rows", _P),
+        ("num_logit_rows", _N),
+        ("kv", _P),
+        ("kv_layer_bytes", _N),
+        ("kv_blocks", _N),
+        ("kv_bf16", _I),
+        ("form", _I),
+        ("logits", _P),
+    )
+
+
+def _address(entry: Any) -> int:
+    """The address of a C function, to be called from another unit."""
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+
+
+class _Builder:
+    """Fills the native structs, and keeps alive what they point to."""
+
+    def __init__(self, config: ModelConfig, expert_load: np.ndarray) -> None:
+        self.config = config
+        self.expert_load = expert_load
+        self.keep: list[Any] = []
+
+    def vector(self, array: np.ndarray | None) -> int | None:
+        if array is None:
+            return None
+        self.keep.append(array)
+        return int(array.ctypes.data)
+
+    def weight(self, linear: Linear | None, name: str) -> Weight:
+        if linear is None:
+            return Weight()
+        self.keep.append(linear)
+        return weight_struct(linear.weight, linear.scale, name)
+
+    def heads(self, kv_b: Linear, start: int, count: int) -> int:
+        """Rows [start, start + count) of each head of kv_b, as parts with their global row."""
+        c = self.config
+        pitch = c.qk_nope_head_dim + c.v_head_dim
+        parts = (Weight * c.num_heads)()
+        for head in range(c.num_heads):
+            first = head * pitch + start
+            rows = kv_b.weight[first : first + count]
+            parts[head] = weight_struct(rows, kv_b.scale, "kv_b", first_row=first)
+        self.keep += [kv_b, parts]
+        return ctypes.addressof(parts)
+
+    def mlps(self, mlps: tuple[Mlp, ...]) -> int:
+        structs = (Expert * len(mlps))()
+        for struct, mlp in zip(structs, mlps, strict=True):
+            struct.w1 = self.weight(mlp.gate, "gate_proj")
+            struct.w3 = self.weight(mlp.up, "up_proj")
+            struct.w2 = self.weight(mlp.down, "down_proj")
+        self.keep.append(structs)
+        return ctypes.addressof(structs)
+
+    def layer(self, layer: Layer, index: int) -> _Layer:
+        a, c = layer.attention, self.config
+        native = _Layer(
+            input_norm=self.vector(layer.input_norm),
+            post_norm=self.vector(layer.post_norm),
+            q_a=self.weight(a.q_a, "q_a_proj"),
+            q_a_norm=self.vector(a.q_a_norm),
+            q_b=self.weight(a.q_b if a.q is None else a.q, "q_b_proj"),
+            kv_a=self.weight(a.kv_a, "kv_a_proj"),
+            kv_a_norm=self.vector(a.kv_a_norm),
+            k_up=self.heads(a.kv_b, 0, c.qk_nope_head_dim),
+            v_up=self.heads(a.kv_b, c.qk_nope_head_dim, c.v_head_dim),
+            o=self.weight(a.o, "o_proj"),
+        )
+        if isinstance(layer.mlp, Experts):
+            native.experts = self.mlps(layer.mlp.experts)
+            native.dense = self.mlps((layer.mlp.shared,)) if layer.mlp.shared else None
+            native.gate = self.weight(layer.mlp.gate_weight, "gate")
+            native.gate_bias = self.vector(layer.mlp.gate_bias)
+            native.load = self.expert_load[index].ctypes.data
+        else:
+            native.dense = self.mlps((layer.mlp,))
+        return native
+
+    def model(self, weights: Weights, compute: str, max_positions: int) -> _Model:
+        c = self.config
+        layers = (_Layer * c.num_layers)()
+        for index, layer in enumerate(weights.layers):
+            layers[index] = self.layer(layer, index)
+        self.keep.append(layers)
+        gemm = gemm_library()
+        return _Model(
+            layers=ctypes.addressof(layers),
+            num_layers=c.num_layers,
+            hidden=c.hidden_size,
+            heads=c.num_heads,
+            nope=c.qk_nope_head_dim,
+            rope=c.qk_rope_head_dim,
+            value=c.v_head_dim,
+            latent=c.kv_lora_rank,
+            q_lora=c.q_lora_rank or 0,
+            num_experts=c.num_experts,
+            embed=self.weight(Linear(weights.embed), "embed_tokens"),
+            head=self.weight(weights.head, "lm_head"),
+            norm=self.vector(weights.norm),
+            rope_table=self.vector(c.rope.table(max_positions)),
+            gate=self.gate(),
+            eps=c.rms_norm_eps,
+            latent_eps=c.norm_eps_latent,
+            softmax_scale=c.softmax_scale,
+            quantize=compute == "w8a8",
+            bf16_rows=compute != "fp32",
+            linear=_address(gemm.wf_linear),
+            run_experts=_address(gemm.wf_experts),
+            route=_address(gate_library().wf_route),
+        )
+
+    def gate(self) -> _Gate:
+        if not self.config.num_experts:
+            return _Gate()
+        rule = rules(self.config)
+        return _Gate(
+            experts=self.config.num_experts,
+            top_k=rule["top_k"],
+            groups=rule["num_groups"],
+            top_groups=rule["topk_groups"],
+            softmax=rule["scoring"] == "softmax",
+            normalize=rule["normalize"],
+            scale=rule["scale"],
+        )
+
+
+class NativeStep:
+    """A `step.Step` in C++."""
+
+    def __init__(
+        self, weights: Weights, config: ModelConfig, compute: str, max_positions: int
+    ) -> None:
+        """Compile (or find compiled) the kernels, and describe the model to them.
+
+        Raises: MissingError without a compiler.
+        """
+        self.expert_load = np.zeros((config.num_layers, max(config.num_experts, 1)), np.int64)
+        self._library = jit.build(Path(__file__).parent / "native" / "step.cpp")
+        self._library.wf_step.argtypes = [_P, _P]
+        self._library.wf_step.restype = _N
+        self._config = config
+        self._builder = _Builder(config, self.expert_load)
+        self._model = self._builder.model(weights, compute, max_positions)
+
+    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+        """See `step.Step`. Raises: WhalefallError where a layer's router meets a NaN."""
+        kind = _ATTENTION_TYPES[kv.dtype]
+        self._model.attention = _address(paged_entry(kind, self._config.num_heads))
+        logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
+        first = batch.block_tables.ctypes.data
+        width = batch.block_tables.strides[0]
+        owner = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
+        tables = (first + owner * width).astype(np.uint64)
+        native = _Batch(
+            tokens=batch.tokens.ctypes.data,
+            positions=batch.positions.ctypes.data,
+            tables=tables.ctypes.data,
+            count=len(batch.tokens),
+            logit_rows=batch.logit_rows.ctypes.data,
+            num_logit_rows=len(batch.logit_rows),
+            kv=kv.ctypes.data,
+            kv_layer_bytes=kv.strides[0],
+            kv_blocks=kv.shape[1],
+            kv_bf16=kind == 1,
+            form=FORMS["many" if batch.in_prompt else "few"],
+            logits=logits.ctypes.data,
+        )
+        status = self._library.wf_step(ctypes.addressof(self._model), ctypes.addressof(native))
+        if status:
+            raise WhalefallError(
+                f"model: NaN reached the router of layer {-1 - status}; is the checkpoint intact?"
+            )
+        return logits
