@@ -35,6 +35,14 @@ TABLE = (
     Variable(
         "WHALEFALL_TRACE", "", "a folder: each process records a trace and writes it there at exit"
     ),
+    Variable(
+        "WHALEFALL_EP_TIMEOUT",
+        "10",
+        "seconds that a living rank may keep the others of its group waiting",
+    ),
+    Variable(
+        "WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"
+    ),
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
 )
 _DEFAULTS = {v.name: v.default for v in TABLE}

@@ -42,16 +42,22 @@ class Region:
         self.view = memoryview(self._map if self._map is not None else bytearray())
 
     @classmethod
-    def create(cls, name: str, nbytes: int) -> Region:
-        """A new region under a name; zeros. Its memory is reserved, so a write cannot fail later.
+    def create(cls, name: str, nbytes: int, reserve: bool = True) -> Region:
+        """A new region under a name; zeros.
 
+        Args:
+            reserve: take its memory now, so that no write can fail later; else `reserve` must be
+                called for a part before it is written.
         Raises: FileExistsError if the name is taken; LimitError if the host lacks the memory.
         """
         path = _path(name)
         descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            _reserve(descriptor, nbytes, f"region {name}")
+            if reserve:
+                _reserve(descriptor, 0, nbytes, f"region {name}")
+            else:
+                os.ftruncate(descriptor, nbytes)
             # A directory descriptor makes Python use linkat, which can follow /proc's link.
             os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
             return cls(descriptor, nbytes, name, owner=True)
@@ -80,11 +86,18 @@ class Region:
         """
         descriptor = os.memfd_create("whalefall", os.MFD_CLOEXEC)
         try:
-            _reserve(descriptor, nbytes, "region")
+            _reserve(descriptor, 0, nbytes, "region")
             return cls(descriptor, nbytes, None, owner=True)
         except BaseException:
             os.close(descriptor)
             raise
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Take the memory of a part of a region that was created without.
+
+        Raises: LimitError if the host lacks the memory.
+        """
+        _reserve(self.descriptor, offset, nbytes, f"part of region {self.name}")
 
     def send_to(self, sock: socket.socket) -> None:
         """Hand the region over a connected Unix socket; the other side calls `receive`."""
@@ -166,10 +179,10 @@ def _path(name: str) -> Path:
     return FOLDER / f"{PREFIX}{name}"
 
 
-def _reserve(descriptor: int, nbytes: int, what: str) -> None:
+def _reserve(descriptor: int, offset: int, nbytes: int, what: str) -> None:
     try:
         if nbytes:
-            os.posix_fallocate(descriptor, 0, nbytes)
+            os.posix_fallocate(descriptor, offset, nbytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise

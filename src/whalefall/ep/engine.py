@@ -1,0 +1,383 @@
+"""Ep room: the engine — dispatch and combine between expert-parallel ranks, on arrays, no torch.
+
+`Engine` is one rank of a group. Within a host tokens travel through shared memory, between hosts
+over TCP in two hops. `dispatch` and `combine` move one row a token and rank (as `Buffer` does);
+`dispatch_selections` and `combine_selections` one row a selection, whose sums do not depend on how
+many ranks there are: what serving uses.
+Source: DeepEP; DeepSeek-V3 report, 3.2.2.
+
+# T tokens, R ranks, E experts, El experts of a rank, K top-k, H hidden, N rows received
+"""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+
+import msgspec
+import numpy as np
+
+from whalefall import comm, env
+from whalefall.ep.arena import Arena
+from whalefall.ep.connect import host_name, open_links
+from whalefall.ep.exchange import Bias, Exchange, Pending
+from whalefall.ep.fabric import Fabric, Lock, Plan
+from whalefall.ep.group import Group
+from whalefall.ep.handle import Handle, Layout, Received
+from whalefall.ep.library import library
+from whalefall.ep.links import Links
+from whalefall.ep.topology import Topology
+from whalefall.ep.worker import Event, Worker
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
+
+__all__ = ["Engine"]
+
+CHUNK_BYTES = 2 << 20
+SLOTS = 4
+MAX_EXPERTS = 4096
+VERSION = 1
+
+
+class _Hello(msgspec.Struct):
+    """What a rank says at construction; all but `host` and `name` must agree."""
+
+    host: str
+    name: str
+    config: dict[str, int | float | None]
+
+
+class Engine:
+    """One rank of an expert-parallel group; making it is collective.
+
+    Args:
+        group: who belongs together (`FileGroup`, `TcpGroup`, `torch.TorchGroup`).
+        chunk_bytes: what a rank puts into shared memory at a time; four such slots a rank.
+        low_latency_bytes: address space for the low-latency form; 0: without it. Memory is taken
+            only as it is used.
+        timeout_s: how long a living rank may keep the others waiting; a dead one is found at
+            once. Default: WHALEFALL_EP_TIMEOUT.
+        shrink: low latency goes on without failed ranks instead of raising.
+        hidden: where known, checked to be equal on all ranks.
+        num_experts: where known, checked to be equal on all ranks.
+        host: name of this host; default: WHALEFALL_HOST, else found out.
+    Attributes:
+        rank: this process.
+        num_ranks: R.
+        topology: which ranks share a host.
+    Raises: ConfigError if ranks were made with different arguments; RankFailure; LimitError.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        low_latency_bytes: int = 0,
+        timeout_s: float | None = None,
+        shrink: bool = False,
+        hidden: int | None = None,
+        num_experts: int | None = None,
+        host: str | None = None,
+    ) -> None:
+        self.group, self.rank, self.num_ranks = group, group.rank, group.size
+        self.timeout_s = float(env.get("WHALEFALL_EP_TIMEOUT")) if timeout_s is None else timeout_s
+        self.num_experts, self.hidden = num_experts, hidden
+        self._closed = False
+        comm.sweep("ep-")
+        library()  # compiled before anyone waits for us
+        config: dict[str, int | float | None] = {
+            "version": VERSION, "chunk_bytes": chunk_bytes, "low_latency_bytes": low_latency_bytes,
+            "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
+            "num_experts": num_experts,
+        }  # fmt: skip
+        hellos = self._say_hello(_Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", config))
+        self.topology = Topology.from_names([h.host for h in hellos])
+        self._host = self.topology.host_of(self.rank)
+        mates = self.topology.hosts[self._host]
+        name = hellos[0].name
+        self._lock = Lock(f"{name}-{self._host}", mates.index(self.rank))
+        self._arena = Arena()
+        self._worker = Worker("ep")
+        plan = Plan(f"{name}-n", SLOTS, chunk_bytes * 8 * max(8, len(mates)), chunk_bytes,
+                    _mailbox_bytes(self.num_ranks), self.timeout_s)  # fmt: skip
+        self._normal = self._open(plan, one_tick=False)
+        self._low: Exchange | None = None
+        if low_latency_bytes:
+            slot_bytes = low_latency_bytes // 2 // 4096 * 4096
+            plan = Plan(f"{name}-l", 2, slot_bytes, chunk_bytes, _mailbox_bytes(self.num_ranks),
+                        self.timeout_s, shrink)  # fmt: skip
+            self._low = self._open(plan, one_tick=True)
+        self._lock.region.unlink()
+        self._finalizer = weakref.finalize(self, _close, self._normal, self._low, self._lock)
+
+    def _say_hello(self, hello: _Hello) -> list[_Hello]:
+        raw = self.group.all_gather(msgspec.msgpack.encode(hello))
+        hellos = [msgspec.msgpack.decode(m, type=_Hello) for m in raw]
+        for rank, other in enumerate(hellos):
+            for key, value in hello.config.items():
+                if other.config.get(key) != value:
+                    raise ConfigError(
+                        f"ep: rank {rank} was made with {key} = {other.config.get(key)}, rank "
+                        f"{self.rank} with {value}; all ranks must agree"
+                    )
+        return hellos
+
+    def _open(self, plan: Plan, one_tick: bool) -> Exchange:
+        fabric = Fabric(plan, self.topology, self.rank, self._lock, lambda: self.barrier_slow())
+        links: Links = Links()
+        if len(self.topology.hosts) > 1:
+            links = open_links(self.group, fabric)
+        return Exchange(fabric, links, self._arena, one_tick)
+
+    def barrier_slow(self) -> None:
+        """A barrier through the group itself; for construction only."""
+        self.group.all_gather(b"")
+
+    # ---- layout
+
+    def layout(self, topk_idx: np.ndarray, num_experts: int) -> Layout:
+        """Count how a batch spreads.
+
+        Args:
+            topk_idx: [T, K] int64; −1 is not sent.
+            num_experts: E, a multiple of the ranks.
+        Raises: ShapeError, DtypeError; LimitError for an expert that does not exist.
+        """
+        self._check_experts(num_experts)
+        if topk_idx.ndim != 2 or topk_idx.dtype != np.int64:
+            raise DtypeError(
+                f"ep: topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}, wanted int64 [T, K]"
+            )
+        topk_idx = np.ascontiguousarray(topk_idx)
+        T, R, H = len(topk_idx), self.num_ranks, len(self.topology.hosts)
+        layout = Layout(
+            np.empty(R, np.int32), np.empty(H, np.int32), np.empty(num_experts, np.int32),
+            np.empty((T, R), bool),
+        )  # fmt: skip
+        bad = library().wf_ep_layout(
+            topk_idx.ctypes.data, T, topk_idx.shape[1], num_experts, R,
+            self._normal.host_of.ctypes.data, H, layout.per_rank.ctypes.data,
+            layout.per_host.ctypes.data, layout.per_expert.ctypes.data, layout.in_rank.ctypes.data,
+        )  # fmt: skip
+        if bad < 0:
+            row = topk_idx[-1 - bad].tolist()
+            raise LimitError(
+                f"ep: token {-1 - bad} names experts {row}, wanted −1 or 0 … {num_experts - 1}"
+            )
+        return layout
+
+    def _check_experts(self, num_experts: int) -> None:
+        if num_experts <= 0 or num_experts % self.num_ranks or num_experts > MAX_EXPERTS:
+            raise ShapeError(
+                f"ep: {num_experts} experts, wanted a multiple of {self.num_ranks} ranks up to "
+                f"{MAX_EXPERTS}"
+            )
+        if self.num_experts not in (None, num_experts):
+            raise ShapeError(f"ep: {num_experts} experts, engine was made for {self.num_experts}")
+
+    def _check_rows(self, x: np.ndarray, topk_idx: np.ndarray | None, where: str) -> None:
+        if x.ndim != 2:
+            raise ShapeError(f"ep: {where}: x is {list(x.shape)}, wanted [tokens, hidden]")
+        if self.hidden not in (None, x.shape[1]):
+            raise ShapeError(
+                f"ep: {where}: hidden is {x.shape[1]}, engine was made for {self.hidden}"
+            )
+        if topk_idx is not None and len(topk_idx) != len(x):
+            raise ShapeError(f"ep: {where}: topk_idx has {len(topk_idx)} tokens, x has {len(x)}")
+
+    # ---- one row a selection
+
+    def dispatch_selections(
+        self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int
+    ) -> Received:
+        """Send each token to its experts, one row for every selection.
+
+        Args:
+            x: [T, H], any dtype, rows contiguous; T may differ between ranks and be 0.
+            topk_idx: [T, K] int64; −1 is not sent.
+            num_experts: E; rank r holds experts r·E/R and on.
+        Returns: x [N, H] grouped by local expert, inside a group by source rank, token, lane;
+            `per_expert` [El] rows of each group; `handle` for `combine_selections`.
+        Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
+        """
+        self._check_rows(x, topk_idx, "dispatch_selections")
+        layout = self.layout(topk_idx, num_experts)
+        self._worker.drain()
+        pending = self._normal.dispatch(
+            _rows(x), None, np.ascontiguousarray(topk_idx), None, layout, num_experts,
+            per_selection=True,
+        )  # fmt: skip
+        pending.run()
+        received: Received = pending.result
+        return received
+
+    def combine_selections(
+        self,
+        rows: np.ndarray,
+        handle: Handle,
+        topk_weights: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Bring the experts' rows back to their tokens.
+
+        Args:
+            rows: [N, H] bf16 or float32, in the order of `dispatch_selections`.
+            handle: of that dispatch.
+            topk_weights: [T, K] float32; None: rows come back unadded.
+            out: filled if given.
+        Returns: with weights [T, H] float32, sum over k of weight·row, from 0, in top-k order, each
+            product and sum rounded to float32, the same bits for any number of ranks; without
+            weights [T, K, H] of the rows' dtype, in top-k order, 0 where topk_idx is −1.
+        Raises: ShapeError, DtypeError; RankFailure naming the rank that failed.
+        """
+        if not handle.per_selection:
+            raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
+        T, K, H = len(handle.in_rank), handle.top_k, rows.shape[-1]
+        _check_combine(rows, handle)
+        if topk_weights is not None and (
+            topk_weights.shape != (T, K) or topk_weights.dtype != np.float32
+        ):
+            raise ShapeError(
+                f"ep: topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, wanted "
+                f"float32 [{T}, {K}]"
+            )
+        shape, dtype = ((T, H), np.float32) if topk_weights is not None else ((T, K, H), rows.dtype)
+        out = self._arena.empty(shape, dtype) if out is None else out
+        weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
+        self._worker.drain()
+        self._normal.combine(_rows(rows), handle, out, topk_weights=weights).run()
+        return out
+
+    # ---- one row a token and rank
+
+    def dispatch(
+        self,
+        x: np.ndarray,
+        topk_idx: np.ndarray,
+        num_experts: int,
+        topk_weights: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> Received:
+        """Send each token once to every rank that holds one of its experts.
+
+        Args:
+            x: [T, H], any dtype.
+            topk_idx: [T, K] int64; −1 is not sent.
+            num_experts: E.
+            topk_weights: [T, K] float32, sent along.
+            scale: [T, …], sent along (of FP8 rows).
+        Returns: rows ordered by source rank, then token.
+        Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
+        """
+        self._check_rows(x, topk_idx, "dispatch")
+        layout = self.layout(topk_idx, num_experts)
+        self._worker.drain()
+        pending = self._normal.dispatch(
+            _rows(x), None if scale is None else np.ascontiguousarray(scale),
+            np.ascontiguousarray(topk_idx),
+            None if topk_weights is None else np.ascontiguousarray(topk_weights), layout,
+            num_experts,
+        )  # fmt: skip
+        pending.run()
+        received: Received = pending.result
+        return received
+
+    def combine(
+        self,
+        rows: np.ndarray,
+        handle: Handle,
+        topk_weights: np.ndarray | None = None,
+        bias: Bias = (None, None),
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Add up what the ranks return for each token: bias, then ranks in order, in float32.
+
+        Args:
+            rows: [N, H] bf16 or float32, in the order of `dispatch`.
+            handle: of that dispatch.
+            topk_weights: [N, K] float32, added up too.
+            bias: up to two [T, H] bf16.
+            out: [T, H], filled if given; default: of the rows' dtype.
+        Returns: [T, H], rounded once at the end (between hosts each host's sum is rounded too);
+            [T, K] float32 or None.
+        """
+        if handle.per_selection:
+            raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
+        _check_combine(rows, handle)
+        T = len(handle.in_rank)
+        out = self._arena.empty((T, rows.shape[1]), rows.dtype) if out is None else out
+        weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
+        out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
+        self._worker.drain()
+        self._normal.combine(
+            _rows(rows), handle, out, row_weights=weights, out_weights=out_weights, bias=bias
+        ).run()
+        return out, out_weights
+
+    # ---- the rest
+
+    def submit(self, pending: Pending) -> Event:
+        """Run a pending data phase in the communication thread."""
+        return self._worker.submit(pending.run)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it.
+
+        Raises: RankFailure naming the rank that failed.
+        """
+        self._worker.drain()
+        empty = Layout(
+            np.zeros(self.num_ranks, np.int32), np.zeros(len(self.topology.hosts), np.int32),
+            np.zeros(0, np.int32), np.zeros((0, self.num_ranks), bool),
+        )  # fmt: skip
+        fields = dict.fromkeys(
+            ("tokens", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra"), 0
+        )
+        self._normal.announce({"kind": 2, **fields}, empty)
+
+    @property
+    def bytes_sent_to_other_hosts(self) -> int:
+        """Counted at the sockets."""
+        low = self._low.links.bytes_sent if self._low else 0
+        return self._normal.links.bytes_sent + low
+
+    def close(self) -> None:
+        """Leave the group: to the others this rank is gone. Safe to repeat."""
+        if not self._closed:
+            self._closed = True
+            self._worker.drain()
+            self._worker.close()
+            self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close(normal: Exchange, low: Exchange | None, lock: Lock) -> None:
+    for exchange in (normal, low):
+        if exchange is not None:
+            exchange.links.close()
+            exchange.fabric.close()
+    lock.close()
+
+
+def _mailbox_bytes(num_ranks: int) -> int:
+    return -(-4 * (16 + 2 * num_ranks + MAX_EXPERTS) // 64) * 64
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """x with contiguous rows (the rows themselves may lie apart)."""
+    return x if not len(x) or x[0].flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def _check_combine(rows: np.ndarray, handle: Handle) -> None:
+    if rows.ndim != 2 or len(rows) < handle.num_rows:
+        raise ShapeError(
+            f"ep: combine: rows are {list(rows.shape)}, wanted [{handle.num_rows}, hidden] as "
+            "received"
+        )
+    if rows.dtype.name not in ("bfloat16", "float32"):
+        raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")

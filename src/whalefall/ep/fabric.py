@@ -1,0 +1,211 @@
+"""Ep room: the shared memory of a host's ranks, laid out and attached; statuses as errors.
+
+A rank's region: a control page; then for its own stream, and for that of each rank of another host
+which it serves, a head page and mailboxes; then the slots of all these streams. `native/wire.h`
+says how they are used. Once every rank has attached, the names are removed, so a crash leaves
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from whalefall import comm
+from whalefall.comm.library import address
+from whalefall.ep.library import KDEAD, KNOMEMORY, KNOROOM, KSILENT, GroupView
+from whalefall.ep.topology import Topology
+from whalefall.errors import LimitError, RankFailure
+
+__all__ = ["Fabric", "Lock", "Plan"]
+
+PAGE = 4096
+MAILBOXES = 8
+# Busy waiting pays only where every rank has a core of its own.
+SPINS_ALONE, SPINS_CROWDED = 4000, 50
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one fabric, the same on all ranks.
+
+    Attributes:
+        name: of its regions, the same on all ranks of the group.
+        slots: of a stream.
+        slot_bytes: address space of a slot; memory is reserved when used.
+        chunk_bytes: what a stream of another host's rank may fill of a slot; reserved at once.
+        mailbox_bytes: of a header.
+        timeout_s: how long a rank may be silent.
+        shrink: mask failed ranks instead of raising.
+    """
+
+    name: str
+    slots: int
+    slot_bytes: int
+    chunk_bytes: int
+    mailbox_bytes: int
+    timeout_s: float
+    shrink: bool = False
+
+    @property
+    def head_bytes(self) -> int:
+        """Head page and mailboxes of a stream."""
+        return PAGE + MAILBOXES * self.mailbox_bytes
+
+    def offsets(self, streams: int) -> tuple[int, int]:
+        """Where the slots of a region with so many streams begin, and its size."""
+        slots_at = -(-(PAGE + streams * self.head_bytes) // PAGE) * PAGE
+        return slots_at, slots_at + streams * self.slots * self.slot_bytes
+
+
+class Lock:
+    """Each rank locks its byte of the host's lock file; at its death the kernel unlocks it."""
+
+    def __init__(self, name: str, local: int) -> None:
+        try:
+            self.region = comm.Region.create(f"{name}-lock", PAGE)
+        except FileExistsError:
+            self.region = comm.Region.attach(f"{name}-lock")
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, local, 1, 0)
+        fcntl.fcntl(self.region.descriptor, fcntl.F_OFD_SETLK, request)
+
+    def close(self) -> None:
+        """Release the lock: to the others this rank is gone."""
+        with contextlib.suppress(BufferError):
+            self.region.close()
+
+
+class Fabric:
+    """This process's view of one set of regions.
+
+    Args:
+        plan: sizes.
+        topology: hosts and ranks.
+        rank: this process.
+        lock: held by this rank.
+        barrier: returns when every rank of the group has called it.
+    Attributes:
+        view: the native structure.
+        masked: [ranks] int32, 1: treated as gone.
+    """
+
+    def __init__(
+        self, plan: Plan, topology: Topology, rank: int, lock: Lock, barrier: Callable[[], object]
+    ) -> None:
+        self.plan, self.topology, self.rank = plan, topology, rank
+        self.host = topology.host_of(rank)
+        self.locals = topology.hosts[self.host]
+        self.streams_of = {r: [r, *topology.served(r)] for r in self.locals}
+        self._regions: dict[int, comm.Region] = {}
+        self._keep: list[np.ndarray] = []
+        _, size = plan.offsets(len(self.streams_of[rank]))
+        mine = comm.Region.create(f"{plan.name}-{rank}", size, reserve=False)
+        self._regions[rank] = mine
+        slots_at, _ = plan.offsets(len(self.streams_of[rank]))
+        mine.reserve(0, slots_at)
+        for i in range(plan.slots, plan.slots * len(self.streams_of[rank])):
+            mine.reserve(slots_at + i * plan.slot_bytes, plan.chunk_bytes)
+        barrier()
+        for r in self.locals:
+            if r != rank:
+                self._regions[r] = comm.Region.attach(f"{plan.name}-{r}")
+        barrier()
+        mine.unlink()
+        self.masked = np.zeros(topology.num_ranks, np.int32)
+        self.view = self._native_view(lock, slots_at)
+        self.pointer = ctypes.addressof(self.view)
+
+    def _native_view(self, lock: Lock, slots_at: int) -> GroupView:
+        plan, R = self.plan, self.topology.num_ranks
+        owner = np.zeros(R, np.int32)
+        heads, mailboxes, slots = (np.zeros(R, np.uint64) for _ in range(3))
+        bases = {r: address(region.view) for r, region in self._regions.items()}
+        for local, r in enumerate(self.locals):
+            first_slot, _ = plan.offsets(len(self.streams_of[r]))
+            for i, stream in enumerate(self.streams_of[r]):
+                owner[stream] = local
+                heads[stream] = bases[r] + PAGE + i * plan.head_bytes
+                mailboxes[stream] = heads[stream] + np.uint64(PAGE)
+                slots[stream] = bases[r] + first_slot + i * plan.slots * plan.slot_bytes
+        self._heads, self._mailboxes, self._slots = heads, mailboxes, slots
+        local_of = np.full(R, -1, np.int32)
+        local_of[list(self.locals)] = np.arange(len(self.locals))
+        control = np.array([bases[r] for r in self.locals], np.uint64)
+        arrays: list[np.ndarray] = [
+            np.array(self.locals, np.int32),
+            local_of,
+            owner,
+            control,
+            heads,
+            mailboxes,
+        ]
+        arrays += [slots, self.masked, np.zeros(plan.slots, np.int64)]
+        self._keep += arrays
+        alone = len(self.locals) <= len(os.sched_getaffinity(0))
+        return GroupView(
+            self.rank, R, self.locals.index(self.rank), len(self.locals), plan.slots,
+            SPINS_ALONE if alone else SPINS_CROWDED, lock.region.descriptor, plan.shrink,
+            plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes, MAILBOXES,
+            *(a.ctypes.data for a in arrays), self._regions[self.rank].descriptor, slots_at,
+        )  # fmt: skip
+
+    @property
+    def stream_bytes(self) -> int:
+        """What another host's rank may fill of a slot."""
+        return min(self.plan.chunk_bytes, self.plan.slot_bytes)
+
+    def slot_address(self, stream: int, tick: int) -> int:
+        """Where the slot of a stream for a tick begins."""
+        offset = tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
+        return int(self._slots[stream]) + offset
+
+    def mailbox_address(self, stream: int, count: int) -> int:
+        """Where header number `count` of a stream is."""
+        return int(self._mailboxes[stream]) + count % MAILBOXES * self.plan.mailbox_bytes
+
+    def slot_view(self, tick: int) -> memoryview:
+        """The memory of this rank's own slot for a tick."""
+        first, _ = self.plan.offsets(len(self.streams_of[self.rank]))
+        begin = first + tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
+        return self._regions[self.rank].view[begin : begin + self.plan.slot_bytes]
+
+    def reserve(self, tick: int, nbytes: int) -> None:
+        """Take the memory of the first bytes of this rank's own slot for a tick."""
+        first, _ = self.plan.offsets(len(self.streams_of[self.rank]))
+        begin = first + tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
+        self._regions[self.rank].reserve(begin, nbytes)
+
+    def check(self, status: int, where: str) -> None:
+        """Turn a native status into the error it means.
+
+        Raises: RankFailure naming the rank; LimitError.
+        """
+        if status >= 0:
+            return
+        if status == KNOROOM:
+            raise LimitError(
+                f"ep: {where}: a block does not fit a slot of {self.plan.slot_bytes} bytes; make "
+                "the buffer larger (num_nvl_bytes, num_rdma_bytes, chunk_bytes)"
+            )
+        if status == KNOMEMORY:
+            raise LimitError(f"ep: {where}: shared memory (/dev/shm) is full")
+        if -status >= KSILENT:
+            raise RankFailure(
+                f"ep: {where}: rank {-status - KSILENT} was silent for {self.plan.timeout_s} s"
+            )
+        raise RankFailure(f"ep: {where}: rank {-status - KDEAD} is dead")
+
+    def close(self) -> None:
+        """Detach; the memory is freed with its last user."""
+        for region in self._regions.values():
+            with contextlib.suppress(BufferError):  # a caller still looks at a buffer
+                region.close()
+        self._regions.clear()

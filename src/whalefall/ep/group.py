@@ -1,0 +1,179 @@
+"""Ep room: how the ranks of a group find each other, once, when an engine is made.
+
+An engine needs only an all-gather of small messages; `FileGroup` does it through a folder of one
+host, `TcpGroup` through rank 0, `torch.TorchGroup` through a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from whalefall import comm
+from whalefall.errors import ConfigError, RankFailure
+
+__all__ = ["FileGroup", "Group", "TcpGroup"]
+
+POLL_S = 0.002
+
+
+class Group(Protocol):
+    """Who belongs together.
+
+    Attributes:
+        rank: this process, 0 … size − 1.
+        size: number of ranks.
+        address: our address as other hosts see it ("" where unknown).
+    """
+
+    rank: int
+    size: int
+    address: str
+
+    def all_gather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in the order of ranks; collective.
+
+        Raises: RankFailure naming the ranks that did not come.
+        """
+
+
+def _check(rank: int, size: int) -> None:
+    if not 0 <= rank < size:
+        raise ConfigError(f"ep: rank is {rank} of {size}, wanted 0 … {size - 1}")
+
+
+class FileGroup:
+    """Ranks of one host meet in a folder that was empty before.
+
+    Args:
+        folder: on a local disk or /dev/shm, the same for all ranks, private to this group.
+        rank: this process.
+        size: number of ranks.
+        timeout_s: how long to wait for the others.
+    """
+
+    address = "127.0.0.1"
+
+    def __init__(
+        self, folder: str | os.PathLike[str], rank: int, size: int, timeout_s: float = 60.0
+    ) -> None:
+        _check(rank, size)
+        self.folder, self.rank, self.size, self.timeout_s = Path(folder), rank, size, timeout_s
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._round = 0
+
+    def all_gather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, through one file each."""
+        mine = self.folder / f"{self._round}-{self.rank}"
+        temporary = mine.with_suffix(".new")
+        temporary.write_bytes(message)
+        os.replace(temporary, mine)
+        end = time.monotonic() + self.timeout_s
+        messages: dict[int, bytes] = {}
+        while len(messages) < self.size:
+            for rank in set(range(self.size)) - messages.keys():
+                with contextlib.suppress(FileNotFoundError):
+                    messages[rank] = (self.folder / f"{self._round}-{rank}").read_bytes()
+            if time.monotonic() > end:
+                absent = sorted(set(range(self.size)) - messages.keys())
+                raise RankFailure(f"ep: ranks {absent} did not come within {self.timeout_s} s")
+            if len(messages) < self.size:
+                time.sleep(POLL_S)
+        self._round += 1
+        return [messages[r] for r in range(self.size)]
+
+
+class _Message(msgspec.Struct):
+    rank: int
+    messages: list[bytes]
+
+
+class TcpGroup:
+    """Ranks of any hosts meet at rank 0.
+
+    Args:
+        host: rank 0's address; rank 0 listens on it.
+        port: rank 0's port.
+        rank: this process.
+        size: number of ranks.
+        token: the shared secret.
+        timeout_s: how long to wait for the others.
+    """
+
+    def __init__(
+        self, host: str, port: int, rank: int, size: int, token: bytes, timeout_s: float = 60.0
+    ) -> None:
+        _check(rank, size)
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._peers: dict[int, comm.Channel] = {}
+        end = time.monotonic() + timeout_s
+        if rank == 0:
+            self.address = host
+            with comm.listen(host, port) as listener:
+                self._accept(listener, token, end)
+        else:
+            channel = self._connect(host, port, token, end)
+            channel.settimeout(timeout_s)
+            channel.send(_Message(rank, []))
+            self.address = channel.socket.getsockname()[0]
+            self._peers[0] = channel
+
+    def _accept(self, listener: object, token: bytes, end: float) -> None:
+        while len(self._peers) < self.size - 1:
+            listener.settimeout(max(0.01, end - time.monotonic()))  # type: ignore[attr-defined]
+            try:
+                channel = comm.accept(listener, token)  # type: ignore[arg-type]
+            except comm.AuthError:
+                continue  # a stranger
+            except TimeoutError:
+                absent = sorted(set(range(1, self.size)) - self._peers.keys())
+                raise RankFailure(
+                    f"ep: ranks {absent} did not come within {self.timeout_s} s"
+                ) from None
+            channel.settimeout(self.timeout_s)
+            hello, _ = channel.recv(_Message)
+            if hello.rank in self._peers or not 0 < hello.rank < self.size:
+                raise ConfigError(f"ep: rank {hello.rank} of {self.size} came twice or is none")
+            self._peers[hello.rank] = channel
+
+    def _connect(self, host: str, port: int, token: bytes, end: float) -> comm.Channel:
+        while True:
+            try:
+                return comm.connect(host, port, token, timeout_s=5.0)
+            except comm.AuthError:
+                raise
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise RankFailure(
+                        f"ep: rank 0 does not answer at {host}:{port}: {error}"
+                    ) from None
+                time.sleep(0.05)
+
+    def all_gather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, through rank 0."""
+        if self.rank:
+            try:
+                self._peers[0].send(_Message(self.rank, [message]))
+                return self._peers[0].recv(_Message)[0].messages
+            except (comm.CommError, TimeoutError) as error:
+                raise RankFailure(f"ep: rank 0 is gone: {error}") from None
+        messages = {0: message}
+        for rank, channel in self._peers.items():
+            try:
+                messages[rank] = channel.recv(_Message)[0].messages[0]
+            except (comm.CommError, TimeoutError) as error:
+                raise RankFailure(f"ep: rank {rank} is gone: {error}") from None
+        ordered = [messages[r] for r in range(self.size)]
+        for channel in self._peers.values():
+            channel.send(_Message(0, ordered))
+        return ordered
+
+    def close(self) -> None:
+        """Close the connections; an engine made with this group lives on."""
+        for channel in self._peers.values():
+            channel.close()

@@ -1,0 +1,317 @@
+// Combine: each rank's rows go back to the tokens' sources, which add them up.
+//
+// Each tick covers a block of tokens of *every* source. A rank stages, for each source, its rows
+// for tokens of the block; then each source reads all ranks' slots and adds, in fp32 and in a fixed
+// order, so the same bits come out on every run. Two forms:
+//   per rank       out[t] = bias0 + bias1 + rank 0's row + rank 1's row + ...   (rank order)
+//   per selection  out[t] = w[t,0] row(t,0) + w[t,1] row(t,1) + ...             (top-k order)
+// Between hosts, a proxy adds its host's rows first (per rank: rounded once to bf16) or gathers
+// them (per selection), and one message a block crosses.
+#pragma once
+#include "wire.h"
+
+namespace wf_ep {
+
+constexpr int64_t kStrip = 512;  // elements added up at a time: 2 KiB of fp32 in L1
+
+struct Combine {
+  const uint8_t* x;  // rows to give back, hidden elements of bf16 or fp32
+  int64_t x_stride, hidden, fp32;
+  const float* row_weights;    // [rows, K] to be added up too (per rank), or null
+  const int64_t* order;        // row of the j-th entry, in order of (source, token, lane); null: j
+  const int32_t* order_token;  // [entries] its token
+  const int64_t* order_start;  // [R + 1] first entry of each source
+  int64_t* cursor;             // [R] next entry of each source
+  int64_t top_k, tokens, block, base, experts_per_rank, per_selection, zero_copy;
+  // the tokens of this rank
+  const uint8_t* in_rank;     // [T, R]
+  const int64_t* topk_idx;    // [T, K], per selection
+  const float* topk_weights;  // [T, K], per selection; null: rows are not added but put out
+  const uint16_t* bias[2];    // [T, hidden] bf16 or null
+  void* out;                  // [T, hidden], bf16 or (out_fp32) fp32; or rows [T, K, hidden]
+  int64_t out_fp32;
+  float* out_weights;  // [T, K]
+  // other hosts, in order; null where there is one host
+  int64_t num_hosts, host;
+  const int32_t* host_of;        // [R]
+  const uint8_t* const* remote;  // [hosts] its message for this block
+};
+
+// A slot: start[R + 1] entries of each source, place[entries] (row index), then the rows.
+struct Slot {
+  uint32_t* start;
+  uint32_t* place;
+  uint8_t* rows;
+};
+
+inline Slot slot_of(uint8_t* memory, int num_ranks, int64_t max_entries) {
+  auto* start = reinterpret_cast<uint32_t*>(memory);
+  return {start, start + num_ranks + 1, memory + up(4 * (num_ranks + 1 + max_entries), 64)};
+}
+
+inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }
+inline int64_t tail(const Combine& c) { return c.row_weights ? 4 * c.top_k : 0; }
+inline int64_t staged_bytes(const Combine& c, int64_t stride) {
+  return stride ? stride : up(c.hidden * elem(c) + tail(c), 64);
+}
+
+inline float widen(uint16_t b) {
+  uint32_t u = static_cast<uint32_t>(b) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint16_t narrow(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 | 0x40) : rounded);
+}
+
+inline void add(float* acc, const uint8_t* row, int64_t at, int64_t n, bool fp32) {
+  if (fp32) {
+    auto* r = reinterpret_cast<const float*>(row) + at;
+    for (int64_t i = 0; i < n; i++) acc[i] += r[i];
+  } else {
+    auto* r = reinterpret_cast<const uint16_t*>(row) + at;
+    for (int64_t i = 0; i < n; i++) acc[i] += widen(r[i]);
+  }
+}
+
+inline void add_weighted(float* acc, const uint8_t* row, int64_t at, int64_t n, bool fp32,
+                         float w) {
+  if (fp32) {
+    auto* r = reinterpret_cast<const float*>(row) + at;
+    for (int64_t i = 0; i < n; i++) acc[i] += w * r[i];
+  } else {
+    auto* r = reinterpret_cast<const uint16_t*>(row) + at;
+    for (int64_t i = 0; i < n; i++) acc[i] += w * widen(r[i]);
+  }
+}
+
+inline void store(void* out, int64_t at, const float* acc, int64_t n, bool fp32) {
+  if (fp32) {
+    memcpy(static_cast<float*>(out) + at, acc, 4 * n);
+  } else {
+    auto* o = static_cast<uint16_t*>(out) + at;
+    for (int64_t i = 0; i < n; i++) o[i] = narrow(acc[i]);
+  }
+}
+
+// The rows of one token: pointers in the order in which they are added.
+struct Terms {
+  const uint8_t* row[256];
+  float weight[256];
+  int32_t host[256];
+  int n = 0;
+};
+
+// Stage this rank's rows for tokens below `end` of all other sources; entries come in
+// the order of tokens, so the cursor stands at the first that was not staged yet.
+inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t max_entries,
+                          int64_t stride, uint32_t tick) {
+  uint8_t* memory = slot_at(g, g.rank, tick);
+  Slot slot = slot_of(memory, g.num_ranks, max_entries);
+  int64_t bytes = staged_bytes(c, stride), head = slot.rows - memory, entries = 0, used = 0;
+  for (int s = 0; s < g.num_ranks; s++)
+    for (int64_t j = c.cursor[s]; j < c.order_start[s + 1] && c.order_token[j] < end; j++)
+      entries += s != g.rank;
+  if (entries > max_entries) return kNoRoom;
+  if (int64_t status = reserve(g, tick, head + (c.zero_copy ? 0 : entries * bytes))) return status;
+  for (int s = 0; s < g.num_ranks; s++) {
+    slot.start[s] = static_cast<uint32_t>(used);
+    int64_t& j = c.cursor[s];
+    for (; j < c.order_start[s + 1] && c.order_token[j] < end; j++) {
+      if (s == g.rank) continue;
+      int64_t from = c.order ? c.order[j] : j;
+      slot.place[used] = static_cast<uint32_t>(c.zero_copy ? from : used);
+      uint8_t* to = slot.rows + used++ * bytes;
+      if (c.zero_copy) continue;
+      memcpy(to, c.x + from * c.x_stride, c.hidden * elem(c));
+      if (c.row_weights)
+        memcpy(to + c.hidden * elem(c), c.row_weights + from * c.top_k, 4 * c.top_k);
+    }
+  }
+  slot.start[g.num_ranks] = static_cast<uint32_t>(used);
+  return 0;
+}
+
+// Walks the entries that the local ranks staged for one source, token by token.
+struct Reader {
+  const Group& g;
+  const Combine& c;
+  Slot slot[64];
+  uint32_t next[64];
+  int64_t bytes;
+
+  Reader(const Group& g, const Combine& c, int source, uint32_t tick, int64_t max_entries,
+         int64_t stride)
+      : g(g), c(c), bytes(staged_bytes(c, stride)) {
+    for (int l = 0; l < g.num_local; l++) {
+      slot[l] = slot_of(slot_at(g, g.rank_of[l], tick), g.num_ranks, max_entries);
+      next[l] = slot[l].start[source];
+    }
+  }
+
+  const uint8_t* take(int local) {
+    const Slot& s = slot[local];
+    return s.rows + s.place[next[local]++] * bytes;
+  }
+};
+
+inline void add_terms(const Combine& c, const Terms& terms, int64_t t) {
+  float acc[kStrip], part[kStrip];
+  int64_t hosts = c.num_hosts > 1 && !c.per_selection ? c.num_hosts : 1;
+  for (int64_t at = 0; at < c.hidden; at += kStrip) {
+    int64_t n = c.hidden - at < kStrip ? c.hidden - at : kStrip, base = t * c.hidden + at;
+    for (int64_t i = 0; i < n; i++) acc[i] = 0;
+    for (const uint16_t* bias : c.bias)
+      for (int64_t i = 0; bias && i < n; i++) acc[i] += widen(bias[base + i]);
+    if (c.per_selection) {
+      for (int j = 0; j < terms.n; j++)
+        add_weighted(acc, terms.row[j], at, n, c.fp32, terms.weight[j]);
+    } else if (hosts == 1) {
+      for (int j = 0; j < terms.n; j++) add(acc, terms.row[j], at, n, c.fp32);
+    } else {  // each host's sum is rounded as it would be on the wire
+      for (int j = 0; j < terms.n;) {
+        int host = terms.host[j];
+        for (int64_t i = 0; i < n; i++) part[i] = 0;
+        for (; j < terms.n && terms.host[j] == host; j++) add(part, terms.row[j], at, n, c.fp32);
+        for (int64_t i = 0; i < n; i++) acc[i] += c.fp32 ? part[i] : widen(narrow(part[i]));
+      }
+    }
+    store(c.out, base, acc, n, c.out_fp32);
+  }
+}
+
+inline void add_weights(const Combine& c, const Terms& terms, int64_t t) {
+  float* out = c.out_weights + t * c.top_k;
+  for (int64_t k = 0; k < c.top_k; k++) out[k] = 0;
+  for (int j = 0; j < terms.n; j++) {
+    auto* from = reinterpret_cast<const float*>(terms.row[j] + c.hidden * elem(c));
+    for (int64_t k = 0; k < c.top_k; k++) out[k] += from[k];
+  }
+}
+
+// The local rank and rank of expert selection (t, k), or false for -1.
+inline bool rank_of_expert(const Combine& c, int64_t expert, int* rank) {
+  if (expert < 0) return false;
+  *rank = static_cast<int>(expert / c.experts_per_rank);
+  return true;
+}
+
+// Add up this rank's tokens [begin, end). `own_row`: where entries of this rank's own rows lie.
+inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_t end,
+                         uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
+  Reader reader(g, c, g.rank, tick, max_entries, stride);
+  int64_t remote_bytes = up(c.hidden * elem(c) + tail(c), 64), remote_next[64] = {};
+  // Own rows carry their weights elsewhere: copy them beside when weights are added.
+  alignas(64) static thread_local uint8_t own_copy[1 << 17];
+  auto own_row = [&]() -> const uint8_t* {
+    int64_t j = (*own)++, from = c.order ? c.order[j] : j;
+    const uint8_t* row = c.x + from * c.x_stride;
+    if (!c.row_weights) return row;
+    memcpy(own_copy, row, c.hidden * elem(c));
+    memcpy(own_copy + c.hidden * elem(c), c.row_weights + from * c.top_k, 4 * c.top_k);
+    return own_copy;
+  };
+  for (int64_t t = begin; t < end; t++) {
+    Terms terms;
+    auto push = [&](const uint8_t* row, float weight, int host) {
+      terms.row[terms.n] = row;
+      terms.weight[terms.n] = weight;
+      terms.host[terms.n++] = host;
+    };
+    auto next_remote = [&](int host) {
+      return c.remote[host] + remote_next[host]++ * remote_bytes;
+    };
+    if (c.per_selection) {
+      for (int64_t k = 0; k < c.top_k; k++) {
+        int rank;
+        if (!rank_of_expert(c, c.topk_idx[t * c.top_k + k], &rank)) {
+          if (!c.topk_weights)
+            memset(static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c), 0,
+                   c.hidden * elem(c));
+          continue;
+        }
+        const uint8_t* row = nullptr;
+        if (rank == g.rank) {
+          row = own_row();
+        } else if (g.local_of[rank] >= 0) {
+          if (!g.masked[rank]) row = reader.take(g.local_of[rank]);
+        } else {
+          row = next_remote(c.host_of[rank]);
+        }
+        if (!c.topk_weights) {
+          uint8_t* to = static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c);
+          if (row)
+            memcpy(to, row, c.hidden * elem(c));
+          else
+            memset(to, 0, c.hidden * elem(c));
+        } else if (row) {
+          push(row, c.topk_weights[t * c.top_k + k], 0);
+        }
+      }
+      if (c.topk_weights) add_terms(c, terms, t);
+      continue;
+    }
+    const uint8_t* wanted = c.in_rank + t * g.num_ranks;
+    int64_t host_done = -1;
+    for (int rank = 0; rank < g.num_ranks; rank++) {
+      if (!wanted[rank]) continue;
+      int host = c.num_hosts > 1 ? c.host_of[rank] : 0;
+      if (rank == g.rank) {
+        push(own_row(), 1, host);
+      } else if (g.local_of[rank] >= 0) {
+        push(reader.take(g.local_of[rank]), 1, host);
+      } else if (host != host_done) {  // one row a host; its ranks are neighbours
+        push(next_remote(host), 1, host);
+        host_done = host;
+      }
+    }
+    add_terms(c, terms, t);
+    if (c.out_weights) add_weights(c, terms, t);
+  }
+  return 0;
+}
+
+// What a proxy sends for tokens [first, last) of its list: the host's sums, or its rows.
+inline int64_t forward_block(const Group& g, const Combine& c, int source, uint32_t tick,
+                             int64_t max_entries, int64_t stride, int64_t first, int64_t last,
+                             const uint64_t* mask, const int32_t* idx, uint8_t* out) {
+  Reader reader(g, c, source, tick, max_entries, stride);
+  int64_t bytes = up(c.hidden * elem(c) + tail(c), 64);
+  uint8_t* to = out;
+  for (int64_t j = first; j < last; j++) {
+    if (c.per_selection) {
+      for (int64_t k = 0; k < c.top_k; k++) {
+        int rank;
+        if (!rank_of_expert(c, idx[j * c.top_k + k], &rank) || g.local_of[rank] < 0) continue;
+        if (g.masked[rank])
+          memset(to, 0, c.hidden * elem(c));
+        else
+          memcpy(to, reader.take(g.local_of[rank]), c.hidden * elem(c));
+        to += bytes;
+      }
+      continue;
+    }
+    Terms terms;
+    for (int l = 0; l < g.num_local; l++)
+      if (mask[j] >> l & 1) terms.row[terms.n++] = reader.take(l);
+    Combine one = c;  // a plain sum of these rows, in the rows' type
+    one.bias[0] = one.bias[1] = nullptr;
+    one.num_hosts = 1;
+    one.out = to;
+    one.out_fp32 = c.fp32;
+    add_terms(one, terms, 0);
+    if (c.row_weights) {
+      one.out_weights = reinterpret_cast<float*>(to + c.hidden * elem(c));
+      add_weights(one, terms, 0);
+    }
+    to += bytes;
+  }
+  return to - out;
+}
+
+}  // namespace wf_ep

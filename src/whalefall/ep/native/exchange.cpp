@@ -1,0 +1,185 @@
+// Ep room: the collectives of one process over the shared memory of its host.
+// wire.h says what lies there; dispatch.h and combine.h are the two directions.
+#include <vector>
+
+#include "cast.h"
+#include "combine.h"
+#include "dispatch.h"
+#include "wire.h"
+
+using namespace wf_ep;
+
+// Counts of a routing. -1 - t where token t names an expert that does not exist.
+WF_EXPORT int64_t wf_ep_layout(const int64_t* topk_idx, int64_t tokens, int64_t top_k,
+                               int64_t experts, int64_t ranks, const int32_t* host_of,
+                               int64_t hosts, int32_t* per_rank, int32_t* per_host,
+                               int32_t* per_expert, uint8_t* in_rank) {
+  memset(per_rank, 0, 4 * ranks);
+  memset(per_host, 0, 4 * hosts);
+  memset(per_expert, 0, 4 * experts);
+  memset(in_rank, 0, tokens * ranks);
+  int64_t each = experts / ranks;
+  for (int64_t t = 0; t < tokens; t++) {
+    uint8_t* here = in_rank + t * ranks;
+    for (int64_t k = 0; k < top_k; k++) {
+      int64_t e = topk_idx[t * top_k + k];
+      if (e == -1) continue;
+      if (e < 0 || e >= experts) return -1 - t;
+      per_expert[e]++;
+      here[e / each] = 1;
+    }
+    int64_t last = -1;
+    for (int64_t r = 0; r < ranks; r++) {
+      if (!here[r]) continue;
+      per_rank[r]++;
+      if (host_of[r] != last) per_host[host_of[r]]++;
+      last = host_of[r];
+    }
+  }
+  return 0;
+}
+
+// Put this rank's header into its mailbox as number `count`, once the mailbox is free.
+WF_EXPORT int64_t wf_ep_post(const Group* g, uint32_t count, const void* header, int64_t bytes) {
+  memcpy(g->mailbox[g->rank] + (count % g->mailboxes) * g->mailbox_bytes, header, bytes);
+  advance(g->stream[g->rank]->posted, count + 1);
+  return 0;
+}
+
+// Collect header number `count` of every rank into out [R, bytes]; a masked rank's is all zeros.
+WF_EXPORT int64_t wf_ep_collect(const Group* g, uint32_t count, void* out, int64_t bytes) {
+  for (int s = 0; s < g->num_ranks; s++) {
+    auto* to = static_cast<uint8_t*>(out) + s * bytes;
+    int64_t status = await_rank(*g, s, g->stream[s]->posted, count + 1);
+    if (status < 0) return status;
+    if (status > 0)
+      memset(to, 0, bytes);
+    else
+      memcpy(to, g->mailbox[s] + (count % g->mailboxes) * g->mailbox_bytes, bytes);
+  }
+  return 0;
+}
+
+// Wait until tick's slot is free on this host.
+WF_EXPORT int64_t wf_ep_await_slot(const Group* g, uint32_t tick) { return await_slot(*g, tick); }
+
+// A proxy has filled the slot of a remote rank's stream.
+WF_EXPORT void wf_ep_staged(const Group* g, int64_t rank, uint32_t tick) {
+  advance(g->stream[rank]->staged, tick + 1);
+}
+
+WF_EXPORT void wf_ep_posted(const Group* g, int64_t rank, uint32_t count) {
+  advance(g->stream[rank]->posted, count + 1);
+}
+
+// A proxy's connection to `rank` broke because of `failed`: whoever waits for it shall know.
+WF_EXPORT void wf_ep_failed(const Group* g, int64_t rank, int64_t failed) {
+  g->stream[rank]->failed.store(static_cast<uint32_t>(failed) + 1);
+}
+
+WF_EXPORT void wf_ep_done(const Group* g, uint32_t tick) {
+  advance(g->control[g->local]->pulled, tick + 1);
+}
+
+WF_EXPORT int64_t wf_ep_is_alive(const Group* g, int64_t local) {
+  return is_alive(*g, static_cast<int>(local));
+}
+
+// Pack a block for another host into `out`; returns its bytes.
+WF_EXPORT int64_t wf_ep_pack(const Group* g, const Dispatch* d, int64_t begin, int64_t end,
+                             const int32_t* ranks, int64_t n, uint8_t* out) {
+  return pack(*g, *d, begin, end, ranks, static_cast<int>(n), out);
+}
+
+// The data phase of a dispatch, all ticks; d->stage and d->pull choose the halves.
+WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
+  const Group& g = *group;
+  const Dispatch& d = *dispatch;
+  std::vector<int32_t> ids(d.top_k + 1);
+  for (int64_t i = 0; i < d.ticks; i++) {
+    uint32_t tick = static_cast<uint32_t>(d.base + i);
+    int64_t begin = i * d.block < d.tokens ? i * d.block : d.tokens;
+    int64_t end = begin + d.block < d.tokens ? begin + d.block : d.tokens;
+    if (d.stage) {
+      if (int64_t status = await_slot(g, tick)) return status;
+      int64_t most = (end - begin) * (row_bytes(d) + sizeof(Meta)) + 128;
+      if (int64_t status = reserve(g, tick, most)) return status;
+      pack(g, d, begin, end, g.rank_of, g.num_local, slot_at(g, g.rank, tick));
+      advance(g.stream[g.rank]->staged, tick + 1);
+    }
+    if (!d.pull) continue;
+    if (!pull_own(g, d, begin, end, ids.data())) return kNoRoom;
+    for (int n = 1; n < g.num_ranks; n++) {  // everyone starts with another neighbour
+      int s = (g.rank + n) % g.num_ranks;
+      int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1);
+      if (status < 0) return status;
+      if (status == 0 && !pull_block(g, d, s, slot_at(g, s, tick))) return kNoRoom;
+    }
+    if (d.big) fence_streams();
+    advance(g.control[g.local]->pulled, tick + 1);
+  }
+  return 0;
+}
+
+// Stage tick i of a combine. `stride`: of staged rows, 0 for the natural one.
+WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine, int64_t i,
+                                      int64_t max_entries, int64_t stride) {
+  const Group& g = *group;
+  const Combine& c = *combine;
+  uint32_t tick = static_cast<uint32_t>(c.base + i);
+  if (int64_t status = await_slot(g, tick)) return status;
+  int64_t status = stage_rows(g, c, (i + 1) * c.block, max_entries, stride, tick);
+  if (status == 0) advance(g.stream[g.rank]->staged, tick + 1);
+  return status;
+}
+
+// Wait until the local ranks have staged tick i.
+WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t i) {
+  const Group& g = *group;
+  for (int l = 0; l < g.num_local; l++) {
+    int rank = g.rank_of[l];
+    int64_t status =
+        await_rank(g, rank, g.stream[rank]->staged, static_cast<uint32_t>(base + i + 1));
+    if (status < 0) return status;
+  }
+  return 0;
+}
+
+WF_EXPORT int64_t wf_ep_combine_sum(const Group* group, const Combine* combine, int64_t i,
+                                    int64_t max_entries, int64_t stride, int64_t* own) {
+  const Combine& c = *combine;
+  int64_t begin = i * c.block < c.tokens ? i * c.block : c.tokens;
+  int64_t end = begin + c.block < c.tokens ? begin + c.block : c.tokens;
+  return sum_block(*group, c, begin, end, static_cast<uint32_t>(c.base + i), max_entries, stride,
+                   own);
+}
+
+WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combine, int64_t source,
+                                        int64_t i, int64_t max_entries, int64_t stride,
+                                        int64_t first, int64_t last, const uint64_t* mask,
+                                        const int32_t* idx, uint8_t* out) {
+  return forward_block(*group, *combine, static_cast<int>(source),
+                       static_cast<uint32_t>(combine->base + i), max_entries, stride, first, last,
+                       mask, idx, out);
+}
+
+// All ticks of a combine within one host.
+WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int64_t ticks,
+                                int64_t max_entries, int64_t stride, int64_t* own) {
+  const Combine& c = *combine;
+  for (int64_t i = 0; i < ticks; i++) {
+    int64_t status = wf_ep_combine_stage(group, combine, i, max_entries, stride);
+    if (!status) status = wf_ep_combine_await(group, c.base, i);
+    if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
+    if (status) return status;
+    wf_ep_done(group, static_cast<uint32_t>(c.base + i));
+  }
+  return 0;
+}
+
+// bf16 rows to FP8 rows [T, hidden] and scales [T, hidden / 128].
+WF_EXPORT void wf_ep_cast(const uint16_t* x, int64_t stride, int64_t tokens, int64_t hidden,
+                          int64_t round_scale, uint8_t* out, float* scales) {
+  for (int64_t t = 0; t < tokens; t++)
+    cast_row(x + t * stride, hidden, round_scale, out + t * hidden, scales + t * (hidden / 128));
+}

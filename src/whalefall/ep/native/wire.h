@@ -1,0 +1,196 @@
+// What lies in shared memory between the ranks of a host, and how they wait for each other.
+//
+// Every rank s of the group has a stream on every host: a ring of slots that one process fills (s
+// itself, or on another host its proxy) and all ranks of the host read. Time is counted in ticks:
+// a collective takes a number of ticks that all ranks know, tick k uses slot k % slots. A slot may
+// be filled again once every rank of the host has done the tick that used it before: so memory is
+// bounded and a stalled reader stops the writers, losing nothing.
+// A collective's header (counts) goes through a mailbox of its own, so that the next one can be
+// announced while the data of this one still move.
+#pragma once
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+
+#include "whalefall/pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace wf_ep {
+
+constexpr int64_t kSliceNs = 20'000'000;  // how often a waiting rank looks whether the other lives
+constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
+constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
+
+// A counter that only grows (modulo 2^32), one writer.
+struct Word {
+  std::atomic<uint32_t> value, sleepers;
+  char pad[56];
+};
+
+struct Control {  // one a local rank
+  Word pulled;    // ticks done
+};
+
+struct Stream {                  // one a rank of the group, on each host
+  Word staged;                   // ticks filled
+  Word posted;                   // headers posted
+  std::atomic<uint32_t> failed;  // 1 + the rank whose connection broke
+  char pad[60];
+};
+
+// The view of one process. Arrays are the caller's.
+struct Group {
+  int32_t rank, num_ranks, local, num_local, slots, spins, lock, shrink;
+  int64_t slot_bytes, timeout_ns, mailbox_bytes, mailboxes;
+  const int32_t* rank_of;   // [num_local] its rank in the group
+  const int32_t* local_of;  // [num_ranks] its place on this host, or -1
+  const int32_t* owner;     // [num_ranks] the local rank that fills the stream
+  Control* const* control;  // [num_local]
+  Stream* const* stream;    // [num_ranks]
+  uint8_t* const* mailbox;  // [num_ranks]
+  uint8_t* const* slot;     // [num_ranks] slot 0
+  int32_t* masked;          // [num_ranks] 1: treated as gone
+  // Slots are sparse: memory is reserved when a slot first grows so far, so no write can fail.
+  int64_t* reserved;  // [slots] bytes reserved of this rank's own slots
+  int64_t memory_file, slot_offset;
+};
+
+inline int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+// Each rank holds a write lock on its byte of the host's lock file; the kernel drops it at death.
+inline bool is_alive(const Group& g, int local) {
+  if (local == g.local) return true;
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = local;
+  lock.l_len = 1;
+  return fcntl(g.lock, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+}
+
+inline bool reached(const Word& w, uint32_t target) {
+  return static_cast<int32_t>(w.value.load(std::memory_order_acquire) - target) >= 0;
+}
+
+inline void advance(Word& w, uint32_t value) {
+  w.value.store(value);
+  if (w.sleepers.load()) syscall(SYS_futex, &w.value, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// Wait until w reaches target. `owner`: the local rank that moves it; `stream`: where a proxy notes
+// a broken connection, or null; `silent`: whom to name if only time runs out. 0, or a status that
+// names the rank which will not come.
+inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream* stream,
+                     int silent) {
+  for (int i = 0; i < g.spins; i++, pause_cpu())
+    if (reached(w, target)) return 0;
+  int64_t end = now_ns() + g.timeout_ns, status = 0;
+  w.sleepers.fetch_add(1);
+  for (;;) {
+    uint32_t seen = w.value.load();
+    if (static_cast<int32_t>(seen - target) >= 0) break;
+    timespec slice = {0, kSliceNs};
+    syscall(SYS_futex, &w.value, FUTEX_WAIT, seen, &slice, nullptr, 0);
+    if (reached(w, target)) break;
+    if (stream && stream->failed.load()) {
+      status = -(kDead + stream->failed.load() - 1);
+    } else if (!is_alive(g, owner)) {
+      status = -(kDead + g.rank_of[owner]);
+    } else if (now_ns() > end) {
+      status = -(kSilent + silent);
+    }
+    if (status) {
+      if (reached(w, target)) status = 0;  // it came at the last moment
+      break;
+    }
+  }
+  w.sleepers.fetch_sub(1);
+  return status;
+}
+
+// As await on a rank's stream; with shrink a rank that does not come is masked (returns 1).
+inline int64_t await_rank(const Group& g, int rank, Word& w, uint32_t target) {
+  if (g.masked[rank]) return 1;
+  int64_t status = await(g, w, target, g.owner[rank], g.stream[rank], rank);
+  if (status < 0 && g.shrink) {
+    g.masked[rank] = 1;
+    return 1;
+  }
+  return status;
+}
+
+// Wait until slot `tick % slots` is free: every local rank has done tick - slots.
+inline int64_t await_slot(const Group& g, uint32_t tick) {
+  for (int l = 0; l < g.num_local; l++) {
+    int rank = g.rank_of[l];
+    if (g.masked[rank]) continue;
+    int64_t status = await(g, g.control[l]->pulled, tick + 1 - g.slots, l, nullptr, rank);
+    if (status < 0) {
+      if (!g.shrink) return status;
+      g.masked[rank] = 1;
+    }
+  }
+  return 0;
+}
+
+inline uint8_t* slot_at(const Group& g, int rank, uint32_t tick) {
+  return g.slot[rank] + (tick % g.slots) * g.slot_bytes;
+}
+
+// Reserve the first `bytes` of this rank's own slot for `tick`.
+inline int64_t reserve(const Group& g, uint32_t tick, int64_t bytes) {
+  int64_t i = tick % g.slots;
+  if (bytes > g.slot_bytes) return kNoRoom;
+  if (bytes <= g.reserved[i]) return 0;
+  int64_t wanted = (bytes + 65535) / 65536 * 65536;
+  if (wanted > g.slot_bytes) wanted = g.slot_bytes;
+  if (posix_fallocate(static_cast<int>(g.memory_file), g.slot_offset + i * g.slot_bytes, wanted))
+    return kNoMemory;
+  g.reserved[i] = wanted;
+  return 0;
+}
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Copy a row; `stream_past` writes around the caches, for results larger than they are.
+inline void copy_row(void* to, const void* from, int64_t n, bool stream_past) {
+#if defined(__AVX2__)
+  if (stream_past && n % 32 == 0 && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    auto* d = static_cast<__m256i*>(to);
+    auto* s = static_cast<const __m256i*>(from);
+    for (int64_t i = 0; i < n / 32; i++) _mm256_stream_si256(d + i, _mm256_loadu_si256(s + i));
+    return;
+  }
+#else
+  (void)stream_past;
+#endif
+  memcpy(to, from, n);
+}
+
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace wf_ep

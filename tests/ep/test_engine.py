@@ -1,0 +1,111 @@
+"""ep.Engine: every token arrives where it must and comes back with the bits of one process.
+
+The checks themselves are in ep_children.py, since they run in the ranks' processes.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import whalefall.ep
+from whalefall import launch
+from whalefall.errors import ConfigError, LimitError, RankFailure
+
+HERE = Path(__file__).parent
+CHECKS = [
+    node.name.removeprefix("check_")
+    for node in ast.parse((HERE / "ep_children.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+]
+GROUPS = [  # ranks, ranks a host, chunk bytes
+    (1, 1, 1 << 20),
+    (2, 2, 1 << 20),
+    (2, 2, 4096),  # many ticks: slots are reused
+    (4, 4, 8192),
+    (8, 8, 1 << 20),
+    (2, 1, 4096),
+    (4, 2, 1 << 20),
+    (8, 4, 8192),
+    (4, 3, 8192),  # hosts of unequal size
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: "{}x{}-{}".format(*g))
+def test_check_holds_on_every_rank(outcome, group: tuple[int, int, int], check: str) -> None:
+    said = [rank.get(check, "not reached") for rank in outcome(*group)]
+    assert not any(said), "\n".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("hosts", [None, ["a", "a", "b", "b"], ["a", "b", "b", "b"]], ids=str)
+def test_a_killed_rank_is_named_long_before_the_timeout(start, tmp_path, hosts) -> None:
+    survivors(start, tmp_path, "kill", 30.0, hosts, "rank 1 is dead", within_s=5.0)
+
+
+@pytest.mark.ranks
+def test_a_stopped_rank_is_named_at_the_timeout(start, tmp_path) -> None:
+    survivors(start, tmp_path, "stop", 1.0, None, "rank 1 was silent for 1.0 s", within_s=4.0)
+
+
+def survivors(
+    start, folder, how: str, timeout_s: float, hosts, words: str, within_s: float
+) -> None:
+    """Rank 1 of 4 goes; what the other three say."""
+    tasks = start("lose_a_rank", 4, folder=str(folder), how=how, timeout_s=timeout_s, hosts=hosts)
+    names = ("rank 0", "rank 2", "rank 3")
+    with launch.Group(tasks) as group:
+        for name in names:
+            group.members[name].process.wait(timeout=30)
+        said = [group.members[name] for name in names]
+        for one in said:
+            assert one.exit().code == 0, str(one.exit())
+            assert words in one.value()["error"]
+            assert one.value()["seconds"] < within_s
+
+
+@pytest.mark.ranks
+def test_shared_memory_is_clean_after_a_crash(start, tmp_path) -> None:
+    before = set(Path("/dev/shm").glob("whalefall-ep-*"))
+    survivors(start, tmp_path, "kill", 10.0, None, "rank 1 is dead", within_s=5.0)
+    assert set(Path("/dev/shm").glob("whalefall-ep-*")) <= before
+
+
+@pytest.mark.ranks
+def test_different_hidden_sizes_are_found_at_construction(start, tmp_path) -> None:
+    said = launch.run(start("disagree_at_construction", 2, folder=str(tmp_path)), 60)
+    assert said[0] == ("ep: rank 1 was made with hidden = 65, rank 0 with 64; all ranks must agree")
+    assert "hidden = 64, rank 1 with 65" in said[1]
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path) -> None:
+    with pytest.raises(RankFailure, match=r"ranks \[1, 2\] did not come within 0.2 s"):
+        whalefall.ep.FileGroup(tmp_path, 0, 3, timeout_s=0.2).all_gather(b"")
+
+
+def test_a_token_that_fits_no_chunk_is_refused(tmp_path) -> None:
+    import numpy as np
+
+    with whalefall.ep.Engine(whalefall.ep.FileGroup(tmp_path, 0, 1), chunk_bytes=4096) as engine:
+        with pytest.raises(LimitError, match="do not fit a chunk of 4096 bytes"):
+            engine.dispatch(np.zeros((1, 4096), np.float32), np.zeros((1, 1), np.int64), 4)
+
+
+def test_groups_that_make_no_sense_are_refused(tmp_path) -> None:
+    from whalefall.ep.topology import Topology
+
+    with pytest.raises(ConfigError, match="no neighbours"):
+        Topology.from_names(["a", "b", "a"])
+    with pytest.raises(ConfigError, match="rank is 3 of 3"):
+        whalefall.ep.FileGroup(tmp_path, 3, 3)
+
+
+def test_every_remote_rank_has_one_proxy_on_each_host() -> None:
+    from whalefall.ep.topology import Topology
+
+    topology = Topology.from_names(["a", "a", "a", "b"])
+    assert [topology.proxy(r, 1) for r in range(4)] == [3, 3, 3, 3]
+    assert topology.served(3) == [0, 1, 2]
+    assert [topology.served(r) for r in range(3)] == [[3], [], []]
