@@ -1,0 +1,49 @@
+"""What the data room refuses, each with the node, partition or query that it is about."""
+
+from __future__ import annotations
+
+from whalefall.errors import ConfigError, WhalefallError
+
+__all__ = ["PartitionError", "PlanError", "SqlError", "TaskFailed", "WorkerLost", "failure_like"]
+
+
+class PlanError(ConfigError, AssertionError):
+    """A plan makes no sense: inputs whose partitions do not fit, an argument of the wrong kind."""
+
+
+class PartitionError(WhalefallError, AssertionError):
+    """A row cannot be given to a partition: its key is NULL or out of range."""
+
+
+class SqlError(WhalefallError, RuntimeError):
+    """DuckDB refused a query; the message holds the query."""
+
+
+class TaskFailed(WhalefallError, RuntimeError):
+    """A function of the user's raised; the message holds its traceback.
+
+    What is raised is a subclass that also derives from the user's exception class, so that
+    `except ZeroDivisionError` catches it.
+    """
+
+
+class WorkerLost(WhalefallError, RuntimeError):
+    """A task's process died more often than the job allows."""
+
+
+def failure_like(message: str, cause: BaseException | None) -> TaskFailed:
+    """A `TaskFailed` that is also an instance of `cause`'s class, where Python can build one."""
+    if cause is None or isinstance(cause, TaskFailed):
+        return TaskFailed(message)
+    kind = type(cause)
+    try:
+        merged = type(f"TaskFailed({kind.__name__})", (TaskFailed, kind), {"__init__": _plain_init})
+        error: TaskFailed = merged(message)
+    except TypeError:  # two layouts that do not mix, as OSError's and another's
+        error = TaskFailed(message)
+    error.__cause__ = cause
+    return error
+
+
+def _plain_init(self: BaseException, message: str) -> None:
+    Exception.__init__(self, message)

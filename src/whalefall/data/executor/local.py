@@ -1,0 +1,161 @@
+"""Persistent worker processes on this host, started by `whalefall.launch`.
+
+A worker runs one task at a time; one that dies is replaced, and its task reported as dead. None
+outlives this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import time
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, pack
+from whalefall.errors import RankFailure
+from whalefall.launch import Group, Task
+
+__all__ = ["LocalExecutor"]
+
+START_TIMEOUT_S = 60.0
+
+
+class Worker:
+    """One process, the socket to it, and the task that it has."""
+
+    def __init__(self, group: Group, name: str, folder: str, log: Path) -> None:
+        self.name, self._group = name, group
+        self.key: str | None = None
+        path = os.path.join(folder, f"{name}.sock")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(1)
+        self._channel: Connection | None = None
+        self._member = group.add(
+            Task(name, "whalefall.data.executor.worker", (path,), log=log, path=(os.getcwd(),))
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._member.process.pid
+
+    @property
+    def channel(self) -> Connection:
+        """The socket; waits until the process has come up.
+
+        Raises: EOFError if it died before.
+        """
+        if self._channel is None:
+            end = time.monotonic() + START_TIMEOUT_S
+            self._listener.settimeout(0.2)
+            while True:
+                try:
+                    accepted, _ = self._listener.accept()
+                    break
+                except TimeoutError:
+                    exited = self._member.exit()
+                    if exited is not None or time.monotonic() > end:
+                        raise RankFailure(
+                            f"data worker did not start: {exited or self.name}"
+                        ) from None
+            accepted.setblocking(True)
+            self._channel = Connection(accepted.detach())
+            self._listener.close()
+        return self._channel
+
+    def death(self) -> str:
+        """How the process ended; it is ended if it has not."""
+        member = self._member
+        end = time.monotonic() + 2
+        while member.exit() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        self.stop()
+        code = member.process.returncode
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._channel is not None:
+            self._channel.close()
+        self._listener.close()
+        process = self._member.process
+        process.kill()
+        process.wait()
+
+
+class LocalExecutor(Executor):
+    """A pool of as many processes as there are slots.
+
+    Args:
+        slots: cores for tasks.
+        log_dir: what the workers print goes to `worker-N.log` there.
+    """
+
+    def __init__(self, slots: int, log_dir: str) -> None:
+        self.slots, self.log_dir = slots, Path(log_dir)
+        self._folder = tempfile.mkdtemp(prefix="whalefall-")  # short: a socket's path has 107 bytes
+        self._group = Group()
+        self._started = 0
+        self._workers = [self._spawn() for _ in range(slots)]
+
+    def _spawn(self) -> Worker:
+        name = f"worker-{self._started}"
+        self._started += 1
+        return Worker(self._group, name, self._folder, self.log_dir / f"{name}.log")
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.pid for worker in self._workers]
+
+    def start(self, work: Work) -> None:
+        data = pack(work)
+        while True:
+            worker = next(w for w in self._workers if w.key is None)
+            try:
+                worker.channel.send_bytes(data)
+            except OSError:  # it died while idle
+                self._replace(worker)
+                continue
+            worker.key = work.task.key
+            return
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        busy = {w.channel: w for w in self._workers if w.key is not None}
+        ready = wait(list(busy), timeout_s)
+        return [self._outcome(busy[item]) for item in ready if isinstance(item, Connection)]
+
+    def _outcome(self, worker: Worker) -> Outcome:
+        key, worker.key = worker.key or "", None
+        try:
+            kind, *rest = pickle.loads(worker.channel.recv_bytes())
+        except (EOFError, OSError):
+            return Died(key, self._replace(worker), worker.name)
+        if kind == "done":
+            return Done(key, rest[0], rest[1], worker.name)
+        return Raised(key, rest[0], rest[1], worker.name)
+
+    def _replace(self, worker: Worker) -> str:
+        """Put a new worker in the place of a dead one; says how that one died."""
+        reason = f"{worker.name} (pid {worker.pid}): {worker.death()}"
+        self._workers[self._workers.index(worker)] = self._spawn()
+        return reason
+
+    def cancel(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if worker.key is not None:
+                worker.stop()
+                self._workers[index] = self._spawn()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.stop()
+        self._workers = []
+        shutil.rmtree(self._folder, ignore_errors=True)

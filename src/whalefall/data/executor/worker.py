@@ -1,0 +1,49 @@
+"""A worker process: takes attempts from a socket, runs them, answers. Ends when the socket does."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def main(path: str) -> None:
+    """Serve the driver that listens on the Unix socket `path`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    channel = Connection(sock.detach())
+    # what every task needs, while the driver is still planning
+    import cloudpickle
+    import duckdb  # noqa: F401
+
+    from whalefall.data.executor.base import perform, portable_error
+
+    while True:
+        try:
+            work = pickle.loads(channel.recv_bytes())
+        except (EOFError, OSError):
+            return
+        begin = time.perf_counter()
+        answer: tuple[Any, ...]
+        try:
+            outputs = perform(work)
+            answer = ("done", outputs, time.perf_counter() - begin)
+        except SystemExit as error:
+            sys.exit(error.code)
+        except BaseException as error:
+            answer = ("raised", *portable_error(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            channel.send_bytes(cloudpickle.dumps(answer))
+        except OSError:
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

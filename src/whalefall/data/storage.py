@@ -1,0 +1,220 @@
+"""Putting a result into a folder so that it is there completely or not at all.
+
+The files are gathered in a folder beside the target, which then takes the target's name in one
+step; what the target held before (an earlier result) goes away, files that no manifest lists stay.
+On a store without renames (s3) the files are put one by one, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from whalefall.data.paths import is_url
+from whalefall.errors import ConfigError
+
+__all__ = ["MANIFEST", "Placed", "commit_folder", "fsync_path", "write_atomic", "write_manifest"]
+
+MANIFEST = ".MANIFEST.txt"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A file to place; its number of rows where that is known."""
+
+    path: str
+    num_rows: int | None = None
+
+
+def fsync_path(path: str) -> None:
+    """Have a file or folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str, text: str) -> None:
+    """Write a small file: temporary, sync, rename."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: str, paths: Sequence[str]) -> None:
+    """Write a folder's list of files, one a line."""
+    write_atomic(os.path.join(folder, MANIFEST), "".join(path + "\n" for path in paths))
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """The files' base names; where one is taken, `.{index}` before the suffix."""
+    taken: set[str] = set()
+    names = []
+    for index, path in enumerate(paths):
+        name = os.path.basename(path)
+        if name in taken:
+            stem, suffix = os.path.splitext(name)
+            name = f"{stem}.{index}{suffix}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def commit_folder(target: str, files: Sequence[Placed], link: bool = True) -> list[str]:
+    """Make `target` the folder of exactly these files (and of what no manifest of ours listed).
+
+    Args:
+        target: a local folder or an fsspec URL.
+        files: local files.
+        link: hard links where the file system allows, copies elsewhere.
+    Returns: where the files lie now.
+    Raises: ConfigError where the folder holds Parquet files that no manifest lists, which a reader
+        of the folder would take for part of the result.
+    """
+    names = unique_names([file.path for file in files])
+    if is_url(target):
+        return _commit_remote(target, [file.path for file in files], names)
+    target = os.path.abspath(target)
+    foreign = foreign_entries(target)
+    temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(temporary)
+    try:
+        for file, name in zip(files, names, strict=True):
+            _place(file.path, os.path.join(temporary, name), link)
+        for name in foreign:
+            if name not in names:
+                _carry(os.path.join(target, name), os.path.join(temporary, name))
+        placed = [os.path.join(target, name) for name in names]
+        write_manifest(temporary, placed)
+        fsync_path(temporary)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return placed
+
+
+def foreign_entries(target: str) -> list[str]:
+    """What a folder holds that no manifest lists.
+
+    Raises: ConfigError as `commit_folder`.
+    """
+    if not os.path.exists(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        return []
+    if not os.path.isdir(target):
+        raise ConfigError(f"{target} is a file, wanted a folder to write to")
+    listed = {MANIFEST}
+    try:
+        with open(os.path.join(target, MANIFEST), encoding="utf-8") as file:
+            listed |= {os.path.basename(line.rstrip("\n")) for line in file}
+    except FileNotFoundError:
+        pass
+    foreign = [name for name in sorted(os.listdir(target)) if name not in listed]
+    data = [name for name in foreign if name.endswith(".parquet")]
+    if data:
+        raise ConfigError(
+            f"{target} holds {len(data)} Parquet file(s) that no {MANIFEST} lists, such as "
+            f"{data[0]}: remove them or write to another folder"
+        )
+    return foreign
+
+
+def _place(source: str, target: str, link: bool) -> None:
+    if link:
+        try:
+            os.link(source, target)
+            fsync_path(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+    if is_url(source):
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem.get_file(path, target)
+    else:
+        shutil.copyfile(source, target)
+    fsync_path(target)
+
+
+def _carry(source: str, target: str) -> None:
+    """Have a file or folder of the user's in the new folder too."""
+    if os.path.isdir(source) and not os.path.islink(source):
+        shutil.copytree(source, target, copy_function=os.link, symlinks=True)
+    elif os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+    else:
+        os.link(source, target)
+
+
+def _swap(temporary: str, target: str) -> None:
+    """Give the folder `temporary` the name `target`; after it, `temporary` is what was there."""
+    if not os.path.exists(target):
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        old = temporary + ".old"
+        os.rename(target, old)
+        os.rename(temporary, target)
+        os.rename(old, temporary)
+    fsync_path(os.path.dirname(target))
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    code = call(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    return bool(code == 0)
+
+
+def _commit_remote(target: str, files: Sequence[str], names: Sequence[str]) -> list[str]:
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(target)
+    protocol = target.split("://", 1)[0]
+    root = root.rstrip("/")
+    placed = [f"{target.rstrip('/')}/{name}" for name in names]
+    renames = protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az", "http", "https")
+    folder = f"{root}.{uuid.uuid4().hex[:8]}.tmp" if renames else root
+    old = _listed(filesystem, f"{root}/{MANIFEST}")
+    filesystem.makedirs(folder, exist_ok=True)
+    for file, name in zip(files, names, strict=True):
+        filesystem.put_file(file, f"{folder}/{name}")
+    filesystem.pipe_file(f"{folder}/{MANIFEST}", "".join(p + "\n" for p in placed).encode())
+    if not renames:
+        for name in old - set(names):
+            filesystem.rm_file(f"{root}/{name}")
+    elif filesystem.exists(root):
+        for name in [*names, MANIFEST]:
+            filesystem.mv(f"{folder}/{name}", f"{root}/{name}")
+        for name in old - set(names):
+            filesystem.rm_file(f"{root}/{name}")
+        filesystem.rm(folder, recursive=True)
+    else:
+        filesystem.mv(folder, root, recursive=True)
+    return placed
+
+
+def _listed(filesystem: object, manifest: str) -> set[str]:
+    try:
+        text = filesystem.cat_file(manifest).decode()  # type: ignore[attr-defined]
+    except (FileNotFoundError, OSError):
+        return set()
+    return {os.path.basename(line) for line in text.splitlines()}

@@ -1,0 +1,95 @@
+"""The task that runs SQL in DuckDB and leaves the last query's rows as one Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from whalefall.data.dataset import DataSet, quote
+from whalefall.data.duck import execute
+from whalefall.data.errors import SqlError
+from whalefall.data.parquet import ParquetDataSet
+from whalefall.data.rowrange import RowRange
+from whalefall.data.runtime import PartitionKey
+from whalefall.data.tasks.base import Input, Task
+from whalefall.data.tasks.parquet_out import ParquetOptions, file_in
+from whalefall.data.template import render
+
+__all__ = ["SqlEngineTask", "written"]
+
+
+class SqlEngineTask(Task):
+    """Runs a node's queries over one partition.
+
+    Args:
+        queries: templates; all run, the last one's rows are the output.
+        udfs: user functions to bind first.
+    """
+
+    def __init__(
+        self,
+        node: Any,
+        inputs: Sequence[Input],
+        partition_key: PartitionKey,
+        queries: Sequence[str],
+        options: ParquetOptions,
+        udfs: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(node, inputs, partition_key)
+        self.queries, self.options, self.udfs = list(queries), options, list(udfs)
+        self.volatile = node.volatile_id
+
+    def content(self) -> Sequence[Any]:
+        return (self.queries, self.options, self.udfs, self.volatile)
+
+    def names(self) -> dict[str, object]:
+        """The named fields that a query may use."""
+        return {
+            "batch_index": 0,
+            "query_index": 0,
+            "rand_seed": self.random_seed,
+            "cpu_limit": self.cpu_limit,
+            "memory_limit": self.memory_limit,
+            "output_filename": self.output_filename,
+            **self.partition_infos_as_dict,
+        }
+
+    def where(self) -> str:
+        """The task, for an error."""
+        place = ", ".join(str(info) for info in self.partition_key)
+        return f"SQL node {self.node_id}" + (f", partition {place}" if place else "")
+
+    def run(self, inputs: list[DataSet]) -> list[DataSet]:
+        path = file_in(self.runtime_output_abspath, f"{self.output_filename}.parquet")
+        conn = self.connect()
+        try:
+            for udf in self.udfs:
+                udf.bind(conn)
+            fragments = []
+            for dataset in inputs:
+                dataset.require_files()
+                fragments.append(dataset.sql_query_fragment(conn=conn))
+            for index, template in enumerate(self.queries):
+                names = self.names() | {"query_index": index}
+                query = render(template, fragments, names).strip().rstrip(";").rstrip()
+                if index + 1 < len(self.queries):
+                    execute(conn, query, self.where())
+            return [self._copy(conn, query, path)]
+        finally:
+            conn.close()
+
+    def _copy(self, conn: Any, query: str, path: str) -> ParquetDataSet:
+        options = self.options.copy_options(self.parquet_metadata())
+        statement = f"copy ({query}\n) to {quote(path)} ({options})"
+        try:
+            return written(execute(conn, statement, self.where()))
+        except SqlError as error:
+            raise SqlError(str(error).replace(statement, query)) from None
+
+
+def written(stats: Sequence[Sequence[Any]]) -> ParquetDataSet:
+    """The data set of the files that a COPY with return_stats reports."""
+    ranges = []
+    for name, rows, file_bytes, *_ in sorted(stats, key=lambda row: str(row[0])):
+        ranges.append(RowRange(name, int(file_bytes), int(rows), 0, int(rows)))
+    return ParquetDataSet.of_ranges(ranges)
