@@ -1,0 +1,1 @@
+"""File-system room: the storage node — chunk engine on disk, replica on the network."""

@@ -1,0 +1,352 @@
+"""File-system room: the chunk engine — copy-on-write chunks, one target's worth, on one disk.
+
+In: updates, commits, aborts, reads. Out: their effect, durable when the call returns.
+Every update writes a fresh slot, so a torn write can only hit bytes that nothing refers to yet.
+The record of a chunk (what is committed, what is pending, where) changes in one transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.messages import ChunkMeta, Code, Kind, Remembered, Tag, Update
+from whalefall.fs.core.replica import Entry
+from whalefall.fs.storage import native_io
+from whalefall.fs.storage.journal import Batch, Journal
+from whalefall.fs.storage.slots import MAX_CHUNK_BYTES, Place, Slots
+
+__all__ = ["ChunkEngine", "Record"]
+
+RESERVE_BYTES = 16 << 20
+PREFIX_BYTES = 12
+
+
+@dataclass
+class Record(Entry):
+    """A chunk as the engine keeps it: metadata, and where each content lies."""
+
+    committed_at: Place | None = None
+    committed_crcs: bytes = b""
+    pending_at: Place | None = None
+    pending_crcs: bytes = b""
+
+
+class Row(msgspec.Struct, array_like=True):
+    """A record on disk."""
+
+    committed: ChunkMeta | None
+    committed_at: Place | None
+    committed_crcs: bytes
+    pending: ChunkMeta | None
+    pending_at: Place | None
+    pending_crcs: bytes
+
+
+class ChunkEngine:
+    """One target on disk. Thread-safe; callers hold the chunk's lock while they change it.
+
+    Args:
+        folder: made where missing.
+        step: called with the name of each point where a crash is possible (tests crash there).
+        reserve_bytes: kept free for metadata: content is refused below it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: Callable[[str], None] = lambda name: None,
+        reserve_bytes: int = RESERVE_BYTES,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.step, self.reserve_bytes = folder, step, reserve_bytes
+        self.bad_blocks = 0
+        self._mutex = threading.Lock()
+        self._journal = Journal(folder / "meta.sqlite")
+        self._records: dict[bytes, Record] = {}
+        self._pendings: set[bytes] = set()
+        self._files: dict[bytes, set[bytes]] = {}
+        self._tags: dict[tuple[str, int], Remembered] = {}
+        for key, value in self._journal.chunks():
+            row = msgspec.msgpack.decode(value, type=Row)
+            self._keep(key, Record(
+                row.committed, row.pending, row.committed_at, row.committed_crcs,
+                row.pending_at, row.pending_crcs,
+            ))  # fmt: skip
+        for value in self._journal.tags():
+            tag = msgspec.msgpack.decode(value, type=Remembered)
+            self._tags[tag.tag.client, tag.tag.channel] = tag
+        places = [p for r in self._records.values() for p in (r.committed_at, r.pending_at) if p]
+        self._slots = Slots(folder, places)
+
+    # ---- from memory
+
+    def entry(self, chunk: bytes) -> Record | None:
+        """What is recorded of a chunk."""
+        return self._records.get(chunk)
+
+    def entries(self) -> Mapping[bytes, Record]:
+        """All chunks, as they are now."""
+        with self._mutex:
+            return dict(self._records)
+
+    def pendings(self) -> list[bytes]:
+        """The chunks that have a pending content."""
+        with self._mutex:
+            return sorted(self._pendings)
+
+    def remembered(self, client: str, channel: int) -> Remembered | None:
+        """The last operation that succeeded on a client's channel."""
+        return self._tags.get((client, channel))
+
+    def tags(self) -> list[Remembered]:
+        """All remembered operations."""
+        with self._mutex:
+            return list(self._tags.values())
+
+    def last(self, prefix: bytes) -> tuple[bytes | None, int, int]:
+        """The last committed chunk under a 12-byte prefix, its length, and their number."""
+        with self._mutex:
+            there = sorted(self._files.get(prefix, ()), reverse=True)
+        for chunk in there:
+            record = self._records.get(chunk)
+            if record is not None and record.committed is not None:
+                return chunk, record.committed.length, len(there)
+        return None, 0, 0
+
+    def usage(self) -> tuple[int, int, int, int]:
+        """Bytes used, bytes free on the disk, chunks, bad blocks found so far."""
+        disk = os.statvfs(self.folder)
+        free = max(0, disk.f_bavail * disk.f_frsize - self.reserve_bytes)
+        return self._slots.used_bytes, free, len(self._records), self.bad_blocks
+
+    # ---- changes
+
+    def store(self, update: Update, data: Any, version: int, chain_version: int) -> ChunkMeta:
+        """Write an update's outcome beside what is committed, and record it as pending.
+
+        Raises: Refused (NO_SPACE, CORRUPT, INVALID); OSError if the disk fails.
+        """
+        if update.kind is Kind.REMOVE:
+            meta = ChunkMeta(version, chain_version, 0, 0, update.tag, removed=True)
+            self._record_pending(update.chunk, meta, None, b"")
+            return meta
+        content = self._content(update, data)
+        size = len(content)
+        disk = os.statvfs(self.folder)
+        if disk.f_bavail * disk.f_frsize < self.reserve_bytes + size:
+            raise Refused(Code.NO_SPACE, f"the disk of {self.folder} is full")
+        with self._mutex:
+            place = self._slots.take(size)
+            descriptor = self._slots.file(place.size_class)
+        try:
+            crcs, whole = native_io.write(descriptor, place.offset, content)
+            self.step("data written")
+            if update.checksum >= 0 and update.kind is Kind.WRITE:
+                whole_is_data = size == update.length
+                found = whole if whole_is_data else native_io.checksum(data)
+                if found != update.checksum:
+                    raise Refused(Code.CORRUPT, "the data changed on its way here")
+            meta = ChunkMeta(version, chain_version, size, whole, update.tag)
+            self._record_pending(update.chunk, meta, place, crcs)
+        except BaseException:
+            with self._mutex:
+                self._slots.give_back(place)
+            raise
+        return meta
+
+    def _content(self, update: Update, data: Any) -> Any:
+        """The chunk's whole content after an update."""
+        if update.kind is Kind.REPLACE:
+            return data
+        size = update.size or MAX_CHUNK_BYTES
+        end = update.offset + update.length
+        if end > size or size > MAX_CHUNK_BYTES:
+            raise Refused(Code.INVALID, f"bytes up to {end} in a chunk of {size}")
+        record = self._records.get(update.chunk)
+        committed = record.committed if record else None
+        length = committed.length if committed else 0
+        if update.kind is Kind.WRITE:
+            if update.offset == 0 and update.length >= length:
+                return data
+            wanted = max(length, end) if update.length else length
+        else:
+            cut = update.kind is Kind.TRUNCATE
+            wanted = update.length if cut else max(length, update.length)
+        content = bytearray(wanted)
+        kept = min(length, wanted)
+        if kept:
+            content[:kept] = memoryview(self.load(update.chunk, pending=False))[:kept]
+        if update.kind is Kind.WRITE:
+            content[update.offset : end] = data
+        return content
+
+    def _record_pending(
+        self, chunk: bytes, meta: ChunkMeta, place: Place | None, crcs: bytes
+    ) -> None:
+        old = self._records.get(chunk) or Record()
+        new = Record(old.committed, meta, old.committed_at, old.committed_crcs, place, crcs)
+        files = (self._slots.file(place.size_class),) if place else ()
+        self._write(chunk, new, files=files)
+        self.step("pending recorded")
+        self._replace(chunk, new, freed=old.pending_at)
+
+    def commit(self, chunk: bytes, chain_version: int, tag: Tag | None) -> None:
+        """Make the pending content the committed one; remember the operation."""
+        old = self._records[chunk]
+        pending = old.pending
+        if pending is None:
+            raise Refused(Code.NOT_READY, "nothing is pending")
+        meta = msgspec.structs.replace(pending, chain_version=chain_version)
+        new = None
+        if not pending.removed:
+            new = Record(meta, None, old.pending_at, old.pending_crcs)
+        remembered = None
+        if tag is not None:
+            remembered = Remembered(
+                tag, meta.version, chain_version, meta.length, meta.checksum
+            )
+        self.step("before commit")
+        self._write(chunk, new, [remembered] if remembered else [])
+        self.step("committed")
+        with self._mutex:
+            if remembered is not None:
+                self._tags[remembered.tag.client, remembered.tag.channel] = remembered
+        self._replace(chunk, new, freed=old.committed_at)
+
+    def abort(self, chunk: bytes) -> None:
+        """Forget the pending content."""
+        old = self._records.get(chunk)
+        if old is None or old.pending is None:
+            return
+        new = Record(old.committed, None, old.committed_at, old.committed_crcs)
+        kept = new if new.committed is not None else None
+        self._write(chunk, kept)
+        self.step("aborted")
+        self._replace(chunk, kept, freed=old.pending_at)
+
+    def merge(self, tags: list[Remembered]) -> None:
+        """Remember what another replica remembers; a newer operation stays."""
+        with self._mutex:
+            fresh = [
+                t for t in tags
+                if (mine := self._tags.get((t.tag.client, t.tag.channel))) is None
+                or mine.tag.seq < t.tag.seq
+            ]  # fmt: skip
+        self._journal.write(Batch(tags=[_tag_row(t) for t in fresh]))
+        with self._mutex:
+            for tag in fresh:
+                self._tags[tag.tag.client, tag.tag.channel] = tag
+
+    def mend(self, chunk: bytes, data: Any) -> bool:
+        """Put good bytes in place of a damaged committed content; False if they do not fit it."""
+        old = self._records.get(chunk)
+        if old is None or old.committed is None or old.committed_at is None:
+            return False
+        with self._mutex:
+            place = self._slots.take(len(data))
+            descriptor = self._slots.file(place.size_class)
+        crcs, whole = native_io.write(descriptor, place.offset, data)
+        if (len(data), whole) != (old.committed.length, old.committed.checksum):
+            with self._mutex:
+                self._slots.give_back(place)
+            return False
+        new = Record(old.committed, old.pending, place, crcs, old.pending_at, old.pending_crcs)
+        self._write(chunk, new, files=(descriptor,))
+        self._replace(chunk, new, freed=old.committed_at)
+        return True
+
+    def _write(
+        self, chunk: bytes, new: Record | None, tags: list[Remembered] | None = None,
+        files: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        row = None
+        if new is not None:
+            row = msgspec.msgpack.encode(Row(
+                new.committed, new.committed_at, new.committed_crcs,
+                new.pending, new.pending_at, new.pending_crcs,
+            ))  # fmt: skip
+        rows = [_tag_row(t) for t in tags or []]
+        self._journal.write(Batch([(chunk, row)], rows, files))
+
+    def _replace(self, chunk: bytes, new: Record | None, freed: Place | None) -> None:
+        with self._mutex:
+            self._keep(chunk, new)
+            if freed is not None:
+                self._slots.give_back(freed)
+
+    def _keep(self, chunk: bytes, new: Record | None) -> None:
+        prefix = chunk[:PREFIX_BYTES]
+        self._pendings.discard(chunk)
+        if new is None:
+            self._records.pop(chunk, None)
+            siblings = self._files.get(prefix, set())
+            siblings.discard(chunk)
+            if not siblings:
+                self._files.pop(prefix, None)
+            return
+        self._records[chunk] = new
+        self._files.setdefault(prefix, set()).add(chunk)
+        if new.pending is not None:
+            self._pendings.add(chunk)
+
+    # ---- reads
+
+    def load(self, chunk: bytes, pending: bool) -> bytearray:
+        """A whole content, verified.
+
+        Raises: Refused (NOT_FOUND, CORRUPT).
+        """
+        record = self._records.get(chunk)
+        meta = record and (record.pending if pending else record.committed)
+        if record is None or meta is None:
+            raise Refused(Code.NOT_FOUND, "no such content")
+        data = bytearray(meta.length)
+        start, _ = native_io.address(data)
+        status = self.read([(record, pending, 0, meta.length, start)])[0]
+        if status:
+            raise Refused(Code.CORRUPT, f"chunk {chunk.hex()} does not match its checksum")
+        return data
+
+    def read(self, pieces: list[tuple[Record, bool, int, int, int]]) -> list[int]:
+        """Read (record, pending?, offset, length, address)s in one native call.
+
+        Returns: per piece 0, -errno or `native_io.CORRUPT`.
+        """
+        fds, places, sizes, offsets, lengths, crcs, outs = [], [], [], [], [], [], []
+        with self._mutex:
+            read = self._slots.begin_read()
+            for record, pending, offset, length, out in pieces:
+                place = record.pending_at if pending else record.committed_at
+                meta = record.pending if pending else record.committed
+                assert place is not None and meta is not None
+                fds.append(self._slots.file(place.size_class))
+                places.append(place.slot << place.size_class)
+                sizes.append(meta.length)
+                offsets.append(offset)
+                lengths.append(length)
+                crcs.append(record.pending_crcs if pending else record.committed_crcs)
+                outs.append(out)
+        try:
+            status = native_io.read_batch(fds, places, sizes, offsets, lengths, crcs, outs)
+        finally:
+            with self._mutex:
+                self._slots.end_read(read)
+        self.bad_blocks += sum(code != 0 for code in status)
+        return status
+
+    def close(self) -> None:
+        """Close the files; everything acknowledged is down already."""
+        self._journal.close()
+        self._slots.close()
+
+
+def _tag_row(remembered: Remembered) -> tuple[str, int, bytes]:
+    return remembered.tag.client, remembered.tag.channel, msgspec.msgpack.encode(remembered)

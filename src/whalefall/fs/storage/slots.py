@@ -1,0 +1,102 @@
+"""File-system room: where chunks lie — one file a size class, cut into slots of that size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+__all__ = ["MAX_CHUNK_BYTES", "MIN_SLOT_BYTES", "Place", "Slots"]
+
+MIN_SLOT_BYTES = 64 << 10
+MAX_CHUNK_BYTES = 64 << 20
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A slot: its size class (log2 of the bytes) and number."""
+
+    size_class: int
+    slot: int
+
+    @property
+    def offset(self) -> int:
+        """Where it starts in its file."""
+        return self.slot << self.size_class
+
+
+class Slots:
+    """Allocates slots; which are in use is known from the chunks' records alone.
+
+    A freed slot is used again only when every read that began before has ended.
+
+    Args:
+        folder: holds the files slots.16 … slots.26.
+        used: the places in use.
+    """
+
+    def __init__(self, folder: Path, used: Iterable[Place]) -> None:
+        self.folder = folder
+        self.used_bytes = 0
+        self._files: dict[int, int] = {}
+        self._free: dict[int, list[int]] = {}
+        self._end: dict[int, int] = {}
+        self._reads: dict[int, int] = {}
+        self._read_count = 0
+        self._limbo: list[tuple[int, Place]] = []
+        taken: dict[int, set[int]] = {}
+        for place in used:
+            taken.setdefault(place.size_class, set()).add(place.slot)
+            self.used_bytes += 1 << place.size_class
+        for size_class, slots in taken.items():
+            self._end[size_class] = max(slots) + 1
+            self._free[size_class] = sorted(set(range(max(slots))) - slots, reverse=True)
+
+    def file(self, size_class: int) -> int:
+        """The descriptor of a size class's file."""
+        if size_class not in self._files:
+            path = self.folder / f"slots.{size_class}"
+            self._files[size_class] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._files[size_class]
+
+    def take(self, size: int) -> Place:
+        """A free slot for `size` bytes."""
+        size_class = (max(size, MIN_SLOT_BYTES) - 1).bit_length()
+        free = self._free.setdefault(size_class, [])
+        if free:
+            slot = free.pop()
+        else:
+            slot = self._end.get(size_class, 0)
+            self._end[size_class] = slot + 1
+        self.used_bytes += 1 << size_class
+        return Place(size_class, slot)
+
+    def give_back(self, place: Place) -> None:
+        """Free a slot, once no reader can be looking at it."""
+        self.used_bytes -= 1 << place.size_class
+        self._limbo.append((self._read_count, place))
+        self._sweep()
+
+    def begin_read(self) -> int:
+        """From now on no slot freed later is used again; returns what `end_read` takes."""
+        self._read_count += 1
+        self._reads[self._read_count] = self._read_count
+        return self._read_count
+
+    def end_read(self, read: int) -> None:
+        """A read has ended."""
+        del self._reads[read]
+        self._sweep()
+
+    def _sweep(self) -> None:
+        oldest = min(self._reads, default=self._read_count + 1)
+        while self._limbo and self._limbo[0][0] < oldest:
+            _, place = self._limbo.pop(0)
+            self._free.setdefault(place.size_class, []).append(place.slot)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
