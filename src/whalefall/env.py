@@ -43,6 +43,7 @@ TABLE = (
     Variable(
         "WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"
     ),
+    Variable("WHALEFALL_FS_TOKEN", "", "the secret of the file-system cluster to connect to"),
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
 )
 _DEFAULTS = {v.name: v.default for v in TABLE}

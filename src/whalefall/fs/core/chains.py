@@ -69,9 +69,7 @@ def read_tail(chain: Chain) -> Member | None:
     return serving[-1] if serving else None
 
 
-def next_members(
-    members: tuple[Member, ...], local: Mapping[int, Local]
-) -> tuple[Member, ...]:
+def next_members(members: tuple[Member, ...], local: Mapping[int, Local]) -> tuple[Member, ...]:
     """One pass over a chain, old states in order.
 
     Args:

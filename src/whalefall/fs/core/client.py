@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from whalefall.fs.core.chains import Chain, Member, read_tail
 from whalefall.fs.core.effects import Call, Calls, Procedure, Refused, Sleep, Unreachable
 from whalefall.fs.core.messages import (
@@ -111,7 +110,9 @@ class ClientCore:
         """
         tag = self._open_tag(chain)
         try:
-            return (yield from self._retry_update(chain, tag, chunk, kind, offset, length, size, data))
+            return (
+                yield from self._retry_update(chain, tag, chunk, kind, offset, length, size, data)
+            )
         finally:
             self.free[chain].append(tag.channel)
 
@@ -126,9 +127,7 @@ class ClientCore:
             try:
                 chain = self._chain(number)
                 head = self._head(chain)
-                packet = Update(
-                    head.target, chain.version, chunk, kind, offset, length, size, tag
-                )
+                packet = Update(head.target, chain.version, chunk, kind, offset, length, size, tag)
                 answer, _ = yield Call(head.node, packet, data, self.limits.call_s * 2)
                 if isinstance(answer, UpdateDone):
                     return answer
@@ -202,9 +201,9 @@ class ClientCore:
                     left.append(piece)
                     continue
             member, chain = picked[key]
-            groups.setdefault(
-                member.target * 2 + piece.at_tail, (member, chain, [])
-            )[2].append(piece)
+            groups.setdefault(member.target * 2 + piece.at_tail, (member, chain, []))[2].append(
+                piece
+            )
         return list(groups.values()), left, Code.ROUTING_MISMATCH
 
     def _reader(self, chain: Chain, at_tail: bool) -> Member:
@@ -222,9 +221,7 @@ class ClientCore:
     def _call(self, member: Member, chain: Chain, group: list[Piece], relaxed: bool) -> Call:
         ios = [(p.chunk, p.offset, p.length) for p in group]
         message = Read(member.target, chain.version, ios, group[0].at_tail, relaxed)
-        return Call(
-            member.node, message, b"", self.limits.call_s, into=[p.into for p in group]
-        )
+        return Call(member.node, message, b"", self.limits.call_s, into=[p.into for p in group])
 
     def _take(self, member: Member, group: list[Piece], answer: Any) -> tuple[list[Piece], Code]:
         """Results of one call; returns the pieces to try again, and why."""
@@ -260,7 +257,10 @@ class ClientCore:
                 chain = self._chain(number)
                 member = self._reader(chain, True)
                 answer, _ = yield Call(
-                    member.node, Query(member.target, chain.version, prefix), b"", self.limits.call_s
+                    member.node,
+                    Query(member.target, chain.version, prefix),
+                    b"",
+                    self.limits.call_s,
                 )
                 if isinstance(answer, QueryDone):
                     return answer
@@ -270,5 +270,3 @@ class ClientCore:
             except Refused as refusal:
                 code, last = refusal.code, refusal.reason
             yield from self._again(began_s, tries, last, code)
-
-

@@ -295,5 +295,3 @@ def query(node: StorageNode, message: Query) -> QueryDone:
     target = readable(node, message)
     chunk, length, count = target.store.last(message.prefix)
     return QueryDone(chunk, length, count)
-
-

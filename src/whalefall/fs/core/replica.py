@@ -126,6 +126,17 @@ class StorageNode:
                 self.report_now = True
             self._follow(target, member)
 
+    def adopt(self, number: int, store: StoreView, fresh: bool) -> None:
+        """Take a target that was just made; in a chain that was just made it may serve at once."""
+        target = self.targets[number] = Target(number, store)
+        target.local = Local.ONLINE if fresh else Local.OFFLINE
+        chain = self.routing.chain_of(number)
+        member = chain and chain.member(number)
+        if chain is not None and member is not None:
+            target.chain_version = chain.version
+            self._follow(target, member)
+        self.report_now = True
+
     def _follow(self, target: Target, member: Member) -> None:
         serving = member.public is Public.SERVING
         dropped = member.public in (Public.OFFLINE, Public.LASTSRV, Public.WAITING)
@@ -254,9 +265,5 @@ class StorageNode:
         if last.tag.request != tag.request:
             raise Refused(Code.PROTOCOL, f"operation {tag.seq} names two different requests")
         if version not in (0, last.version):
-            raise Refused(
-                Code.VERSION_CONFLICT, f"is version {last.version} here, got {version}"
-            )
+            raise Refused(Code.VERSION_CONFLICT, f"is version {last.version} here, got {version}")
         return last
-
-

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 import msgspec
 
 from whalefall.fs.core.chains import Local, Public
+from whalefall.fs.core.craq import _finish
 from whalefall.fs.core.effects import Acquire, Call, Load, Merge, Procedure, Refused
 from whalefall.fs.core.messages import (
     ChunkMeta,
@@ -28,7 +29,6 @@ from whalefall.fs.core.messages import (
     UpdateDone,
 )
 from whalefall.fs.core.replica import Entry, StorageNode, Target
-from whalefall.fs.core.craq import _finish
 
 __all__ = ["compare", "needs_sync", "resync", "sync_done", "sync_start", "sync_tags"]
 
@@ -48,17 +48,19 @@ def needs_sync(node: StorageNode, target: Target) -> bool:
     )
 
 
-def compare(
-    local: Mapping[bytes, Entry], remote: Listed, busy: set[Hashable]
-) -> list[bytes]:
+def compare(local: Mapping[bytes, Entry], remote: Listed, busy: set[Hashable]) -> list[bytes]:
     """The chunks to send (or remove there), in order."""
     todo = []
     for chunk in sorted({*local, *remote}):
         mine = local.get(chunk)
         theirs, their_pending = remote.get(chunk, (None, None))
-        if their_pending is not None or chunk in busy:
-            todo.append(chunk)
-        elif mine is None or mine.pending is not None or not same(mine.committed, theirs):
+        if (
+            their_pending is not None
+            or chunk in busy
+            or mine is None
+            or mine.pending is not None
+            or not same(mine.committed, theirs)
+        ):
             todo.append(chunk)
     return todo
 
@@ -107,9 +109,7 @@ def _ask(node: StorageNode, to: int, message: object, data: bytes, patience: int
     return answer, payload
 
 
-def _send_chunk(
-    node: StorageNode, target: Target, version: int, chunk: bytes
-) -> Procedure[None]:
+def _send_chunk(node: StorageNode, target: Target, version: int, chunk: bytes) -> Procedure[None]:
     yield Acquire(target.target, chunk)
     try:
         chain, _ = node.place(target)

@@ -210,9 +210,7 @@ class ChunkEngine:
             new = Record(meta, None, old.pending_at, old.pending_crcs)
         remembered = None
         if tag is not None:
-            remembered = Remembered(
-                tag, meta.version, chain_version, meta.length, meta.checksum
-            )
+            remembered = Remembered(tag, meta.version, chain_version, meta.length, meta.checksum)
         self.step("before commit")
         self._write(chunk, new, [remembered] if remembered else [])
         self.step("committed")
@@ -304,25 +302,38 @@ class ChunkEngine:
 
         Raises: Refused (NOT_FOUND, CORRUPT).
         """
-        record = self._records.get(chunk)
-        meta = record and (record.pending if pending else record.committed)
-        if record is None or meta is None:
-            raise Refused(Code.NOT_FOUND, "no such content")
-        data = bytearray(meta.length)
-        start, _ = native_io.address(data)
-        status = self.read([(record, pending, 0, meta.length, start)])[0]
+        pin = self.pin()
+        try:
+            record = self._records.get(chunk)
+            meta = record and (record.pending if pending else record.committed)
+            if record is None or meta is None:
+                raise Refused(Code.NOT_FOUND, "no such content")
+            data = bytearray(meta.length)
+            start, _ = native_io.address(data)
+            status = self.read([(record, pending, 0, meta.length, start)])[0]
+        finally:
+            self.unpin(pin)
         if status:
             raise Refused(Code.CORRUPT, f"chunk {chunk.hex()} does not match its checksum")
         return data
 
+    def pin(self) -> int:
+        """Keep every slot that records refer to now as it is, until `unpin`."""
+        with self._mutex:
+            return self._slots.begin_read()
+
+    def unpin(self, pin: int) -> None:
+        """The read that pinned has ended."""
+        with self._mutex:
+            self._slots.end_read(pin)
+
     def read(self, pieces: list[tuple[Record, bool, int, int, int]]) -> list[int]:
-        """Read (record, pending?, offset, length, address)s in one native call.
+        """Read (record, pending?, offset, length, address)s in one native call, under a pin.
 
         Returns: per piece 0, -errno or `native_io.CORRUPT`.
         """
         fds, places, sizes, offsets, lengths, crcs, outs = [], [], [], [], [], [], []
         with self._mutex:
-            read = self._slots.begin_read()
             for record, pending, offset, length, out in pieces:
                 place = record.pending_at if pending else record.committed_at
                 meta = record.pending if pending else record.committed
@@ -334,11 +345,7 @@ class ChunkEngine:
                 lengths.append(length)
                 crcs.append(record.pending_crcs if pending else record.committed_crcs)
                 outs.append(out)
-        try:
-            status = native_io.read_batch(fds, places, sizes, offsets, lengths, crcs, outs)
-        finally:
-            with self._mutex:
-                self._slots.end_read(read)
+        status = native_io.read_batch(fds, places, sizes, offsets, lengths, crcs, outs)
         self.bad_blocks += sum(code != 0 for code in status)
         return status
 

@@ -1,0 +1,1 @@
+"""File-system room: the client — placement, batches, retries, files."""

@@ -1,0 +1,169 @@
+"""File-system room: a client's connection to a cluster — routing, storage calls, metadata calls.
+
+In: a manager's address and the token. Out: chunk updates and batched chunk reads that try again
+until they are done, or an error that says which target, what was tried, for how long.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import threading
+import time
+import uuid
+from typing import Any, TypeVar
+
+from whalefall.fs.core import effects
+from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
+from whalefall.fs.core.effects import Procedure, Refused, Unreachable
+from whalefall.fs.core.messages import Failed, Kind, QueryDone, Routing, UpdateDone
+from whalefall.fs.core.replica import Limits
+from whalefall.fs.driver import drive
+from whalefall.fs.errors import ClusterError, StorageError
+from whalefall.fs.rpc import Call, Pool, Result
+
+__all__ = ["Connection"]
+T = TypeVar("T")
+PARALLEL = 16
+
+
+class Connection:
+    """Shared by all threads of a process.
+
+    Args:
+        managers: their addresses.
+        token: the cluster's secret.
+        retry_s: how long one operation is tried.
+    """
+
+    def __init__(
+        self, managers: list[tuple[str, int]], token: bytes, retry_s: float = 60.0
+    ) -> None:
+        self.managers, self.retry_s = list(managers), retry_s
+        self.pool = Pool(token)
+        self.client = uuid.uuid4().hex[:16]
+        limits = Limits(retry_s=retry_s)
+        self.core = ClientCore(self.client, limits, time.monotonic, random.randrange)
+        self.mutex = threading.RLock()
+        self.threads = concurrent.futures.ThreadPoolExecutor(PARALLEL, "whalefall-fs")
+        routing = self.refresh()
+        if routing is None or not routing.version:
+            places = ", ".join(f"{h}:{p}" for h, p in self.managers)
+            raise ClusterError(f"fs: no cluster manager answered at {places}; is it running?")
+        self.core.apply_routing(routing)
+        call_s = max(0.5, min(10.0, routing.lease_s))
+        self.core.limits = Limits(routing.lease_s, call_s, 30.0, 0.02, retry_s)
+
+    def refresh(self) -> Routing | None:
+        """Newer routing from whichever manager is primary, or None."""
+        request = Call("routing", {"version": self.core.routing.version})
+        for index, address in enumerate(list(self.managers)):
+            try:
+                reply, _ = self.pool.call(address, request, b"", 2.0)
+            except Unreachable as error:
+                if "token" in str(error):
+                    raise ClusterError(f"fs: {error}") from None
+                continue
+            if not isinstance(reply, Failed):
+                self.managers.insert(0, self.managers.pop(index))
+            if isinstance(reply, Routing):
+                return reply
+        return None
+
+    def manager(self, name: str, **args: Any) -> Any:
+        """An operator's call to the primary manager.
+
+        Raises: ClusterError if none answers or it refuses.
+        """
+        end_s = time.monotonic() + min(self.retry_s, 30.0)
+        while True:
+            last = "none is known"
+            for address in self.managers:
+                try:
+                    reply, _ = self.pool.call(address, Call(name, args), b"", 10.0)
+                except Unreachable as error:
+                    last = str(error)
+                    continue
+                if isinstance(reply, Failed):
+                    last = reply.reason
+                    if reply.code.name == "NOT_PRIMARY":
+                        continue
+                    raise ClusterError(f"fs: {name}: {reply.reason}")
+                return reply.value if isinstance(reply, Result) else reply
+            if time.monotonic() > end_s:
+                raise ClusterError(f"fs: {name}: no primary manager answered; last: {last}")
+            time.sleep(0.05)
+
+    def node(self, number: int, name: str, **args: Any) -> Any:
+        """An operator's call to one node."""
+        info = self.core.routing.nodes[number]
+        reply, _ = self.pool.call((info.host, info.port), Call(name, args), b"", 30.0)
+        if isinstance(reply, Failed):
+            raise ClusterError(f"fs: node {number}: {name}: {reply.reason}")
+        return reply.value
+
+    # ---- effects
+
+    def _perform(self, effect: Any) -> Any:
+        if isinstance(effect, effects.Call):
+            return self._call(effect)
+        if isinstance(effect, effects.Calls):
+            if len(effect.calls) == 1:
+                return [self._outcome(effect.calls[0])]
+            return list(self.threads.map(self._outcome, effect.calls))
+        if isinstance(effect, effects.Sleep):
+            return time.sleep(effect.seconds)
+        if isinstance(effect, RefreshRouting):
+            return self.refresh()
+        raise TypeError(f"no such effect: {effect!r}")
+
+    def _call(self, call: effects.Call) -> tuple[Any, Any]:
+        info = self.core.routing.nodes.get(call.node)
+        if info is None:
+            raise Unreachable(f"node {call.node} has no address")
+        return self.pool.call(
+            (info.host, info.port), call.message, call.data, call.timeout_s, call.into
+        )
+
+    def _outcome(self, call: effects.Call) -> Any:
+        try:
+            return self._call(call)
+        except Unreachable as error:
+            return error
+
+    def _drive(self, procedure: Procedure[T], what: str) -> T:
+        try:
+            return drive(procedure, self._perform, self.mutex)
+        except Refused as refusal:
+            number = 28 if refusal.code.name == "NO_SPACE" else 5
+            raise StorageError(
+                number, f"fs: {what}: {refusal.code.name}: {refusal.reason}"
+            ) from None
+
+    # ---- chunks
+
+    def update(
+        self, chain: int, chunk: bytes, kind: Kind, offset: int, length: int, size: int, data: Any
+    ) -> UpdateDone:
+        """One update, exactly once.
+
+        Raises: StorageError.
+        """
+        procedure = self.core.update(chain, chunk, kind, offset, length, size, data)
+        return self._drive(procedure, f"{kind.name.lower()} chunk {chunk.hex()} of chain {chain}")
+
+    def read(self, pieces: list[Piece], relaxed: bool = False) -> None:
+        """A batch of reads, each into its buffer.
+
+        Raises: StorageError.
+        """
+        self._drive(self.core.read(pieces, relaxed), f"read {len(pieces)} pieces")
+
+    def query(self, chain: int, prefix: bytes) -> QueryDone:
+        """The last chunk under a prefix."""
+        return self._drive(self.core.query(chain, prefix), f"query chain {chain}")
+
+    def close(self) -> None:
+        """Drop all connections."""
+        self.threads.shutdown(wait=False)
+        self.pool.close()

@@ -1,0 +1,1 @@
+"""File-system room: the cluster manager as a process."""

@@ -1,0 +1,193 @@
+"""File-system room: calls between processes over `comm` channels — one call at a time on each.
+
+`serve` answers each connection in a thread of its own; `Pool` keeps idle connections by address.
+Replies with data are received straight into the caller's buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from whalefall.comm import Channel, Limits, connect, decode, listen
+from whalefall.comm.frames import PREFIX, lengths
+from whalefall.comm.tokens import prove_server
+from whalefall.errors import WhalefallError
+from whalefall.fs.core.effects import Refused, Unreachable
+from whalefall.fs.core.messages import Code, Failed, Wide
+
+__all__ = ["Call", "Pool", "Result", "Server", "any_message"]
+
+log = logging.getLogger("whalefall.fs")
+LIMITS = Limits(header_bytes=8 << 20, payload_bytes=1 << 30)
+Handler = Callable[[Any, memoryview], tuple[Any, Sequence[Any]]]
+
+
+class Call(Wide, frozen=True):
+    """A named call with plain arguments (metadata, administration)."""
+
+    name: str
+    args: dict[str, Any]
+
+
+class Result(Wide, frozen=True):
+    """What a `Call` returned."""
+
+    value: Any
+
+
+def any_message() -> Any:
+    """The union of all messages, for decoding."""
+    kinds = Wide.__subclasses__()
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    return union
+
+
+class Server:
+    """Answers calls until `close`.
+
+    Args:
+        handler: (message, payload) → (reply, buffers); a Refused becomes a `Failed` reply.
+        token: what callers must know.
+    """
+
+    def __init__(self, handler: Handler, token: bytes, host: str, port: int) -> None:
+        self._handler, self._token = handler, token
+        self._kind = any_message()
+        self._socket = listen(host, port)
+        self.host, self.port = self._socket.getsockname()[:2]
+        self._channels: set[Channel] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), name="serve", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        channel = Channel(sock, LIMITS)
+        self._channels.add(channel)
+        try:
+            sock.settimeout(10)
+            prove_server(channel, self._token)
+            sock.settimeout(None)
+            while True:
+                message, payload = channel.recv(self._kind)
+                reply, buffers = self._answer(message, payload)
+                channel.send(reply, *buffers)
+        except (WhalefallError, OSError) as error:
+            if "ended" not in str(error) and "gone" not in str(error) and not self._closed:
+                log.warning("fs: closed the connection from %s: %s", channel, error)
+        finally:
+            self._channels.discard(channel)
+            channel.close()
+
+    def _answer(self, message: Any, payload: memoryview) -> tuple[Any, Sequence[Any]]:
+        try:
+            return self._handler(message, payload)
+        except Refused as refusal:
+            return Failed(refusal.code, refusal.reason), ()
+        except Unreachable as error:
+            return Failed(Code.TIMED_OUT, str(error)), ()
+        except Exception as error:
+            log.exception("fs: %s failed", type(message).__name__)
+            return Failed(Code.DISK, f"{type(error).__name__}: {error}"), ()
+
+    def close(self) -> None:
+        """Stop accepting and drop all connections."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for channel in list(self._channels):
+            channel.close()
+
+
+class Pool:
+    """Connections to many servers, kept while idle."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._kind = any_message()
+        self._idle: dict[tuple[str, int], list[Channel]] = {}
+        self._mutex = threading.Lock()
+
+    def call(
+        self, address: tuple[str, int], message: Any, data: Any = b"", timeout_s: float = 5.0,
+        into: Sequence[Any] | None = None,
+    ) -> tuple[Any, memoryview]:  # fmt: skip
+        """One call.
+
+        Args:
+            into: buffers that the reply's data fills in order, as its `results` say.
+        Raises: Unreachable if no answer came in time: the call may have run.
+        """
+        with self._mutex:
+            idle = self._idle.setdefault(address, [])
+            channel = idle.pop() if idle else None
+        fresh = channel is None
+        try:
+            channel = channel or connect(*address, self._token, timeout_s, LIMITS)
+            channel.settimeout(timeout_s)
+            channel.send(message, *([data] if len(data) else []))
+            answer = self._receive(channel, into)
+        except (OSError, WhalefallError) as error:
+            if channel is not None:
+                channel.close()
+            self.forget(address)
+            how = "" if fresh else " (connection kept from before)"
+            raise Unreachable(f"{address[0]}:{address[1]}: {error}{how}") from None
+        with self._mutex:
+            self._idle.setdefault(address, []).append(channel)
+        return answer
+
+    def _receive(self, channel: Channel, into: Sequence[Any] | None) -> tuple[Any, memoryview]:
+        header_bytes, payload_bytes = lengths(channel.recv_exactly(PREFIX.size), LIMITS)
+        reply = decode(channel.recv_exactly(header_bytes), self._kind)
+        results = getattr(reply, "results", None)
+        if into is None or results is None:
+            data = memoryview(bytearray(payload_bytes))
+            channel.recv_into(data)
+            return reply, data
+        views = [memoryview(b)[: r[1]] for b, r in zip(into, results, strict=True) if r[1]]
+        receive_into(channel, views)
+        return reply, memoryview(b"")
+
+    def forget(self, address: tuple[str, int]) -> None:
+        """Drop the idle connections to an address."""
+        with self._mutex:
+            channels = self._idle.pop(address, [])
+        for channel in channels:
+            channel.close()
+
+    def close(self) -> None:
+        """Drop all connections."""
+        for address in list(self._idle):
+            self.forget(address)
+
+
+def receive_into(channel: Channel, views: list[memoryview]) -> None:
+    """Fill several buffers in order with the next bytes of the stream."""
+    while views:
+        got, *_ = channel.socket.recvmsg_into(views[:512])
+        if not got:
+            raise ConnectionError("the stream ended too early")
+        while views and got >= views[0].nbytes:
+            got -= views.pop(0).nbytes
+        if got:
+            views[0] = views[0][got:]

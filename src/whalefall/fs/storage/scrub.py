@@ -1,0 +1,116 @@
+"""File-system room: finds bits that rotted and puts good ones in their place.
+
+Reads every chunk in the background, a little at a time; what does not match its checksum (found
+here, or by a client's read) is fetched from another replica and written to a fresh slot.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from whalefall.fs.core.effects import Acquire, Procedure, Refused
+from whalefall.fs.core.messages import Code
+from whalefall.fs.driver import StorageDriver
+from whalefall.fs.storage.engine import ChunkEngine
+
+__all__ = ["Scrubber"]
+log = logging.getLogger("whalefall.fs")
+Fetch = Callable[[int, bytes], tuple[Any, bytes] | None]
+
+
+class Scrubber:
+    """Checks the chunks of a node's targets, and mends them.
+
+    Args:
+        fetch: (target, chunk) → (version, bytes) of another replica, or None.
+        every_s: seconds a pass over all chunks should take; 0: only what is reported.
+    """
+
+    def __init__(
+        self, driver: StorageDriver, engines: dict[int, ChunkEngine], fetch: Fetch, every_s: float
+    ) -> None:
+        self.driver, self.engines, self.fetch, self.every_s = driver, engines, fetch, every_s
+        self.checked = self.damaged = self.repaired = 0
+        self._bad: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self._seen: set[tuple[int, bytes]] = set()
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        """Begin mending, and passing if asked for."""
+        threading.Thread(target=self._mend, name="mend", daemon=True).start()
+        if self.every_s:
+            threading.Thread(target=self._passes, name="scrub", daemon=True).start()
+
+    def stop(self) -> None:
+        """End after the chunk at hand."""
+        self._stop.set()
+        self._bad.put(None)
+
+    def report(self, target: int, chunk: bytes) -> None:
+        """A chunk whose content did not match its checksum."""
+        if (target, chunk) not in self._seen:
+            self._seen.add((target, chunk))
+            self.damaged += 1
+            log.error("fs: chunk %s of target %d is damaged", chunk.hex(), target)
+            self._bad.put((target, chunk))
+
+    def counters(self) -> dict[str, int]:
+        """Chunks checked, found damaged, repaired since the start."""
+        return {"checked": self.checked, "damaged": self.damaged, "repaired": self.repaired}
+
+    def start_pass(self) -> int:
+        """Check every chunk now, in the background; returns how many there are."""
+        count = sum(len(engine.entries()) for engine in self.engines.values())
+        threading.Thread(target=self._one_pass, args=(0.0,), name="scrub", daemon=True).start()
+        return count
+
+    def _passes(self) -> None:
+        while not self._stop.is_set():
+            chunks = sum(len(engine.entries()) for engine in list(self.engines.values()))
+            self._one_pass(self.every_s / max(chunks, 1))
+            self._stop.wait(min(self.every_s, 60))
+
+    def _one_pass(self, pause_s: float) -> None:
+        for target, engine in list(self.engines.items()):
+            for chunk in list(engine.entries()):
+                if self._stop.wait(pause_s):
+                    return
+                self.checked += 1
+                try:
+                    engine.load(chunk, pending=False)
+                except Refused as refusal:
+                    if refusal.code is Code.CORRUPT:
+                        self.report(target, chunk)
+
+    def _mend(self) -> None:
+        while (item := self._bad.get()) is not None:
+            if self._stop.is_set():
+                return
+            try:
+                fixed = self.driver.run(self._mend_one(*item))
+            except Refused as refusal:
+                log.error("fs: could not mend chunk %s: %s", item[1].hex(), refusal)
+                fixed = False
+            self._seen.discard(item)
+            if fixed:
+                self.repaired += 1
+                log.warning("fs: mended chunk %s of target %d", item[1].hex(), item[0])
+            else:
+                time.sleep(0.05)
+
+    def _mend_one(self, target: int, chunk: bytes) -> Procedure[bool]:
+        state = self.driver.node.targets[target]
+        yield Acquire(target, chunk)
+        try:
+            found = self.fetch(target, chunk)
+            if found is None:
+                raise Refused(Code.CORRUPT, "no other replica could give it")
+            # `mend` takes only bytes of the very length and checksum that are recorded here.
+            return self.engines[target].mend(chunk, found[1])
+        finally:
+            state.locks.release(chunk)

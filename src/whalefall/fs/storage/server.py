@@ -1,0 +1,315 @@
+"""File-system room: one storage node as a process — requests, heartbeats, recovery, scrub.
+
+In: a folder for its targets, the managers' addresses. Out: a node that serves until it is told to
+stop; on a clean stop it reports its targets offline first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whalefall.fs.core import craq, effects, resync
+from whalefall.fs.core.chains import Local, Public
+from whalefall.fs.core.effects import Refused, Unreachable
+from whalefall.fs.core.messages import (
+    Code,
+    Done,
+    Heartbeat,
+    HeartbeatDone,
+    NodeInfo,
+    Query,
+    Read,
+    ReadDone,
+    Routing,
+    SyncDone,
+    SyncStart,
+    SyncTags,
+    Update,
+)
+from whalefall.fs.core.replica import Limits, StorageNode, Target
+from whalefall.fs.driver import StorageDriver
+from whalefall.fs.rpc import Call, Pool, Result, Server
+from whalefall.fs.storage import native_io
+from whalefall.fs.storage.engine import ChunkEngine
+from whalefall.fs.storage.scrub import Scrubber
+
+__all__ = ["StorageServer", "next_boot"]
+log = logging.getLogger("whalefall.fs")
+
+
+def next_boot(folder: Path) -> int:
+    """How many times the node in this folder has started, this time included."""
+    path = folder / "boot"
+    boot = int(path.read_text()) + 1 if path.exists() else 1
+    temporary = path.with_suffix(".new")
+    with temporary.open("w") as file:
+        file.write(str(boot))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return boot
+
+
+class StorageServer:
+    """A storage node.
+
+    Args:
+        number: the node's number in the cluster.
+        folder: one sub-folder a target.
+        managers: their addresses.
+        token: the cluster's secret.
+        limits: the protocol's times.
+        scrub_s: seconds between two passes of the scrub over all chunks; 0: no scrub.
+    """
+
+    def __init__(
+        self, number: int, folder: Path, managers: list[tuple[str, int]], token: bytes,
+        limits: Limits, host: str = "127.0.0.1", port: int = 0, scrub_s: float = 3600.0,
+        reserve_bytes: int = 16 << 20,
+    ) -> None:  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.managers, self.limits = folder, managers, limits
+        self.reserve_bytes = reserve_bytes
+        self.pool = Pool(token)
+        self.server = Server(self._handle, token, host, port)
+        info = NodeInfo(number, "storage", host, self.server.port, next_boot(folder))
+        self.engines = {
+            int(path.name[7:]): ChunkEngine(path, reserve_bytes=reserve_bytes)
+            for path in sorted(folder.glob("target-*"))
+        }
+        self.node = StorageNode(info, dict(self.engines), limits, time.monotonic)
+        self.driver = StorageDriver(self.node, self.engines, self._call)
+        self.scrubber = Scrubber(self.driver, self.engines, self.fetch, scrub_s)
+        self._stop = threading.Event()
+        self._jobs: set[tuple[str, int]] = set()
+        self._threads = [
+            threading.Thread(target=loop, name=loop.__name__, daemon=True)
+            for loop in (self._beat, self._work)
+        ]
+
+    def start(self) -> None:
+        """Serve, heartbeat, recover."""
+        self.server.start()
+        for thread in self._threads:
+            thread.start()
+        self.scrubber.start()
+
+    def stop(self) -> None:
+        """Leave the cluster, then end."""
+        with self.driver.mutex:
+            for target in self.node.targets.values():
+                target.wanted_offline = True
+                if target.local is not Local.OFFLINE:
+                    self.node.drop(target)
+        with contextlib.suppress(Unreachable, Refused):
+            self._heartbeat()
+        self._stop.set()
+        self.scrubber.stop()
+        self.server.close()
+        for thread in self._threads:
+            thread.join(2)
+        for engine in self.engines.values():
+            engine.close()
+
+    # ---- what others ask
+
+    def _handle(self, message: Any, payload: memoryview) -> tuple[Any, Sequence[Any]]:
+        if isinstance(message, Read):
+            return self._read(message)
+        if isinstance(message, Update):
+            return self.driver.run(craq.update(self.node, message, payload)), ()
+        if isinstance(message, SyncTags):
+            return self.driver.run(resync.sync_tags(self.node, message, bytes(payload))), ()
+        with self.driver.mutex:
+            if isinstance(message, Query):
+                return craq.query(self.node, message), ()
+            if isinstance(message, SyncStart):
+                inventory, listed = resync.sync_start(self.node, message)
+                return inventory, (listed,)
+            if isinstance(message, SyncDone):
+                return resync.sync_done(self.node, message), ()
+            if isinstance(message, Routing):
+                self._apply(message)
+                return Done(), ()
+            if isinstance(message, Call):
+                return Result(self._administer(message.name, **message.args)), ()
+        raise Refused(Code.PROTOCOL, f"a storage node does not take {type(message).__name__}")
+
+    def _read(self, message: Read) -> tuple[ReadDone, Sequence[Any]]:
+        results: list[tuple[int, int, int]] = []
+        pieces: list[Any] = []
+        where: list[int] = []
+        with self.driver.mutex:
+            target = craq.readable(self.node, message)
+            engine = self.engines[message.target]
+            pin = engine.pin()
+            total = 0
+            for chunk, offset, length in message.ios:
+                code, meta = craq.visible(self.node, target, message, chunk)
+                got = 0
+                if meta is not None:
+                    got = max(0, min(length, meta.length - offset))
+                    if got:
+                        where.append(len(results))
+                        pieces.append((engine.entry(chunk), False, offset, got, total))
+                        total += got
+                results.append((int(code), got, meta.version if meta else 0))
+        try:
+            buffer = np.empty(total, np.uint8)
+            base = buffer.ctypes.data
+            status = engine.read([(r, p, o, n, base + at) for r, p, o, n, at in pieces])
+        finally:
+            engine.unpin(pin)
+        if any(status):
+            return self._without_bad(target, message, results, status, where, buffer, pieces)
+        return ReadDone(results), (buffer,)
+
+    def _without_bad(
+        self, target: Target, message: Read, results: list[tuple[int, int, int]],
+        status: list[int], where: list[int], buffer: Any, pieces: list[Any],
+    ) -> tuple[ReadDone, Sequence[Any]]:  # fmt: skip
+        """The reply without the pieces that could not be read; they are mended meanwhile."""
+        kept = []
+        for code, index, (_, _, _, got, at) in zip(status, where, pieces, strict=True):
+            if code == 0:
+                kept.append(buffer[at : at + got])
+                continue
+            bad = Code.CORRUPT if code == native_io.CORRUPT else Code.DISK
+            results[index] = (int(bad), 0, 0)
+            self.scrubber.report(target.target, message.ios[index][0])
+        return ReadDone(results), kept
+
+    def fetch(self, target: int, chunk: bytes) -> tuple[Any, bytes] | None:
+        """A chunk's committed content from another serving replica, with its version."""
+        chain = self.node.routing.chain_of(target)
+        for member in chain.serving() if chain else []:
+            if member.target == target or chain is None:
+                continue
+            size = 64 << 20
+            message = Read(member.target, chain.version, [(chunk, 0, size)], relaxed=True)
+            with contextlib.suppress(Unreachable):
+                reply, data = self._call(effects.Call(member.node, message, b"", 10))
+                if isinstance(reply, ReadDone) and reply.results[0][0] == Code.OK:
+                    return reply.results[0][2], bytes(data)
+        return None
+
+    def _administer(self, name: str, **args: Any) -> Any:
+        if name == "ping":
+            return {"node": self.node.info.node, "boot": self.node.info.boot}
+        if name == "offline":
+            target = self.node.targets[args["target"]]
+            target.wanted_offline = bool(args["offline"])
+            if target.wanted_offline and target.local is not Local.OFFLINE:
+                self.node.drop(target)
+            return {"target": target.target, "offline": target.wanted_offline}
+        if name == "chunks":
+            engine = self.engines[args["target"]]
+            prefix = args["prefix"]
+            return [
+                (key, e.committed.version, e.committed.length, e.committed.checksum)
+                for key, e in sorted(engine.entries().items())
+                if e.committed is not None and key.startswith(prefix)
+            ]
+        if name == "scrub":
+            return {"checked": self.scrubber.start_pass()}
+        if name == "counters":
+            return self.scrubber.counters()
+        raise Refused(Code.PROTOCOL, f"a storage node has no command {name!r}")
+
+    # ---- what it asks of others
+
+    def _call(self, call: effects.Call) -> tuple[Any, Any]:
+        info = self.node.routing.nodes.get(call.node)
+        if info is None:
+            raise Unreachable(f"node {call.node} has no address yet")
+        return self.pool.call((info.host, info.port), call.message, call.data, call.timeout_s)
+
+    def _apply(self, routing: Routing) -> None:
+        self.node.apply_routing(routing)
+        for chain in routing.chains.values():
+            for member in chain.members:
+                if member.node == self.node.info.node and member.target not in self.engines:
+                    self._adopt(member.target, chain.version == 1, member.public)
+
+    def _adopt(self, number: int, fresh: bool, public: Public) -> None:
+        """Make a target that routing gives this node and whose folder is not there."""
+        if not fresh and public in (Public.SERVING, Public.LASTSRV, Public.SYNCING):
+            if public is Public.LASTSRV:
+                log.error("fs: the data of target %d, the last one that served, is gone", number)
+                return
+            if public is Public.SERVING:
+                return  # the manager will see it offline; then it may be filled
+        engine = ChunkEngine(self.folder / f"target-{number}", reserve_bytes=self.reserve_bytes)
+        self.engines[number] = engine
+        self.node.adopt(number, engine, fresh)
+
+    def _heartbeat(self) -> bool:
+        with self.driver.mutex:
+            message: Heartbeat = self.node.heartbeat()
+        for index, address in enumerate(self.managers):
+            sent_s = time.monotonic()
+            with contextlib.suppress(Unreachable):
+                reply, _ = self.pool.call(address, message, b"", self.limits.lease_s / 2)
+                if isinstance(reply, HeartbeatDone):
+                    with self.driver.mutex:
+                        if reply.routing is not None:
+                            self._apply(reply.routing)
+                        self.node.heartbeat_done(sent_s, reply)
+                    self.managers.insert(0, self.managers.pop(index))
+                    return True
+        return False
+
+    def _beat(self) -> None:
+        interval_s = self.limits.lease_s / 10
+        while not self._stop.is_set():
+            heard = self._heartbeat()
+            end_s = time.monotonic() + interval_s
+            while time.monotonic() < end_s and not (heard and self.node.report_now):
+                if self._stop.wait(min(0.02, interval_s)):
+                    return
+
+    def _work(self) -> None:
+        while not self._stop.wait(min(0.05, self.limits.lease_s / 20)):
+            with self.driver.mutex:
+                self.node.tick()
+                targets = list(self.node.targets.values())
+            for target in targets:
+                if target.settling and target.local is Local.UPTODATE:
+                    self._job("settle", target, craq.force_commit(self.node, target))
+                elif resync.needs_sync(self.node, target):
+                    self._job("resync", target, resync.resync(self.node, target))
+                else:
+                    for chunk in craq.leftovers(self.node, target)[:16]:
+                        self._job(f"settle {chunk.hex()}", target,
+                                  craq.settle(self.node, target, chunk))  # fmt: skip
+
+    def _job(self, name: str, target: Target, procedure: Any) -> None:
+        key = (name, target.target)
+        if key in self._jobs:
+            procedure.close()
+            return
+        self._jobs.add(key)
+
+        def run() -> None:
+            try:
+                began_s = time.monotonic()
+                result = self.driver.run(procedure)
+                if name == "resync":
+                    log.info("fs: filled the successor of target %d: %s chunks in %.2f s",
+                             target.target, result, time.monotonic() - began_s)  # fmt: skip
+            except (Refused, Unreachable) as error:
+                log.info("fs: %s of target %d stopped: %s", name, target.target, error)
+                time.sleep(self.limits.pause_s)
+            finally:
+                self._jobs.discard(key)
+
+        threading.Thread(target=run, name=name, daemon=True).start()
