@@ -43,7 +43,7 @@ def place_chains(nodes: int, replicas: int, chains: int) -> dict[int, list[list[
     placement = {}
     used = dict.fromkeys(range(1, nodes + 1), 0)
     for chain in range(1, chains + 1):
-        members = []
+        members: list[list[int]] = []
         for place in range(replicas):
             # A growing stride spreads a failed node's load over different neighbours.
             stride = 1 + (chain - 1) // nodes % max(nodes - 1, 1)
@@ -284,6 +284,9 @@ class LocalCluster:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:  # fmt: skip
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.stop()

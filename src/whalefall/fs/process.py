@@ -55,7 +55,7 @@ def build(settings: Settings) -> Any:
     """The server that the settings describe, not started."""
     token = read_token(settings.token_file)
     folder = Path(settings.folder)
-    where = {"host": settings.host, "port": settings.port}
+    where: dict[str, Any] = {"host": settings.host, "port": settings.port}
     if settings.role == "storage":
         from whalefall.fs.storage.server import StorageServer
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from whalefall import env
 from whalefall.comm import read_token
+from whalefall.env import cache_dir, get
 from whalefall.fs.errors import ClusterError
 
 __all__ = ["find_token", "publish_token"]
 
 
 def _path(host: str, port: int) -> Path:
-    return env.cache_dir() / "fs" / f"{host}-{port}.token"
+    return cache_dir() / "fs" / f"{host}-{port}.token"
 
 
 def publish_token(host: str, port: int, token: bytes) -> Path:
@@ -37,7 +37,7 @@ def find_token(host: str, port: int, token: str | None = None) -> bytes:
 
     Raises: ClusterError if none is known here.
     """
-    text = token or env.get("WHALEFALL_FS_TOKEN")
+    text = token or get("WHALEFALL_FS_TOKEN")
     if text:
         return text.encode()
     path = _path(host, port)

@@ -116,8 +116,7 @@ class StorageNode:
             return
         self.routing = routing
         for target in self.targets.values():
-            chain = routing.chain_of(target.target)
-            member = chain and chain.member(target.target)
+            chain, member = self.seat(target)
             if chain is None or member is None:
                 continue
             if chain.version != target.chain_version:
@@ -130,12 +129,16 @@ class StorageNode:
         """Take a target that was just made; in a chain that was just made it may serve at once."""
         target = self.targets[number] = Target(number, store)
         target.local = Local.ONLINE if fresh else Local.OFFLINE
-        chain = self.routing.chain_of(number)
-        member = chain and chain.member(number)
+        chain, member = self.seat(target)
         if chain is not None and member is not None:
             target.chain_version = chain.version
             self._follow(target, member)
         self.report_now = True
+
+    def seat(self, target: Target) -> tuple[Chain | None, Member | None]:
+        """The chain that has a target, and its place there."""
+        chain = self.routing.chain_of(target.target)
+        return chain, chain.member(target.target) if chain is not None else None
 
     def _follow(self, target: Target, member: Member) -> None:
         serving = member.public is Public.SERVING
@@ -160,8 +163,7 @@ class StorageNode:
         for target in self.targets.values():
             if target.local is not Local.OFFLINE or target.wanted_offline or target.inflight:
                 continue
-            chain = self.routing.chain_of(target.target)
-            member = chain and chain.member(target.target)
+            _, member = self.seat(target)
             # After a start, the others must first have seen this one leave.
             left = member is None or member.public in (Public.OFFLINE, Public.LASTSRV)
             if self.routing.version and (left or target.reloading):
@@ -211,8 +213,7 @@ class StorageNode:
 
         Raises: Refused if it is out, or the manager has not been heard for T/2.
         """
-        chain = self.routing.chain_of(target.target)
-        member = chain and chain.member(target.target)
+        chain, member = self.seat(target)
         if chain is None or member is None:
             raise Refused(Code.TARGET_OFFLINE, f"target {target.target} is in no chain")
         if target.local is Local.OFFLINE or member.public not in (Public.SERVING, Public.SYNCING):
@@ -245,8 +246,8 @@ class StorageNode:
 
     def is_read_tail(self, target: Target) -> bool:
         """Whether `target` is the last serving one of its chain."""
-        chain = self.routing.chain_of(target.target)
-        tail = chain and read_tail(chain)
+        chain, _ = self.seat(target)
+        tail = read_tail(chain) if chain is not None else None
         return tail is not None and tail.target == target.target
 
     def recall(self, target: Target, tag: Tag, version: int) -> Remembered | None:

@@ -38,8 +38,8 @@ SYNC_CHANNEL = 0
 
 def needs_sync(node: StorageNode, target: Target) -> bool:
     """Whether the one after `target` waits to be filled by it."""
-    chain = node.routing.chain_of(target.target)
-    successor = chain and chain.successor(target.target)
+    chain, _ = node.seat(target)
+    successor = chain.successor(target.target) if chain is not None else None
     return (
         successor is not None
         and successor.public is Public.SYNCING

@@ -305,7 +305,9 @@ class ChunkEngine:
         pin = self.pin()
         try:
             record = self._records.get(chunk)
-            meta = record and (record.pending if pending else record.committed)
+            meta = None
+            if record is not None:
+                meta = record.pending if pending else record.committed
             if record is None or meta is None:
                 raise Refused(Code.NOT_FOUND, "no such content")
             data = bytearray(meta.length)

@@ -1,0 +1,326 @@
+"""File-system room: files over a connection — names from metadata servers, bytes from chunks.
+
+In: paths, offsets, buffers. Out: bytes read and written, striped over chains, many chunks at once.
+Holes read as zeros. A length is reported when a file is synced or closed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from whalefall.comm import crc32c
+from whalefall.errors import ConfigError
+from whalefall.fs.client.connection import Connection
+from whalefall.fs.core.client import Piece
+from whalefall.fs.core.effects import Unreachable
+from whalefall.fs.core.layout import chunk_id
+from whalefall.fs.core.messages import Failed, Kind, NodeInfo
+from whalefall.fs.errors import ClusterError, fs_error
+from whalefall.fs.meta.core.records import Inode, InodeKind
+from whalefall.fs.meta.service import Answer, Who
+from whalefall.fs.rpc import Call
+from whalefall.fs.tokens import find_token
+
+__all__ = ["FileSystemClient", "Range", "parse_url"]
+
+WINDOW_BYTES = 32 << 20
+WINDOW_PIECES = 512
+KEEP_ALIVE_S = 60.0
+
+
+class Range(msgspec.Struct):
+    """Read `length` bytes of a file at `offset` into `into` (writable, as long)."""
+
+    inode: Inode
+    offset: int
+    length: int
+    into: Any
+
+
+def parse_url(url: str) -> tuple[list[tuple[str, int]], str]:
+    """Manager addresses and path of `whalefall://host:port[,host:port]/path`."""
+    rest = url.removeprefix("whalefall://")
+    places, slash, path = rest.partition("/")
+    managers = []
+    for place in places.split(","):
+        host, colon, port = place.rpartition(":")
+        if not colon or not host or not port.isdigit():
+            raise ConfigError(f"fs: got {url!r}, wanted whalefall://host:port/path")
+        managers.append((host, int(port)))
+    return managers, slash + path
+
+
+class FileSystemClient:
+    """One process's way into a cluster; threads may share it.
+
+    Args:
+        managers: addresses of the cluster managers.
+        token: the cluster's secret; default: as `find_token` finds it.
+        uid, gid, groups: who asks; default: this process's user.
+        retry_s: how long an operation is tried.
+    """
+
+    def __init__(
+        self, managers: list[tuple[str, int]], token: str | None = None, uid: int | None = None,
+        gid: int | None = None, groups: Sequence[int] | None = None, retry_s: float = 60.0,
+    ) -> None:  # fmt: skip
+        self.connection = Connection(managers, find_token(*managers[0], token), retry_s)
+        self.uid = os.getuid() if uid is None else uid
+        self.gid = os.getgid() if gid is None else gid
+        self.groups = tuple(os.getgroups() if groups is None else groups)
+        self.retry_s = retry_s
+        self._requests = itertools.count(1)
+        self._open: set[tuple[int, str]] = set()
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._mutex = threading.Lock()
+
+    # ---- metadata
+
+    def meta(self, name: str, /, **args: Any) -> Any:
+        """One metadata operation, run once, tried on every server.
+
+        Raises: FsError; ClusterError if no server answered in time.
+        """
+        client, number = self.connection.client, next(self._requests)
+        who = Who(client, number, self.uid, self.gid, self.groups)
+        answer = self._ask(Call(name, {"who": who, "args": args}))
+        return self._value(msgspec.convert(answer, Answer))
+
+    def meta_many(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Answer]:
+        """Several reading operations in one round trip."""
+        who = Who(self.connection.client, 0, self.uid, self.gid, self.groups)
+        answers = self._ask(Call("many", {"who": who, "calls": calls}))
+        return msgspec.convert(answers, list[Answer])
+
+    def _value(self, answer: Answer) -> Any:
+        if answer.errno:
+            raise fs_error(answer.errno, answer.path, answer.detail)
+        return answer.value
+
+    def _servers(self) -> list[NodeInfo]:
+        nodes = self.connection.core.routing.nodes.values()
+        servers = [info for info in nodes if info.kind == "meta"]
+        random.shuffle(servers)
+        return servers
+
+    def _ask(self, call: Call) -> Any:
+        end_s, pause_s, last = time.monotonic() + self.retry_s, 0.02, "none is known"
+        while True:
+            for info in self._servers():
+                try:
+                    reply, _ = self.connection.pool.call((info.host, info.port), call, b"", 10.0)
+                except Unreachable as error:
+                    last = str(error)
+                    continue
+                if isinstance(reply, Failed):
+                    last = reply.reason
+                    continue
+                return reply.value
+            if time.monotonic() > end_s:
+                raise ClusterError(
+                    f"fs: no metadata server did {call.name} within {self.retry_s} s; last: {last}"
+                )
+            routing = self.connection.refresh()
+            if routing is not None:
+                self.connection.core.apply_routing(routing)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.5)
+
+    def stat(self, path: str, follow: bool = True) -> Inode:
+        """Attributes of what is at a path."""
+        return msgspec.convert(self.meta("stat", path=path, follow=follow), Inode)
+
+    def listdir(self, path: str) -> Iterator[tuple[str, Inode]]:
+        """Names and attributes of a directory, in order, a page at a time."""
+        after = ""
+        while True:
+            page = msgspec.convert(
+                self.meta("list", path=path, after=after), list[tuple[str, Inode]]
+            )
+            yield from page
+            if len(page) < 1000:
+                return
+            after = page[-1][0]
+
+    def walk(self, path: str) -> Iterator[tuple[str, Inode]]:
+        """Everything below a directory, parents before children."""
+        for name, inode in self.listdir(path):
+            child = f"{path.rstrip('/')}/{name}"
+            yield child, inode
+            if inode.kind is InodeKind.DIRECTORY:
+                yield from self.walk(child)
+
+    # ---- open files
+
+    def open_session(self, operation: str, **args: Any) -> tuple[Inode, str]:
+        """Open a file by `open`, `create` or `begin`; returns its inode and session."""
+        session = uuid.uuid4().hex[:16]
+        inode = msgspec.convert(self.meta(operation, session=session, **args), Inode)
+        self._open.add((inode.id, session))
+        with self._mutex:
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep_alive, daemon=True)
+                self._keeper.start()
+        return inode, session
+
+    def close_session(self, inode: Inode, session: str, length: int = -1) -> None:
+        """Close a file, with how far this writer's writes reach (-1: nothing was written)."""
+        self._open.discard((inode.id, session))
+        self.meta(
+            "close", inode=inode.id, session=session, length=length,
+            truncate_version=inode.truncate_version,
+        )  # fmt: skip
+
+    def forget_session(self, inode: Inode, session: str) -> None:
+        """A session that `publish` has closed."""
+        self._open.discard((inode.id, session))
+
+    def _keep_alive(self) -> None:
+        while not self._stop.wait(KEEP_ALIVE_S):
+            if self._open:
+                try:
+                    self._ask(Call("keep_alive", {"client": self.connection.client}))
+                except ClusterError:
+                    continue
+
+    # ---- bytes
+
+    def read_ranges(self, ranges: Sequence[Range], relaxed: bool = False) -> list[int]:
+        """A batch of reads.
+
+        Returns: bytes read of each: fewer only at the end of its file.
+        Raises: StorageError.
+        """
+        pieces: list[Piece] = []
+        got = []
+        for wanted in ranges:
+            length = max(0, min(wanted.length, wanted.inode.length - wanted.offset))
+            got.append(length)
+            pieces += self._pieces(wanted, length)
+        for window in _windows(pieces):
+            self.connection.read(window, relaxed)
+        for piece in pieces:
+            if piece.got < piece.length:  # a hole
+                hole = memoryview(piece.into)[piece.got :]
+                hole[:] = bytes(hole.nbytes)
+        return got
+
+    def _pieces(self, wanted: Range, length: int) -> list[Piece]:
+        layout = wanted.inode.layout
+        if not length or layout is None:
+            return []
+        view = memoryview(wanted.into).cast("B")
+        size, stripe, number = layout.chunk_bytes, layout.chains, wanted.inode.id
+        index, inside = divmod(wanted.offset, size)
+        if inside + length <= size:
+            chain = stripe[index % len(stripe)]
+            return [Piece(chain, chunk_id(number, index), inside, length, view[:length])]
+        pieces, at = [], 0
+        while at < length:
+            index, inside = divmod(wanted.offset + at, size)
+            take = min(size - inside, length - at)
+            chain = stripe[index % len(stripe)]
+            pieces.append(Piece(chain, chunk_id(number, index), inside, take, view[at : at + take]))
+            at += take
+        return pieces
+
+    def read(self, inode: Inode, offset: int, length: int) -> bytearray:
+        """Bytes of a file, fewer at its end."""
+        length = max(0, min(length, inode.length - offset))
+        data = bytearray(length)
+        self.read_ranges([Range(inode, offset, length, data)])
+        return data
+
+    def write(self, inode: Inode, offset: int, data: Any) -> None:
+        """Write bytes at an offset; returns when every replica has them.
+
+        The file's length follows when it is reported (`close_session`, `report_length`).
+        Raises: StorageError.
+        """
+        layout = inode.layout
+        assert layout is not None
+        view = memoryview(data).cast("B")
+        size, jobs, at = layout.chunk_bytes, [], 0
+        while at < view.nbytes:
+            index, inside = divmod(offset + at, size)
+            take = min(size - inside, view.nbytes - at)
+            jobs.append((index, inside, view[at : at + take]))
+            at += take
+
+        def put(job: tuple[int, int, memoryview]) -> None:
+            index, inside, part = job
+            chain = layout.chains[index % len(layout.chains)]
+            self.connection.update(
+                chain, chunk_id(inode.id, index), Kind.WRITE, inside, part.nbytes, size, part
+            )
+
+        if len(jobs) == 1:
+            put(jobs[0])
+        else:
+            list(self.connection.threads.map(put, jobs))
+
+    def report_length(self, inode: Inode, length: int) -> Inode:
+        """fsync: make the length of what was written known."""
+        return msgspec.convert(
+            self.meta("report", inode=inode.id, length=length,
+                      truncate_version=inode.truncate_version), Inode,
+        )  # fmt: skip
+
+    def truncate(self, inode: Inode, length: int) -> Inode:
+        """Set a file's length: cut its chunks, then make the length known."""
+        layout = inode.layout
+        assert layout is not None
+        size, stripe = layout.chunk_bytes, layout.chains
+        if length < inode.length:
+            keep = -(-length // size)
+            last = -(-inode.length // size)
+
+            def drop(index: int) -> None:
+                chain = stripe[index % len(stripe)]
+                self.connection.update(
+                    chain, chunk_id(inode.id, index), Kind.REMOVE, 0, 0, size, b""
+                )
+
+            list(self.connection.threads.map(drop, range(keep, last)))
+            if length % size:
+                index = length // size
+                self.connection.update(
+                    stripe[index % len(stripe)], chunk_id(inode.id, index), Kind.TRUNCATE, 0,
+                    length % size, size, b"",
+                )  # fmt: skip
+        return msgspec.convert(self.meta("set_length", inode=inode.id, length=length), Inode)
+
+    def checksum(self, inode: Inode) -> int:
+        """CRC-32C of a whole file."""
+        crc = 0
+        for offset in range(0, inode.length, WINDOW_BYTES):
+            crc = crc32c(self.read(inode, offset, WINDOW_BYTES), crc)
+        return crc
+
+    def close(self) -> None:
+        """Close what is open and drop all connections."""
+        self._stop.set()
+        self.connection.close()
+
+
+def _windows(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    window: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if window and (size + piece.length > WINDOW_BYTES or len(window) >= WINDOW_PIECES):
+            yield window
+            window, size = [], 0
+        window.append(piece)
+        size += piece.length
+    if window:
+        yield window

@@ -1,0 +1,377 @@
+"""File-system room: the cluster as an fsspec file system, protocol `whalefall://`.
+
+In: fsspec calls and URLs `whalefall://host:port/path`. Out: the same calls on the cluster: `mv` is
+one atomic rename, `cat_ranges` one batch of reads, a file opened with "wb" appears, complete,
+when it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import stat
+import time
+from typing import Any
+
+from fsspec.registry import register_implementation
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+
+from whalefall.fs.client.filesystem import FileSystemClient, Range, parse_url
+from whalefall.fs.errors import FsError, fs_error
+from whalefall.fs.meta.core.records import Inode, InodeKind
+
+__all__ = ["WhalefallFile", "WhalefallFileSystem"]
+
+_TYPES = {InodeKind.FILE: "file", InodeKind.DIRECTORY: "directory", InodeKind.SYMLINK: "link"}
+COPY_BYTES = 32 << 20
+
+
+class WhalefallFileSystem(AbstractFileSystem):
+    """fsspec's view of a cluster.
+
+    Args:
+        host, port: the cluster manager's (from the URL).
+        token: the cluster's secret; default: WHALEFALL_FS_TOKEN, or what this host's user was left.
+        auto_mkdir: make missing parents when a file is written, moved or copied.
+        chunk_bytes, stripe: layout of new files (default 1 MiB over at most 8 chains).
+        uid, gid: who asks; default: this process's user.
+    """
+
+    protocol = "whalefall"
+    root_marker = "/"
+    async_impl = False
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, token: str | None = None,
+        auto_mkdir: bool = True, chunk_bytes: int = 0, stripe: int = 0, uid: int | None = None,
+        gid: int | None = None, retry_s: float = 60.0, managers: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**options)
+        addresses = [(h, int(p)) for h, p in managers] if managers else [(host, int(port))]
+        self.host, self.port, self.auto_mkdir = host, port, auto_mkdir
+        self.layout = {"chunk_bytes": chunk_bytes, "width": stripe}
+        self.client = FileSystemClient(addresses, token, uid, gid, retry_s=retry_s)
+
+    # ---- paths and URLs
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(p) for p in path]
+        text = str(path)
+        if text.startswith("whalefall://"):
+            text = "/" + text.removeprefix("whalefall://").partition("/")[2]
+        return "/" + text.strip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+        if not str(path).startswith("whalefall://"):
+            return {}
+        managers, _ = parse_url(str(path))
+        (host, port), *more = managers
+        options: dict[str, Any] = {"host": host, "port": port}
+        return options | ({"managers": tuple(managers)} if more else {})
+
+    def unstrip_protocol(self, name: str) -> str:
+        """The full URL of a path."""
+        return f"whalefall://{self.host}:{self.port}{self._strip_protocol(name)}"
+
+    @property
+    def fsid(self) -> str:
+        """Names this cluster."""
+        return f"whalefall_{self.host}_{self.port}"
+
+    # ---- looking
+
+    def _describe(self, path: str, inode: Inode) -> dict[str, Any]:
+        kinds = {
+            InodeKind.FILE: stat.S_IFREG, InodeKind.DIRECTORY: stat.S_IFDIR,
+            InodeKind.SYMLINK: stat.S_IFLNK,
+        }  # fmt: skip
+        size = 0 if inode.kind is InodeKind.DIRECTORY else inode.length
+        row = {
+            "name": path, "size": size, "type": _TYPES[inode.kind], "ino": inode.id,
+            "mode": inode.mode | kinds[inode.kind], "uid": inode.uid, "gid": inode.gid,
+            "mtime": inode.mtime, "created": inode.ctime, "nlink": inode.nlink,
+        }  # fmt: skip
+        return row | ({"destination": inode.target} if inode.kind is InodeKind.SYMLINK else {})
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Attributes of a path, symbolic links followed."""
+        path = self._strip_protocol(path)
+        return self._describe(path, self.client.stat(path))
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """What is in a directory, or the file itself."""
+        path = self._strip_protocol(path)
+        inode = self.client.stat(path)
+        if inode.kind is not InodeKind.DIRECTORY:
+            rows = [self._describe(path, inode)]
+        else:
+            base = path.rstrip("/")
+            rows = [self._describe(f"{base}/{n}", i) for n, i in self.client.listdir(path)]
+        return rows if detail else [row["name"] for row in rows]
+
+    def created(self, path: str) -> datetime.datetime:
+        """When a file's inode last changed."""
+        return datetime.datetime.fromtimestamp(self.info(path)["created"], datetime.UTC)
+
+    def modified(self, path: str) -> datetime.datetime:
+        """When a file's content last changed."""
+        return datetime.datetime.fromtimestamp(self.info(path)["mtime"], datetime.UTC)
+
+    # ---- changing names
+
+    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
+        """Make a directory."""
+        self.client.meta("mkdir", path=self._strip_protocol(path), parents=create_parents)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a directory and its parents."""
+        path = self._strip_protocol(path)
+        self.client.meta("mkdir", path=path, parents=True, exist_ok=exist_ok)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory."""
+        self.client.meta("remove", path=self._strip_protocol(path), directory=True)
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file."""
+        self.client.meta("remove", path=self._strip_protocol(path), directory=False)
+
+    def _rm(self, path: str) -> None:
+        self.client.meta("remove", path=self._strip_protocol(path))
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Remove files, with `recursive` directories and what is in them."""
+        paths = [path] if isinstance(path, str) else path
+        for name in self.expand_path(paths, recursive=recursive, maxdepth=maxdepth)[::-1]:
+            self._rm(name)
+
+    def mv(
+        self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None,
+        **_: Any,
+    ) -> None:  # fmt: skip
+        """Move a file or directory: one atomic rename."""
+        old, new = self._strip_protocol(path1), self._strip_protocol(path2)
+        if old == new:
+            return
+        if path2.endswith("/") or (self.isdir(new) and not self.isdir(old)):
+            new = f"{new.rstrip('/')}/{old.rsplit('/', 1)[1]}"
+        self._parents(new)
+        self.client.meta("rename", old=old, new=new)
+
+    def _parents(self, path: str) -> None:
+        above = self._parent(path)
+        if self.auto_mkdir and above not in ("", "/"):
+            self.client.meta("mkdir", path=above, parents=True, exist_ok=True)
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        """Copy a file (or make the directory), through this process."""
+        old, new = self._strip_protocol(path1), self._strip_protocol(path2)
+        if self.isdir(old):
+            self.makedirs(new, exist_ok=True)
+            return
+        with self.open(old, "rb") as source, self.open(new, "wb") as target:
+            while data := source.read(COPY_BYTES):
+                target.write(data)
+
+    def chmod(self, path: str, mode: int) -> None:
+        """Set permission bits."""
+        self.client.meta("set_attributes", path=self._strip_protocol(path), changes={"mode": mode})
+
+    def touch(self, path: str, truncate: bool = True, **_: Any) -> None:
+        """Make an empty file; with `truncate` off, only renew its time."""
+        path = self._strip_protocol(path)
+        if truncate or not self.exists(path):
+            self.pipe_file(path, b"")
+            return
+        self.client.meta("set_attributes", path=path, changes={"mtime": time.time()})
+
+    def symlink(self, target: str, path: str) -> None:
+        """Make a symbolic link at `path` to `target`."""
+        self.client.meta("symlink", target=target, path=self._strip_protocol(path))
+
+    def link(self, old: str, new: str) -> None:
+        """Give a file one more name."""
+        old, new = self._strip_protocol(old), self._strip_protocol(new)
+        self.client.meta("link", old=old, new=new)
+
+    # ---- bytes
+
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **_: Any
+    ) -> bytes:
+        """A file's bytes, or a range of them; negative positions count from its end."""
+        inode = self._file(path)
+        begin, stop = _positions(inode.length, start, end)
+        return bytes(self.client.read(inode, begin, stop - begin))
+
+    def _file(self, path: str) -> Inode:
+        path = self._strip_protocol(path)
+        inode = self.client.stat(path)
+        if inode.kind is InodeKind.DIRECTORY:
+            raise fs_error(21, path)
+        return inode
+
+    def cat_ranges(
+        self, paths: list[str], starts: Any, ends: Any, max_gap: int | None = None,
+        on_error: str = "return", **_: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Ranges of many files in one batch."""
+        starts = starts if isinstance(starts, list) else [starts] * len(paths)
+        ends = ends if isinstance(ends, list) else [ends] * len(paths)
+        if not len(paths) == len(starts) == len(ends):
+            raise ValueError("cat_ranges: paths, starts and ends differ in length")
+        inodes: dict[str, Any] = {}
+        for path in dict.fromkeys(paths):
+            try:
+                inodes[path] = self._file(path)
+            except FsError as error:
+                if on_error == "raise":
+                    raise
+                inodes[path] = error
+        results: list[Any] = []
+        ranges = []
+        for path, start, end in zip(paths, starts, ends, strict=True):
+            inode = inodes[path]
+            if not isinstance(inode, Inode):
+                results.append(inode)
+                continue
+            begin, stop = _positions(inode.length, start, end)
+            data = bytearray(stop - begin)
+            ranges.append(Range(inode, begin, stop - begin, data))
+            results.append(data)
+        self.client.read_ranges(ranges)
+        return [bytes(r) if isinstance(r, bytearray) else r for r in results]
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        """Write a whole file."""
+        with self.open(path, "xb" if mode == "create" else "wb") as file:
+            file.write(value)
+
+    def checksum(self, path: str) -> int:
+        """CRC-32C of a file's content."""
+        return self.client.checksum(self._file(path))
+
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, autocommit: bool = True,
+        cache_options: Any = None, **options: Any,
+    ) -> WhalefallFile:  # fmt: skip
+        return WhalefallFile(
+            self, path, mode, block_size or 8 << 20, autocommit,
+            cache_type=options.pop("cache_type", "readahead"), cache_options=cache_options,
+            **options,
+        )  # fmt: skip
+
+
+def _positions(length: int, start: int | None, end: int | None) -> tuple[int, int]:
+    begin, stop, _ = slice(start, end).indices(length)
+    return begin, max(begin, stop)
+
+
+class WhalefallFile(AbstractBufferedFile):
+    """An open file. "wb" and "xb" write a nameless file that gets its name at `close`."""
+
+    forced: bool
+    buffer: io.BytesIO
+
+    def __init__(
+        self, fs: WhalefallFileSystem, path: str, mode: str, block_size: int, autocommit: bool,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        client = fs.client
+        self.inode: Inode | None = None
+        self.session = ""
+        start = 0
+        if mode in ("wb", "xb"):
+            if mode == "xb" and fs.exists(path):
+                raise fs_error(17, path)
+            if fs.isdir(path):
+                raise fs_error(21, path)
+            fs._parents(path)
+            self.inode, self.session = client.open_session("begin", mode=0o644, layout=fs.layout)
+        elif mode == "ab":
+            fs._parents(path)
+            self.inode, self.session = client.open_session(
+                "create", path=path, mode=0o644, layout=fs.layout
+            )
+            start = self.inode.length
+        elif mode == "rb":
+            self.inode, self.session = client.open_session("open", path=path)
+            options["size"] = self.inode.length
+        super().__init__(fs, path, mode, block_size, autocommit, **options)
+        if mode == "ab":
+            self.offset = start
+            self.loc = start
+
+    def _initiate_upload(self) -> None:
+        if self.mode != "ab":
+            self.offset = 0
+
+    def flush(self, force: bool = False) -> None:
+        """Write what is buffered, once it fills a block."""
+        if self.closed:
+            raise ValueError("I/O operation on a closed file")
+        if force and self.forced:
+            raise ValueError("Force flush cannot be called more than once")
+        if force:
+            self.forced = True
+        if self.readable() or (not force and self.buffer.tell() < self.blocksize):
+            return
+        if self.offset is None:
+            self._initiate_upload()
+        if self._upload_chunk(final=force) is not False:
+            self.offset += self.buffer.seek(0, 2)
+            self.buffer = io.BytesIO()
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        data = self.buffer.getbuffer()
+        if data.nbytes:
+            self.fs.client.write(self.inode, self.offset, data)
+        end = self.offset + data.nbytes
+        del data
+        if final:
+            self.end = end
+            if self.mode == "ab":
+                self.fs.client.close_session(self.inode, self.session, end)
+            elif self.autocommit:
+                self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        assert self.inode is not None
+        self.fs.client.meta(
+            "publish", inode=self.inode.id, path=self.path, session=self.session,
+            length=self.end, replace=self.mode != "xb",
+        )  # fmt: skip
+        self.fs.client.forget_session(self.inode, self.session)
+
+    def discard(self) -> None:
+        """Throw away what was written."""
+        assert self.inode is not None
+        self.fs.client.close_session(self.inode, self.session)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        assert self.inode is not None
+        return bytes(self.fs.client.read(self.inode, start, end - start))
+
+    def close(self) -> None:
+        """Write what is left, end the session."""
+        if self.closed:
+            return
+        super().close()
+        if self.mode == "rb" and self.inode is not None:
+            with contextlib.suppress(FsError):
+                self.fs.client.close_session(self.inode, self.session)
+
+    def __del__(self) -> None:
+        # A file that nobody closed is not published: half a file must not look whole.
+        if not getattr(self, "closed", True) and self.mode != "rb":
+            self.closed = True
+
+
+# The entry point does this for an installed package; a checkout on the path gets it on import.
+register_implementation("whalefall", WhalefallFileSystem, clobber=True)

@@ -1,0 +1,1 @@
+"""File-system room: the metadata service — names, inodes, sessions, over a key-value store."""

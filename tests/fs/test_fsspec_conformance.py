@@ -1,0 +1,86 @@
+"""fsspec's own abstract suite, over a cluster whose nodes die and come back meanwhile."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.tests.abstract import (
+    AbstractCopyTests,
+    AbstractFixtures,
+    AbstractGetTests,
+    AbstractOpenTests,
+    AbstractPipeTests,
+    AbstractPutTests,
+)
+
+from whalefall.fs import LocalCluster
+
+
+@pytest.fixture(scope="module")
+def dying(cluster: LocalCluster) -> Iterator[dict[str, int]]:
+    """Kills a storage node, waits until all serve again, kills the next."""
+    stop, count = threading.Event(), {"kills": 0}
+
+    def loop() -> None:
+        while not stop.is_set():
+            node = count["kills"] % cluster.nodes + 1
+            cluster.kill(node)
+            count["kills"] += 1
+            stop.wait(1.0)
+            cluster.restart(node)
+            cluster.wait_healthy(60)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield count
+    stop.set()
+    thread.join()
+    assert count["kills"] >= 1
+
+
+# fsspec declares its fixtures as instance methods of class scope; pytest 10 will not take that.
+pytestmark = pytest.mark.filterwarnings("ignore:Class-scoped fixtures defined as instance methods")
+
+
+class WhalefallFixtures(AbstractFixtures):
+    @pytest.fixture(scope="class")
+    def fs(self, cluster: LocalCluster, dying: dict[str, int]) -> fsspec.AbstractFileSystem:
+        return cluster.filesystem()
+
+    @pytest.fixture(scope="class")
+    def local_fs(self) -> LocalFileSystem:
+        return LocalFileSystem(auto_mkdir=True)
+
+    @pytest.fixture
+    def fs_path(self) -> str:
+        return "/conformance"
+
+    @pytest.fixture
+    def local_path(self) -> Iterator[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+
+
+class TestCopy(AbstractCopyTests, WhalefallFixtures):
+    pass
+
+
+class TestGet(AbstractGetTests, WhalefallFixtures):
+    pass
+
+
+class TestOpen(AbstractOpenTests, WhalefallFixtures):
+    pass
+
+
+class TestPipe(AbstractPipeTests, WhalefallFixtures):
+    pass
+
+
+class TestPut(AbstractPutTests, WhalefallFixtures):
+    pass
