@@ -165,11 +165,8 @@ class ManagerServer:
 
     def _chain_row(self, chain: Any) -> dict[str, Any]:
         serving = len(chain.serving())
-        state = (
-            "SERVING"
-            if serving == len(chain.members)
-            else f"SERVING({serving}/{len(chain.members)})"
-        )
+        wanted = len(chain.members)
+        state = "SERVING" if serving == wanted else f"SERVING({serving}/{wanted})"
         if any(m.public is Public.SYNCING for m in chain.members):
             state = "SYNCING"
         if not serving:
