@@ -23,7 +23,7 @@ from whalefall.fs import LocalCluster
 
 @pytest.fixture(scope="module")
 def dying(cluster: LocalCluster) -> Iterator[dict[str, int]]:
-    """Kills a storage node, waits until all serve again, kills the next."""
+    """Kills a storage node, brings it back, waits until all serve again; then the next one."""
     stop, count = threading.Event(), {"kills": 0}
 
     def loop() -> None:
@@ -34,6 +34,7 @@ def dying(cluster: LocalCluster) -> Iterator[dict[str, int]]:
             stop.wait(1.0)
             cluster.restart(node)
             cluster.wait_healthy(60)
+            stop.wait(8.0)
 
     thread = threading.Thread(target=loop)
     thread.start()

@@ -162,9 +162,21 @@ class WhalefallFileSystem(AbstractFileSystem):
         self._parents(new)
         self.client.meta("rename", old=old, new=new)
 
+    def _check_target(self, path: str, exclusive: bool) -> None:
+        """Refuse early what `publish` would refuse; make missing parents."""
+        try:
+            there = self.client.stat(path)
+        except FileNotFoundError:
+            self._parents(path)
+            return
+        if exclusive:
+            raise fs_error(17, path)
+        if there.kind is InodeKind.DIRECTORY:
+            raise fs_error(21, path)
+
     def _parents(self, path: str) -> None:
         above = self._parent(path)
-        if self.auto_mkdir and above not in ("", "/"):
+        if self.auto_mkdir and above not in ("", "/") and not self.exists(above):
             self.client.meta("mkdir", path=above, parents=True, exist_ok=True)
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
@@ -286,11 +298,7 @@ class WhalefallFile(AbstractBufferedFile):
         self.session = ""
         start = 0
         if mode in ("wb", "xb"):
-            if mode == "xb" and fs.exists(path):
-                raise fs_error(17, path)
-            if fs.isdir(path):
-                raise fs_error(21, path)
-            fs._parents(path)
+            fs._check_target(path, exclusive=mode == "xb")
             self.inode, self.session = client.open_session("begin", mode=0o644, layout=fs.layout)
         elif mode == "ab":
             fs._parents(path)
