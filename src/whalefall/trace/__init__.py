@@ -6,7 +6,7 @@ reads our own traces and the PyTorch profiler's. A bottom layer: every room may 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whalefall.trace.recorder import (
     Event,
@@ -19,17 +19,45 @@ from whalefall.trace.recorder import (
     stop,
 )
 
+if TYPE_CHECKING:
+    from whalefall.trace.checker import check
+    from whalefall.trace.merging import clock_offset, cut, merge
+    from whalefall.trace.page import write_page
+    from whalefall.trace.reader import TraceFile
+    from whalefall.trace.rules import Rules
+    from whalefall.trace.summary import Summary, summarize
+
 __all__ = [
     "Event",
+    "Rules",
+    "Summary",
+    "TraceFile",
+    "check",
+    "clock_offset",
+    "cut",
     "instant",
     "is_recording",
+    "merge",
     "record",
     "save",
     "span",
     "start",
     "stop",
+    "summarize",
+    "write_page",
 ]
-_LATER: dict[str, str] = {}
+# read on demand: a process that only records needs neither numpy nor the reader
+_LATER = {
+    "Rules": "rules",
+    "Summary": "summary",
+    "TraceFile": "reader",
+    "check": "checker",
+    "clock_offset": "merging",
+    "cut": "merging",
+    "merge": "merging",
+    "summarize": "summary",
+    "write_page": "page",
+}
 
 
 def __getattr__(name: str) -> Any:

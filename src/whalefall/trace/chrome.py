@@ -8,6 +8,7 @@ Source: "Trace Event Format" (Google); the header fields are those of the PyTorc
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -62,7 +63,8 @@ def _write_events(
 ) -> int:
     encoder = msgspec.json.Encoder(enc_hook=str)
     keys = {"schemaVersion": 1, "displayTimeUnit": "ms", **header}
-    file.write(encoder.encode(keys)[:-1] + b',\n"traceEvents": [')
+    # with spaces, as the profiler writes it: some readers search the header as text
+    file.write(json.dumps(keys, default=str)[:-1].encode() + b',\n"traceEvents": [')
     count = 0
     for event in events:
         file.write((b",\n" if count else b"\n") + encoder.encode(event))

@@ -1,0 +1,108 @@
+"""Trace room: finds what is wrong with a trace: schema, unmatched begins, negative durations.
+
+In: a trace file. Out: a `Report` of problem kinds with counts and first examples; one pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whalefall.errors import CorruptError, LimitError
+from whalefall.trace.reader import TraceFile
+
+__all__ = ["Problem", "Report", "check"]
+
+PHASES = frozenset("BEXiICbnesTtfMPNODSFpvRc()")
+TIMED = frozenset("BEXiIC")
+
+
+@dataclass
+class Problem:
+    """One kind of fault: how often, and the first case."""
+
+    kind: str
+    count: int
+    example: str
+
+
+@dataclass
+class Report:
+    """Events read, their time range, and problems; no problems: a sound trace."""
+
+    path: str
+    events: int = 0
+    problems: dict[str, Problem] = field(default_factory=dict)
+
+    def note(self, kind: str, example: str) -> None:
+        """Count a fault of `kind`; the first `example` of each is kept."""
+        found = self.problems.setdefault(kind, Problem(kind, 0, example))
+        found.count += 1
+
+
+def check(path: str | Path) -> Report:
+    """Read the whole trace and report every kind of fault in it; damage ends the reading.
+
+    Raises: MissingError if there is no such file.
+    """
+    report = Report(str(path))
+    open_: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    file = TraceFile(path)
+    try:
+        for event in file:
+            _check_event(report, event, open_)
+            report.events += 1
+    except (CorruptError, LimitError) as error:
+        report.note("damaged", str(error))
+    if file.truncated:
+        report.note("no closing bracket", f"after event {report.events}")
+    for lane, stack in open_.items():
+        for begin in stack:
+            report.note("begin without end", f"{begin.get('name')!r} on {'/'.join(lane)}")
+    if not report.events and not report.problems:
+        report.note("no events", report.path)
+    return report
+
+
+def _check_event(
+    report: Report, event: dict[str, Any], open_: dict[tuple[str, str], list[dict[str, Any]]]
+) -> None:
+    where = f"event {report.events} ({event.get('name')!r})"
+    phase = event.get("ph")
+    if not isinstance(phase, str) or phase not in PHASES:
+        report.note("unknown phase", f"{where}: ph is {phase!r}")
+        return
+    if phase in TIMED and not _is_number(event.get("ts")):
+        report.note("no time", f"{where}: ts is {event.get('ts')!r}")
+        return
+    if phase in "XBM" and not isinstance(event.get("name"), str):
+        report.note("no name", where)
+    if phase in "XBE" and ("pid" not in event or "tid" not in event):
+        report.note("no lane", f"{where}: pid or tid is missing")
+    if phase == "X":
+        took = event.get("dur")
+        if not _is_number(took):
+            report.note("no duration", f"{where}: dur is {took!r}")
+        elif float(took or 0.0) < 0:
+            report.note("negative duration", f"{where}: dur is {took}")
+    lane = (str(event.get("pid")), str(event.get("tid")))
+    if phase == "B":
+        open_.setdefault(lane, []).append(event)
+    elif phase == "E":
+        _close(report, event, where, open_.get(lane, []))
+
+
+def _close(report: Report, end: dict[str, Any], where: str, stack: list[dict[str, Any]]) -> None:
+    if not stack:
+        report.note("end without begin", where)
+        return
+    begin = stack.pop()
+    if end.get("name") not in (None, begin.get("name")):
+        report.note("begin and end differ", f"{where} ends {begin.get('name')!r}")
+    if _is_number(begin.get("ts")) and end["ts"] < begin["ts"]:
+        report.note("negative duration", f"{where} ends before it begins")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

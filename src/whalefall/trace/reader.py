@@ -1,0 +1,185 @@
+"""Trace room: reads Chrome trace JSON as a stream.
+
+In: a `.json` or `.json.gz` of any size: an object with `traceEvents`, or a bare array. Out: events
+one by one; memory holds a few megabytes of text, never the file.
+Source: "Trace Event Format" (Google).
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from whalefall.errors import CorruptError, LimitError, MissingError
+
+__all__ = ["TraceFile"]
+
+CHUNK = 1 << 20
+LARGEST = 1 << 26  # characters of one event or header entry
+_SPACE = " \t\r\n"
+
+
+class TraceFile:
+    """A trace file to iterate over once or several times.
+
+    Attributes:
+        path: the file.
+        header: top-level entries beside the events, those read so far.
+        truncated: a bare array ended without its bracket, which the format allows.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MissingError(f"trace: no file {self.path}")
+        self.header: dict[str, Any] = {}
+        self.truncated = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the events in file order.
+
+        Raises: CorruptError for what is no trace or ends early, naming the event reached;
+            LimitError for a single event of more than 64 Mi characters.
+        """
+        with self.path.open("rb") as raw, _unpacked(raw) as file:
+            text = _Text(file, self.path)
+            first = text.peek()
+            if first == "[":
+                yield from self._events(text, bare=True)
+            elif first == "{":
+                yield from self._object(text)
+            else:
+                raise CorruptError(
+                    f"trace: {self.path} starts with {first!r}; wanted a JSON object or array"
+                )
+
+    def _object(self, text: _Text) -> Iterator[dict[str, Any]]:
+        text.skip("{")
+        found = False
+        while text.peek() != "}":
+            key = text.value()
+            text.skip(":")
+            if key == "traceEvents":
+                found = True
+                yield from self._events(text, bare=False)
+            else:
+                self.header[str(key)] = text.value()
+            if text.peek() == ",":
+                text.skip(",")
+        if not found:
+            raise CorruptError(f"trace: {self.path} has no traceEvents; it is no Chrome trace")
+
+    def _events(self, text: _Text, bare: bool) -> Iterator[dict[str, Any]]:
+        text.skip("[")
+        count = 0
+        while True:
+            mark = text.peek(bare)
+            if mark == "]":
+                text.skip("]")
+                return
+            if mark == "":
+                self.truncated = True
+                return
+            try:
+                event = text.value()
+            except CorruptError as error:
+                if bare and text.ended:
+                    self.truncated = True
+                    return
+                raise CorruptError(f"{error} (in event {count})") from None
+            if not isinstance(event, dict):
+                raise CorruptError(
+                    f"trace: event {count} of {self.path} is {type(event).__name__}, not an object"
+                )
+            count += 1
+            yield event
+            if text.peek(bare) == ",":
+                text.skip(",")
+
+
+def _unpacked(raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+    """The file's plain bytes. Its name may lie: profilers write compressed .json files."""
+    magic = raw.read(2)
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
+
+
+class _Text:
+    """A window of the file's text that moves forward."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, path: Path) -> None:
+        self.file = file
+        self.path = path
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.scan = json.JSONDecoder(strict=False).raw_decode
+        self.text = ""
+        self.place = 0
+        self.ended = False
+
+    def more(self, size: int = CHUNK) -> bool:
+        """Read on; False at the end of the file."""
+        if self.ended:
+            return False
+        try:
+            data = self.file.read(size)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            self.ended = True
+            raise CorruptError(f"trace: {self.path} is damaged gzip: {error}") from None
+        self.ended = not data
+        self.text = self.text[self.place :] + self.decode(data, self.ended)
+        self.place = 0
+        return not self.ended
+
+    def peek(self, end_allowed: bool = False) -> str:
+        """The next character that is no white space; "" at the end, where that is allowed."""
+        while True:
+            text, place = self.text, self.place
+            size = len(text)
+            while place < size and text[place] in _SPACE:
+                place += 1
+            self.place = place
+            if place < size:
+                return text[place]
+            if not self.more():
+                if end_allowed:
+                    return ""
+                raise CorruptError(f"trace: {self.path} ends early; it was cut off or half-written")
+
+    def skip(self, mark: str) -> None:
+        """Pass `mark`, which must come next."""
+        found = self.peek()
+        if found != mark:
+            raise CorruptError(f"trace: {self.path} has {found!r} where {mark!r} belongs")
+        self.place += 1
+
+    def value(self) -> Any:
+        """Parse the JSON value that comes next, reading on as far as it goes."""
+        self.peek()
+        size = CHUNK
+        while True:
+            try:
+                value, end = self.scan(self.text, self.place)
+            except json.JSONDecodeError as error:
+                # broken in the middle of what was read: reading on would not mend it
+                if error.pos < len(self.text) - 64 and '"' not in error.msg and size > CHUNK:
+                    raise CorruptError(f"trace: {self.path} is no JSON: {error.msg}") from None
+            except RecursionError:
+                raise CorruptError(f"trace: {self.path} nests too deeply to be a trace") from None
+            else:
+                # a number at the very end may go on in the next chunk
+                if end < len(self.text) or self.ended:
+                    self.place = end
+                    return value
+            if len(self.text) - self.place > LARGEST:
+                raise LimitError(
+                    f"trace: {self.path} has an entry of more than {LARGEST} characters, "
+                    "or broken JSON"
+                )
+            if not self.more(size):
+                raise CorruptError(f"trace: {self.path} ends early; it was cut off or half-written")
+            size *= 2

@@ -1,0 +1,95 @@
+"""`whalefall trace …`: what a user types, and what he sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from whalefall import trace
+from whalefall.cli import main
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["trace", *map(str, args)])
+    return int(left.value.code or 0)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    trace.start("demo", rank=0)
+    with trace.span("dispatch", category="communication", track="network"):
+        with trace.span("</script>gemm", category="compute"):
+            pass
+    trace.stop(tmp_path / "t.json.gz")
+    return tmp_path / "t.json.gz"
+
+
+def test_summary_as_json_has_the_documented_keys(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("summary", recorded, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {
+        "streams", "compute_us", "communication_us", "overlapped_us", "overlap_ratio", "kernels",
+        "span_us",
+    } <= set(found)  # fmt: skip
+    assert set(found["streams"][0]) == {"id", "kernels", "busy_us", "span_us"}
+    assert {"name", "count", "total_us"} <= set(found["kernels"][0])
+    assert 0 < found["overlap_ratio"] <= 1
+
+
+def test_summary_and_overlap_print(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("summary", recorded) == 0
+    assert "of communication)" in capsys.readouterr().out
+    assert run("overlap", recorded) == 0
+    assert "device 0" in capsys.readouterr().out
+
+
+def test_check_exits_1_for_faults(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", recorded) == 0
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"ph": "E", "name": "x", "ts": 1, "pid": 0, "tid": 0}]')
+    assert run("check", bad) == 1
+    assert "end without begin" in capsys.readouterr().out
+
+
+def test_html_is_one_page_that_fetches_nothing(recorded: Path, tmp_path: Path) -> None:
+    assert run("html", recorded, tmp_path / "t.html") == 0
+    text = (tmp_path / "t.html").read_text()
+    assert "http" not in text
+    assert text.count("</script>") == 1  # the event's name does not end the script
+    data = json.loads(text.split("const TRACE=")[1].split(";\n")[0].replace("<\\/", "</"))
+    assert sum(len(lane["events"]) for lane in data["lanes"]) == 2
+
+
+def test_diff_and_cut_and_merge(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("diff", recorded, recorded, "--json") == 0
+    assert all(row["change_us"] == 0 for row in json.loads(capsys.readouterr().out))
+    assert run("cut", recorded, tmp_path / "cut.json", "--to", 1000) == 0
+    assert run("merge", recorded, tmp_path / "cut.json", "-o", tmp_path / "all.json") == 0
+    assert run("check", tmp_path / "all.json") == 0
+
+
+def test_errors_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("summary", tmp_path / "none.json") == 2
+    (tmp_path / "text.json").write_text("no trace")
+    assert run("summary", tmp_path / "text.json") == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_public_names() -> None:
+    assert all(getattr(trace, name) is not None for name in trace.__all__)
+    assert sorted(trace.__all__) == [
+        "Event", "Rules", "Summary", "TraceFile", "check", "clock_offset", "cut", "instant",
+        "is_recording", "merge", "record", "save", "span", "start", "stop", "summarize",
+        "write_page",
+    ]  # fmt: skip
