@@ -122,12 +122,20 @@ def _build(
         *flags,
         f"-I{INCLUDE}",
     ]
+    if any(path.name == "simd.h" for path in headers(source)):
+        options += _measured_options()
     folder = env.cache_dir() / "jit"
     folder.mkdir(exist_ok=True)
     target = folder / f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
     if not target.exists():
         _compile(tool, source, options, target)
     return Library(target, level)
+
+
+def _measured_options() -> list[str]:
+    from whalefall.jit import machine  # which builds a unit of its own, one without simd.h
+
+    return ["-DWF_SLOW_DENORMALS"] if machine.denormals_are_slow() else []
 
 
 def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path) -> None:

@@ -7,6 +7,7 @@ cache folder under a key of CPU model, core count and level, so another machine 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -22,7 +23,15 @@ from whalefall.jit import isa, pool
 from whalefall.jit.compile import Library, build
 from whalefall.jit.compiler import find_compiler
 
-__all__ = ["cpu_model", "describe", "fma_peak", "limits", "memory_bytes", "read_bandwidth"]
+__all__ = [
+    "cpu_model",
+    "denormals_are_slow",
+    "describe",
+    "fma_peak",
+    "limits",
+    "memory_bytes",
+    "read_bandwidth",
+]
 
 _READ_BYTES = 1 << 29
 
@@ -85,6 +94,24 @@ def fma_peak(rounds: int = 7) -> float:
         flops = library.wf_fma(50_000, sink)
         samples.append(flops / (time.perf_counter() - start))
     return statistics.median(samples)
+
+
+@functools.cache
+def denormals_are_slow() -> bool:
+    """Whether multiply-adds with a subnormal factor trap to microcode on this CPU (2 ms, measured).
+
+    They run at full speed on AMD's Zen; where they do not, `whalefall/simd.h` decodes E4M3 without
+    them (WF_SLOW_DENORMALS).
+    """
+    library = _library()
+    library.wf_seconds_with_factor.restype = ctypes.c_double
+    library.wf_seconds_with_factor.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p]
+    sink = (ctypes.c_float * 64)()
+
+    def best(factor: float) -> float:
+        return min(float(library.wf_seconds_with_factor(500, factor, sink)) for _ in range(5))
+
+    return best(2.0**-128) > 3 * best(1.0)
 
 
 def limits(measure: bool = False) -> dict[str, float]:

@@ -57,6 +57,7 @@ inline void multiply(const Weight& w, int64_t n, int64_t end, const Rows& x, int
   else
     part.data += first * part.pitch;
   if (!part.index && part.scale) part.scale += first * part.scale_pitch;
+  if (!part.index && part.unlift) part.unlift += first;
   if (to.index)
     to.index += first;
   else
@@ -90,7 +91,7 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
   sort(num_experts, selected);
   const int64_t* start = starts_.get<int64_t>(0);
   const int32_t* order = order_.get<int32_t>(0);
-  Rows tokens = x_.rows(x, selected.tokens, hidden, quantize);
+  Rows tokens = x_.rows(x, selected.tokens, hidden, order_for(experts[0].w1.kind, form), quantize);
   tokens.index = tokens_.get<int32_t>(0);
   float* middle = middle_.get<float>(selected.tokens * selected.topk * width);
 
@@ -120,7 +121,8 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
     }
   });
   Input h{middle, width, kF32, 0};
-  Rows inner = hidden_.rows(h, start[num_experts], width, quantize);
+  Rows inner =
+      hidden_.rows(h, start[num_experts], width, order_for(experts[0].w2.kind, form), quantize);
   Output to = rows;
   to.index = order;
   int64_t down = ceil_div(hidden, kChunk);

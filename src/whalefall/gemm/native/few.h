@@ -7,14 +7,34 @@
 //   M = 1, 2: `direct`, 8 or 4 rows of W at once, decoded in registers. Bound: memory.
 //   M >= 3:   `tiled`, 4 rows of W x 128 columns decoded into L1, then 4 x 3 tiles. Bound: FMA.
 // While a group of rows is read, the next one is prefetched into L2 (which the hardware does not
-// do well across rows).
+// do well across rows). FP8 wants x in Order::kWords, other kinds in Order::kPlain.
 #pragma once
 #include "operands.h"
 
 namespace wf::gemm {
 namespace few {
-constexpr int kSteps = kBlock / (2 * kLanes);  // decodes in a block
-constexpr int kRowsOfX = 32;                   // rows of x for one pass of `tiled`
+constexpr int kStep = 4 * kLanes;  // weights of one decode
+constexpr int kRowsOfX = 32;       // rows of x for one pass of `tiled`
+
+// kStep weights at p as floats: in kWords order and times kFp8Tiny for FP8, as they are otherwise.
+template <int kKind, bool kExact>
+inline void decode(const uint8_t* p, vf* out) {
+  if constexpr (kKind == kFp8 && kExact) {
+    fp8_decode_words_exact(p, out);
+  } else if constexpr (kKind == kFp8) {
+    fp8_decode_words(p, out);
+  } else {
+    for (int j = 0; j < 4; ++j)
+      out[j] = kKind == kBf16 ? load_bf16(p + j * 2 * kLanes) : load_bytes(p + j * 4 * kLanes);
+  }
+}
+
+// Looks for NaN in the kLength codes at p, k columns into a block.
+template <int kLength>
+inline void see(Fp8NanFlag& nan, const uint8_t* p, int k) {
+  if (kLength < 32 && k % 32) return;  // the step before has seen them
+  for (int i = 0; i < kLength; i += 32) nan.see32(p + i);
+}
 
 // A group of W's rows, one block of K at a time; the last block padded with zeros.
 template <int kKind, int R>
@@ -39,49 +59,65 @@ struct Group {
     step = whole ? pitch : kBlock * kBytes;
     return whole ? first + b * kBlock * kBytes : tail[0];
   }
+  // The next group's bytes in the order of memory, a share of them at each block of this one.
   void prefetch_next(int64_t b) const {
-    for (int r = 0; r < R; ++r)
-      for (int64_t line = 0; line < kBlock * kBytes; line += 64)
-        prefetch_l2(first + (R + r) * pitch + b * kBlock * kBytes + line);
+    const uint8_t* next = first + R * pitch + b * R * kBlock * kBytes;
+    for (int64_t line = 0; line < R * kBlock * kBytes; line += 64) prefetch_l2(next + line);
   }
-  float factor(int r, int64_t b) const { return kKind == kFp8 ? scale[r][b] * kFp8Scale : 1.0f; }
+  float factor(int r, int64_t b) const { return kKind == kFp8 ? scale[r][b] : 1.0f; }
 };
 
-// R rows of W times M rows of x; false: a NaN code went by unseen by the decoder, do it exactly.
-template <int kKind, int R, int M, bool kExact>
-__attribute__((noinline)) bool direct(const Group<kKind, R>& group, const float* const* x,
-                                      const float* const* sx, float* sums) {
+// The rows of x of one pass.
+struct Tokens {
+  const float* row[kRowsOfX];
+  const float* scale[kRowsOfX];
+  float unlift[kRowsOfX];
+  int count;
+
+  Tokens(const Rows& x, int64_t first, int64_t last) : count(int(last - first)) {
+    for (int i = 0; i < count; ++i) {
+      row[i] = x.row(first + i);
+      scale[i] = x.row_scale(first + i);
+      unlift[i] = x.row_unlift(first + i);
+    }
+  }
+  bool scaled() const { return scale[0] != nullptr; }
+};
+
+// R rows of W times M rows of x; false: a NaN code went by that the decoder does not know.
+template <int kKind, int R, int M>
+__attribute__((noinline)) bool direct(const Group<kKind, R>& group, const Tokens& x, float* sums) {
   vf out[R][M] = {};
   Fp8NanFlag nan;
   for (int64_t b = 0; b < group.blocks(); ++b) {
     int64_t pitch;
     const uint8_t* w = group.block(b, pitch);
     group.prefetch_next(b);
+    const float* row[M];
+    for (int m = 0; m < M; ++m) row[m] = x.row[m] + b * kBlock;
     vf acc[R][M] = {};
-#pragma GCC unroll 2
-    for (int step = 0; step < kSteps; ++step) {
-      int64_t k = b * kBlock + step * 2 * kLanes;
+    for (int k = 0; k < kBlock; k += kStep) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const uint8_t* p = w + r * pitch + step * 2 * kLanes * group.kBytes;
-        vf low, high;
-        decode<kKind, kExact>(p, low, high);
-        if (kKind == kFp8 && !kExact && (step * 2 * kLanes) % 32 == 0) nan.see32(p);
+        const uint8_t* p = w + r * pitch + k * group.kBytes;
+        vf v[4];
+        decode<kKind, false>(p, v);
+        if (kKind == kFp8) see<kStep>(nan, p, k);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 2
-        for (int m = 0; m < M; ++m) {
-          acc[r][m] = fma(low, load(x[m] + k), acc[r][m]);
-          acc[r][m] = fma(high, load(x[m] + k + kLanes), acc[r][m]);
-        }
+          for (int m = 0; m < M; ++m)
+            acc[r][m] = fma(v[j], load(row[m] + k + j * kLanes), acc[r][m]);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) {
-        float s = group.factor(r, b) * (sx[m] ? sx[m][b] : 1.0f);
-        out[r][m] = fma(acc[r][m], set1(s), out[r][m]);
-      }
+    for (int m = 0; m < M; ++m) {
+      float factor = x.scaled() ? x.scale[m][b] : 1.0f;
+      for (int r = 0; r < R; ++r)
+        out[r][m] = fma(acc[r][m], set1(group.factor(r, b) * factor), out[r][m]);
+    }
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[m * R + r] = sum(out[r][m]);
+    for (int m = 0; m < M; ++m) sums[m * R + r] = sum(out[r][m]) * x.unlift[m];
   return !nan.seen();
 }
 
@@ -89,115 +125,113 @@ __attribute__((noinline)) bool direct(const Group<kKind, R>& group, const float*
 template <int kKind, int R, bool kExact>
 __attribute__((noinline)) bool decode_block(const uint8_t* w, int64_t pitch, float* panel) {
   Fp8NanFlag nan;
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int step = 0; step < kSteps; ++step) {
-      const uint8_t* p = w + r * pitch + step * 2 * kLanes * kind_bytes(kKind);
-      vf low, high;
-      decode<kKind, kExact>(p, low, high);
-      if (kKind == kFp8 && !kExact && (step * 2 * kLanes) % 32 == 0) nan.see32(p);
-      store(panel + r * kBlock + step * 2 * kLanes, low);
-      store(panel + r * kBlock + step * 2 * kLanes + kLanes, high);
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < kBlock; k += kStep) {
+      const uint8_t* p = w + r * pitch + k * kind_bytes(kKind);
+      vf v[4];
+      decode<kKind, kExact>(p, v);
+      if (kKind == kFp8 && !kExact) see<kStep>(nan, p, k);
+      for (int j = 0; j < 4; ++j) store(panel + r * kBlock + k + j * kLanes, v[j]);
     }
-  }
   return !nan.seen();
 }
 
-// out[m][r] += (panel[r] . x[m]) * scale: an R x M tile over one block.
+// out[m][r] += (panel[r] . x[m]) * scale[r] * sx[m]: an M x R tile over one block; sx may be null.
 template <int R, int M>
 __attribute__((noinline)) void tile(const float* panel, const float* const* x, const float* scale,
-                                    vf* out) {
+                                    const float* sx, vf* out) {
   vf acc[M][R] = {};
   const float* row[M];
   for (int m = 0; m < M; ++m) row[m] = x[m];
 #pragma GCC unroll 4
   for (int k = 0; k < kBlock; k += kLanes) {
-    vf w[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) w[r] = load(panel + r * kBlock + k);
+    vf v[M];
 #pragma GCC unroll 3
-    for (int m = 0; m < M; ++m) {
-      vf v = load(row[m] + k);
+    for (int m = 0; m < M; ++m) v[m] = load(row[m] + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[m][r] = fma(w[r], v, acc[m][r]);
+    for (int r = 0; r < R; ++r) {  // 12 sums, 3 of x and 1 of W: the 16 registers of AVX2
+      vf w = load(panel + r * kBlock + k);
+#pragma GCC unroll 3
+      for (int m = 0; m < M; ++m) acc[m][r] = fma(w, v[m], acc[m][r]);
     }
   }
-#pragma GCC unroll 3
-  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-      out[m * R + r] = fma(acc[m][r], set1(scale[m * R + r]), out[m * R + r]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int m = 0; m < M; ++m) {
+      vf s = sx ? set1(scale[r] * sx[m]) : broadcast(scale + r);
+      out[m * R + r] = fma(acc[m][r], s, out[m * R + r]);
+    }
 }
 
 template <int kKind, int R>
-void tiled(const Group<kKind, R>& group, const float* const* x, const float* const* sx, int count,
-           float* sums) {
+void tiled(const Group<kKind, R>& group, const Tokens& x, float* sums) {
   alignas(64) float panel[R * kBlock];
   vf out[kRowsOfX * R];
-  for (int i = 0; i < count * R; ++i) out[i] = vf{};
+  for (int i = 0; i < x.count * R; ++i) out[i] = vf{};
   for (int64_t b = 0; b < group.blocks(); ++b) {
     int64_t pitch;
     const uint8_t* w = group.block(b, pitch);
     group.prefetch_next(b);
-    if (!decode_block<kKind, R, false>(w, pitch, panel))
-      decode_block<kKind, R, true>(w, pitch, panel);
-    for (int m = 0; m < count;) {
-      int left = count - m, take = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
+    if (!decode_block<kKind, R, false>(w, pitch, panel) && kKind == kFp8)
+      decode_block<kKind, R, kKind == kFp8>(w, pitch, panel);
+    float scale[R], sx[3];
+    for (int r = 0; r < R; ++r) scale[r] = group.factor(r, b);
+    for (int m = 0; m < x.count;) {
+      int left = x.count - m, take = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
       const float* rows[3];
-      float scale[3 * R];
-      for (int i = 0; i < take; ++i) {
-        rows[i] = x[m + i] + b * kBlock;
-        for (int r = 0; r < R; ++r)
-          scale[i * R + r] = group.factor(r, b) * (sx[m + i] ? sx[m + i][b] : 1.0f);
-      }
+      for (int i = 0; i < take; ++i) rows[i] = x.row[m + i] + b * kBlock;
+      if (x.scaled())
+        for (int i = 0; i < take; ++i) sx[i] = x.scale[m + i][b];
+      const float* factor = x.scaled() ? sx : nullptr;
       if (take == 3)
-        tile<R, 3>(panel, rows, scale, out + m * R);
+        tile<R, 3>(panel, rows, scale, factor, out + m * R);
       else if (take == 2)
-        tile<R, 2>(panel, rows, scale, out + m * R);
+        tile<R, 2>(panel, rows, scale, factor, out + m * R);
       else
-        tile<R, 1>(panel, rows, scale, out + m * R);
+        tile<R, 1>(panel, rows, scale, factor, out + m * R);
       m += take;
     }
   }
-  for (int i = 0; i < count * R; ++i) sums[i] = sum(out[i]);
+  for (int m = 0; m < x.count; ++m)
+    for (int r = 0; r < R; ++r) sums[m * R + r] = sum(out[m * R + r]) * x.unlift[m];
 }
 
-template <int kKind, int R, int M>
-void direct_or_exact(const Group<kKind, R>& group, const float* const* x, const float* const* sx,
-                     float* sums) {
-  if (!direct<kKind, R, M, false>(group, x, sx, sums) && kKind == kFp8)
-    direct<kKind, R, M, kKind == kFp8>(group, x, sx, sums);
-}
-
-// Rows [n, n + R) of W.
+// Rows [n, n + R) of W, decoded into L1 first: any number of rows of x, and NaN exactly.
 template <int kKind, int R>
-void group_of_rows(const Weight& w, int64_t n, const Rows& x, int64_t count, const Output& out) {
+__attribute__((noinline)) void group_tiled(const Weight& w, int64_t n, const Tokens& x, int64_t m,
+                                           const Output& out) {
   Group<kKind, R> group(w, n);
-  const float *rows[kRowsOfX], *scales[kRowsOfX];
   float sums[kRowsOfX * R];
-  for (int64_t m = 0; m < count; m += kRowsOfX) {
-    int part = count - m < kRowsOfX ? int(count - m) : kRowsOfX;
-    for (int i = 0; i < part; ++i) {
-      rows[i] = x.row(m + i);
-      scales[i] = x.row_scale(m + i);
-    }
-    if (part == 1)
-      direct_or_exact<kKind, R, 1>(group, rows, scales, sums);
-    else if (part == 2 && R <= 4)
-      direct_or_exact<kKind, R, 2>(group, rows, scales, sums);
-    else
-      tiled<kKind, R>(group, rows, scales, part, sums);
-    for (int i = 0; i < part; ++i) out.put(m + i, n, sums + i * R, R);
+  tiled<kKind, R>(group, x, sums);
+  for (int i = 0; i < x.count; ++i) out.put(m + i, n, sums + i * R, R);
+}
+
+// Rows [n, n + R) of W, R a multiple of 4, decoded in registers; M = x.count.
+template <int kKind, int R, int M>
+void group_direct(const Weight& w, int64_t n, const Tokens& x, int64_t m, const Output& out) {
+  Group<kKind, R> group(w, n);
+  float sums[M * R];
+  if (!direct<kKind, R, M>(group, x, sums)) {
+    for (int r = 0; r < R; r += 4) group_tiled<kKind, 4>(w, n + r, x, m, out);
+    return;
   }
+  for (int i = 0; i < M; ++i) out.put(m + i, n, sums + i * R, R);
 }
 
 template <int kKind>
-void rows_of(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t count,
+void rows_of(const Weight& w, int64_t first, int64_t end, const Rows& x, int64_t count,
              const Output& out) {
-  if (count == 1)
-    for (; n + 8 <= end; n += 8) group_of_rows<kKind, 8>(w, n, x, count, out);
-  for (; n + 4 <= end; n += 4) group_of_rows<kKind, 4>(w, n, x, count, out);
-  for (; n < end; ++n) group_of_rows<kKind, 1>(w, n, x, count, out);
+  for (int64_t m = 0; m < count; m += kRowsOfX) {
+    Tokens tokens(x, m, count - m < kRowsOfX ? count : m + kRowsOfX);
+    int64_t n = first;
+    if (tokens.count == 1)
+      for (; n + 8 <= end; n += 8) group_direct<kKind, 8, 1>(w, n, tokens, m, out);
+    if (tokens.count == 2)
+      for (; n + 4 <= end; n += 4) group_direct<kKind, 4, 2>(w, n, tokens, m, out);
+    for (; n + 4 <= end; n += 4) group_tiled<kKind, 4>(w, n, tokens, m, out);
+    for (; n < end; ++n) group_tiled<kKind, 1>(w, n, tokens, m, out);
+  }
 }
 }  // namespace few
 

@@ -25,7 +25,8 @@ struct ExpertsCall {
 WF_EXPORT void wf_linear(const LinearCall* call) {
   static thread_local Prepared prepared;
   const Weight& w = call->weight;
-  Rows x = prepared.rows(call->x, call->count, w.cols, call->quantize != 0);
+  Rows x = prepared.rows(call->x, call->count, w.cols, order_for(w.kind, call->form),
+                         call->quantize != 0);
   linear(w, x, call->count, call->y, call->form);
 }
 

@@ -4,11 +4,16 @@
 #include "many.h"
 
 namespace wf::gemm {
-// Rows of x as the kernels want them; in place where x is fp32 and K a multiple of 128.
+// The order in which a weight of `kind` wants x in a form.
+inline Order order_for(int kind, int form) {
+  return kind == kFp8 && form == kFew ? Order::kWords : Order::kPlain;
+}
+
+// Rows of x as the kernels want them; in place where x is fp32, plain, and K a multiple of 128.
 // With `quantize`, each 128 of a row becomes e4m3 with its own scale (the published W8A8 numerics).
 class Prepared {
  public:
-  Rows rows(const Input& x, int64_t count, int64_t cols, bool quantize = false);
+  Rows rows(const Input& x, int64_t count, int64_t cols, Order order, bool quantize = false);
 
  private:
   Scratch values_, scales_;
@@ -60,26 +65,80 @@ inline void quantize_row(float* row, int64_t padded, float* scales) {
 }
 }  // namespace detail
 
-inline Rows Prepared::rows(const Input& x, int64_t count, int64_t cols, bool quantize) {
-  if (x.kind == kF32 && cols % kBlock == 0 && !quantize)
-    return Rows{static_cast<const float*>(x.data), x.pitch, nullptr, nullptr, 0};
-  int64_t padded = round_up(cols, kBlock), blocks = padded / kBlock;
-  int64_t pitch = padded + 16;  // not a power of two: rows must not share cache sets
-  float* values = values_.get<float>(count * pitch);
-  float* scales = quantize ? scales_.get<float>(count * blocks) : nullptr;
-  parallel_for(ceil_div(count, 16), [&](int64_t task, int) {
-    for (int64_t m = task * 16; m < (task + 1) * 16 && m < count; ++m) {
-      detail::row_to_float(x, m, cols, values + m * pitch, padded);
-      if (quantize) detail::quantize_row(values + m * pitch, padded, scales + m * blocks);
-    }
-  });
-  return Rows{values, pitch, nullptr, scales, blocks};
+namespace detail {
+// The largest finite magnitude of `count` floats. Magnitudes compare as integers.
+inline float largest_finite(const float* values, int64_t count) {
+  int32_t most = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    int32_t bits;
+    std::memcpy(&bits, values + k, 4);
+    bits &= 0x7fffffff;
+    bits = bits >= 0x7f800000 ? 0 : bits;
+    most = bits > most ? bits : most;
+  }
+  float result;
+  std::memcpy(&result, &most, 4);
+  return result;
 }
 
-// Rows of W for one task of the few form: large enough that the prefetch of the next group pays.
+// to[j * kLanes + i] = from[4 * i + 3 - j] * lift, for 4 values of i.
+inline void deal(const float* from, float* to, float lift) {
+#if defined(__x86_64__)
+  __m128 f = _mm_set1_ps(lift);
+  __m128 a = _mm_mul_ps(_mm_loadu_ps(from), f), b = _mm_mul_ps(_mm_loadu_ps(from + 4), f);
+  __m128 c = _mm_mul_ps(_mm_loadu_ps(from + 8), f), d = _mm_mul_ps(_mm_loadu_ps(from + 12), f);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to + 3 * kLanes, a);
+  _mm_storeu_ps(to + 2 * kLanes, b);
+  _mm_storeu_ps(to + kLanes, c);
+  _mm_storeu_ps(to, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * kLanes + i] = from[4 * i + 3 - j] * lift;
+#endif
+}
+
+// Order::kWords of `padded` floats, and the factor that undoes its lift.
+inline float order_words(float* row, int64_t padded) {
+  float most = largest_finite(row, padded);
+  // 2^96 leaves room for |x| < 2^31; rows beyond that lose only what is 2^-60 of their largest
+  float lift = kFp8Tiny == 1.0f ? 1.0f : most < 0x1p31f ? 0x1p96f : most < 0x1p95f ? 0x1p32f : 1.0f;
+  constexpr int kGroup = 4 * kLanes;
+  float group[kGroup];
+  for (int64_t k = 0; k < padded; k += kGroup) {
+    for (int i = 0; i < kLanes; i += 4) deal(row + k + 4 * i, group + i, lift);
+    std::memcpy(row + k, group, sizeof group);
+  }
+  return 1.0f / lift / kFp8Tiny;
+}
+}  // namespace detail
+
+inline Rows Prepared::rows(const Input& x, int64_t count, int64_t cols, Order order,
+                           bool quantize) {
+  if (x.kind == kF32 && cols % kBlock == 0 && !quantize && order == Order::kPlain)
+    return Rows{static_cast<const float*>(x.data), x.pitch, nullptr, nullptr, 0, nullptr};
+  int64_t padded = round_up(cols, kBlock), blocks = padded / kBlock;
+  int64_t pitch = padded + 16;  // not a power of two: rows must not share cache sets
+  float* values = values_.get<float>(count * (pitch + 1));
+  float* unlift = values + count * pitch;
+  float* scales = quantize ? scales_.get<float>(count * blocks) : nullptr;
+  constexpr int64_t kRowsOfTask = 8;
+  parallel_for(ceil_div(count, kRowsOfTask), [&](int64_t task, int) {
+    for (int64_t m = task * kRowsOfTask; m < (task + 1) * kRowsOfTask && m < count; ++m) {
+      float* row = values + m * pitch;
+      detail::row_to_float(x, m, cols, row, padded);
+      if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
+      unlift[m] = order == Order::kWords ? detail::order_words(row, padded) : 1.0f;
+    }
+  });
+  return Rows{values, pitch, nullptr, scales, blocks, order == Order::kWords ? unlift : nullptr};
+}
+
+// Rows of W for one task of the few form: several tasks a thread, each long enough that its first
+// rows, which nothing has prefetched, do not count.
 inline int64_t few_chunk(int64_t rows) {
   int64_t chunk = round_up(ceil_div(rows, int64_t(num_threads()) * 8), 8);
-  return chunk < 16 ? 16 : chunk > 128 ? 128 : chunk;
+  return chunk < 16 ? 16 : chunk > 256 ? 256 : chunk;
 }
 
 inline void linear(const Weight& w, const Rows& x, int64_t count, const Output& y, int form) {

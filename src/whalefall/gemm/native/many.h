@@ -58,6 +58,22 @@ inline void transpose(vf* v) {
 #endif
 }
 
+// 2 * kLanes weights at p as floats, in order; kFp8 comes divided by kFp8Scale.
+template <int kKind, bool kExact>
+inline void decode(const uint8_t* p, vf& low, vf& high) {
+  if constexpr (kKind == kFp8 && kExact) {
+    fp8_decode_exact(p, low, high);
+  } else if constexpr (kKind == kFp8) {
+    fp8_decode(p, low, high);
+  } else if constexpr (kKind == kBf16) {
+    low = load_bf16(p);
+    high = load_bf16(p + 2 * kLanes);
+  } else {
+    low = load_bytes(p);
+    high = load_bytes(p + 4 * kLanes);
+  }
+}
+
 // kLanes rows of W x 2 * kLanes of K -> out[k][kTileColumns].
 template <int kKind, bool kExact>
 inline void pack_square(const uint8_t* const* row, int64_t offset, float* out) {
@@ -73,27 +89,43 @@ inline void pack_square(const uint8_t* const* row, int64_t offset, float* out) {
   }
 }
 
+// What can be packed: rows of codes somewhere, with scales. `Weight` through this; gemm.h has more.
+struct WeightSource {
+  const Weight& w;
+  int64_t rows() const { return w.rows; }
+  int64_t cols() const { return w.cols; }
+  bool in_place() const { return true; }  // codes of a row lie side by side, as `decode` reads them
+  const uint8_t* at(int64_t n, int64_t k) const { return w.row(n) + k * kind_bytes(w.kind); }
+  void copy(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
+    std::memcpy(to, at(n, k), width * kind_bytes(w.kind));
+  }
+  float scale(int64_t n, int64_t block) const {
+    return w.kind == kFp8 ? w.row_scale(n)[block] : 1.0f;
+  }
+};
+
 // kLanes rows of W x [k, k + depth) -> out[depth rounded up to a block][kTileColumns].
-template <int kKind, bool kExact>
-__attribute__((noinline)) bool pack_rows(const Weight& w, int64_t n, int64_t k, int64_t depth,
+template <int kKind, bool kExact, class Source>
+__attribute__((noinline)) bool pack_rows(const Source& w, int64_t n, int64_t k, int64_t depth,
                                          float* out) {
   constexpr int64_t kBytes = kind_bytes(kKind);
   const uint8_t* row[kLanes];
   alignas(64) uint8_t edge[kLanes][kBlock * kBytes];
   Fp8NanFlag nan;
-  int64_t rows = w.rows - n < kLanes ? w.rows - n : kLanes;
+  int64_t rows = w.rows() - n < kLanes ? w.rows() - n : kLanes;
   for (int64_t b = 0; b < depth; b += kBlock) {
-    int64_t width = w.cols - k - b < kBlock ? w.cols - k - b : kBlock;
-    bool inside = rows == kLanes && width == kBlock;
+    int64_t width = w.cols() - k - b < kBlock ? w.cols() - k - b : kBlock;
+    bool inside = w.in_place() && rows == kLanes && width == kBlock;
     for (int r = 0; r < kLanes; ++r) {
-      row[r] = inside ? w.row(n + r) + (k + b) * kBytes : edge[r];
-      if (inside) {  // the rows of the next panel: 16 streams are too many for the hardware
-        prefetch_l2(row[r] + kTileColumns * w.cols * kBytes);
-        if (kBytes * kBlock > 64) prefetch_l2(row[r] + kTileColumns * w.cols * kBytes + 64);
+      if (inside) {  // and the rows of the next panel: 16 streams are too many for the hardware
+        row[r] = w.at(n + r, k + b);
+        const uint8_t* next = w.at(n + r + kTileColumns, k + b);
+        for (int64_t line = 0; line < kBytes * kBlock; line += 64) prefetch_l2(next + line);
         continue;
       }
+      row[r] = edge[r];
       std::memset(edge[r], 0, sizeof edge[r]);
-      if (r < rows) std::memcpy(edge[r], w.row(n + r) + (k + b) * kBytes, width * kBytes);
+      if (r < rows) w.copy(n + r, k + b, width, edge[r]);
     }
     if (kKind == kFp8 && !kExact)
       for (int r = 0; r < kLanes; ++r)
@@ -104,43 +136,44 @@ __attribute__((noinline)) bool pack_rows(const Weight& w, int64_t n, int64_t k, 
   return !nan.seen();
 }
 
-// Panels of kTileColumns rows of W, one after another, and their scales [blocks][kTileColumns].
-template <int kKind>
-void pack(const Weight& w, int64_t n, int64_t end, int64_t k, int64_t depth, float* panels,
+// Panels of kTileColumns rows of W, one after another, and their scales [blocks][kTileColumns],
+// a block being kLength of K.
+template <int kKind, int kLength, class Source>
+void pack(const Source& w, int64_t n, int64_t end, int64_t k, int64_t depth, float* panels,
           float* scales) {
-  int64_t padded = round_up(depth, kBlock), blocks = padded / kBlock;
+  int64_t padded = round_up(depth, kBlock), blocks = padded / kLength;
+  int64_t real_blocks = ceil_div(depth, kLength);
   for (int64_t c = n; c < end; c += kTileColumns) {
     for (int half = 0; half < 2; ++half) {
       int64_t at = c + half * kLanes;
       float* out = panels + half * kLanes;
-      if (at >= w.rows) {
+      if (at >= w.rows()) {
         for (int64_t i = 0; i < padded; ++i) store(out + i * kTileColumns, vf{});
-      } else if (!pack_rows<kKind, false>(w, at, k, depth, out)) {
-        pack_rows<kKind, true>(w, at, k, depth, out);
+      } else if (!pack_rows<kKind, false>(w, at, k, depth, out) && kKind == kFp8) {
+        pack_rows<kKind, kKind == kFp8>(w, at, k, depth, out);
       }
     }
     for (int64_t b = 0; b < blocks; ++b)
       for (int i = 0; i < kTileColumns; ++i) {
-        int64_t row = c + i < w.rows ? c + i : w.rows - 1;
-        scales[b * kTileColumns + i] =
-            kKind == kFp8 ? w.row_scale(row)[k / kBlock + b] * kFp8Scale : 1.0f;
+        float s = c + i < w.rows() && b < real_blocks ? w.scale(c + i, k / kLength + b) : 0.0f;
+        scales[b * kTileColumns + i] = kKind == kFp8 ? s * kFp8Scale : s;
       }
     panels += padded * kTileColumns;
     scales += blocks * kTileColumns;
   }
 }
 
-// sums[m][.] += one tile of products over `blocks` blocks of K.
-template <int M>
+// sums[m][.] += one tile of products over `blocks` blocks of kLength of K.
+template <int M, int kLength>
 __attribute__((noinline)) void tile(const float* const* x, const float* const* sx, int64_t blocks,
                                     const float* panel, const float* scale, float* sums,
                                     int64_t pitch) {
   for (int64_t b = 0; b < blocks; ++b) {
     vf acc[M][2] = {};
     const float* row[M];
-    for (int m = 0; m < M; ++m) row[m] = x[m] + b * kBlock;
+    for (int m = 0; m < M; ++m) row[m] = x[m] + b * kLength;
 #pragma GCC unroll 4
-    for (int k = 0; k < kBlock; ++k) {
+    for (int k = 0; k < kLength; ++k) {
       vf low = load(panel), high = load(panel + kLanes);
       panel += kTileColumns;
 #pragma GCC unroll 12
@@ -163,52 +196,64 @@ __attribute__((noinline)) void tile(const float* const* x, const float* const* s
   }
 }
 
-template <int M = kTileRows>
+template <int kLength, int M = kTileRows>
 void tile_of(int rows, const float* const* x, const float* const* sx, int64_t blocks,
              const float* panel, const float* scale, float* sums, int64_t pitch) {
   if constexpr (M > 1)
-    if (rows < M) return tile_of<M - 1>(rows, x, sx, blocks, panel, scale, sums, pitch);
-  tile<M>(x, sx, blocks, panel, scale, sums, pitch);
+    if (rows < M) return tile_of<kLength, M - 1>(rows, x, sx, blocks, panel, scale, sums, pitch);
+  tile<M, kLength>(x, sx, blocks, panel, scale, sums, pitch);
 }
 
-inline void pack_any(const Weight& w, int64_t n, int64_t end, int64_t k, int64_t depth,
-                     float* panels, float* scales) {
-  if (w.kind == kFp8)
-    pack<kFp8>(w, n, end, k, depth, panels, scales);
-  else if (w.kind == kBf16)
-    pack<kBf16>(w, n, end, k, depth, panels, scales);
-  else
-    pack<kF32>(w, n, end, k, depth, panels, scales);
-}
-}  // namespace many
+// The thread's own panels, scales and sums.
+struct Workspace {
+  float *panels, *scales, *sums;
+  Workspace() {
+    static thread_local Scratch memory;
+    constexpr int64_t kPanels = kColumns * kDepth, kScales = kColumns * kDepth / 32;
+    panels = memory.get<float>(kPanels + kScales + int64_t(kChunkRows) * kColumns);
+    scales = panels + kPanels;
+    sums = scales + kScales;
+  }
+};
 
-// y[first..last, n..end): `end - n` at most kColumns, `last - first` at most kChunkRows.
-inline void multiply_many(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                          int64_t last, const Output& out) {
-  using namespace many;
-  static thread_local Scratch memory;
-  constexpr int64_t kPanels = kColumns * kDepth, kScales = kColumns * kDepth / kBlock;
-  float* panels = memory.get<float>(kPanels + kScales + int64_t(kChunkRows) * kColumns);
-  float* scales = panels + kPanels;
-  float* sums = scales + kScales;
-  std::memset(sums, 0, (last - first) * kColumns * sizeof(float));
-  for (int64_t k = 0; k < w.cols; k += kDepth) {
-    int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth;
-    int64_t blocks = ceil_div(depth, kBlock);
-    pack_any(w, n, end, k, depth, panels, scales);
+// sums[m - first][n' - n] of the rows [first, last) of x and [n, end) of W, which are at most
+// kChunkRows and kColumns; returns them, kColumns apart, until the thread's next product.
+template <int kKind, int kLength, class Source>
+const float* multiply(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first,
+                      int64_t last) {
+  Workspace space;
+  std::memset(space.sums, 0, (last - first) * kColumns * sizeof(float));
+  for (int64_t k = 0; k < w.cols(); k += kDepth) {
+    int64_t depth = w.cols() - k < kDepth ? w.cols() - k : kDepth;
+    int64_t padded = round_up(depth, kBlock), blocks = padded / kLength;
+    pack<kKind, kLength>(w, n, end, k, depth, space.panels, space.scales);
     for (int64_t m = first; m < last; m += kTileRows) {
       int rows = last - m < kTileRows ? int(last - m) : kTileRows;
       const float *row[kTileRows], *row_scale[kTileRows];
       for (int i = 0; i < rows; ++i) {
         row[i] = x.row(m + i) + k;
         row_scale[i] = x.row_scale(m + i);
-        if (row_scale[i]) row_scale[i] += k / kBlock;
+        if (row_scale[i]) row_scale[i] += k / kLength;
       }
       for (int64_t c = 0; c < end - n; c += kTileColumns)
-        tile_of(rows, row, row_scale, blocks, panels + c * blocks * kBlock, scales + c * blocks,
-                sums + (m - first) * kColumns + c, kColumns);
+        tile_of<kLength>(rows, row, row_scale, blocks, space.panels + c * padded,
+                         space.scales + c * blocks, space.sums + (m - first) * kColumns + c,
+                         kColumns);
     }
   }
-  for (int64_t m = first; m < last; ++m) out.put(m, n, sums + (m - first) * kColumns, end - n);
+  return space.sums;
+}
+}  // namespace many
+
+// y[first..last, n..end): `end - n` at most kColumns, `last - first` at most kChunkRows.
+inline void multiply_many(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
+                          int64_t last, const Output& out) {
+  many::WeightSource source{w};
+  const float* sums = w.kind == kFp8 ? many::multiply<kFp8, kBlock>(source, n, end, x, first, last)
+                      : w.kind == kBf16
+                          ? many::multiply<kBf16, kBlock>(source, n, end, x, first, last)
+                          : many::multiply<kF32, kBlock>(source, n, end, x, first, last);
+  for (int64_t m = first; m < last; ++m)
+    out.put(m, n, sums + (m - first) * many::kColumns, end - n);
 }
 }  // namespace wf::gemm

@@ -52,12 +52,23 @@ struct Rows {
   const int32_t* index;  // row m is data[index[m]]; null: data[m]
   const float* scale;    // [rows, scale_pitch], one for each 128 of K; null: 1
   int64_t scale_pitch;
+  const float* unlift;  // [rows], see Order::kWords; null: 1
 
   int64_t place(int64_t m) const { return index ? index[m] : m; }
   const float* row(int64_t m) const { return data + place(m) * pitch; }
   const float* row_scale(int64_t m) const {
     return scale ? scale + place(m) * scale_pitch : nullptr;
   }
+  float row_unlift(int64_t m) const { return unlift ? unlift[place(m)] : 1.0f; }
+};
+
+// The order of K within a row of `Rows`.
+enum class Order {
+  kPlain,
+  // As `fp8_decode_words` delivers weights: in each 4 * kLanes, out[j * kLanes + i] = x[4 * i + 3 -
+  // j]; and each row multiplied by a power of two that keeps products with value * kFp8Tiny away
+  // from fp32's subnormals. `unlift` takes it, and kFp8Tiny, out again: exact.
+  kWords,
 };
 
 // Where results go: kF32 or kBf16, row m at index[m]. `factor` multiplies row m before rounding.
@@ -110,22 +121,4 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
-// 2 * kLanes weights at p as floats, in order; kFp8 comes divided by kFp8Scale.
-template <int kKind, bool kExact = false>
-inline void decode(const uint8_t* p, vf& low, vf& high) {
-  if constexpr (kKind == kFp8) {
-    if constexpr (kExact)
-      fp8_decode_exact(p, low, high);
-    else
-      fp8_decode(p, low, high);
-  } else if constexpr (kKind == kBf16) {
-    uint16_t v[2 * kLanes];
-    std::memcpy(v, p, sizeof v);
-    low = load_bf16(v);
-    high = load_bf16(v + kLanes);
-  } else {
-    low = load(reinterpret_cast<const float*>(p));
-    high = load(reinterpret_cast<const float*>(p) + kLanes);
-  }
-}
 }  // namespace wf::gemm

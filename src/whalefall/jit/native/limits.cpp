@@ -1,4 +1,5 @@
 // What the machine can do: read bandwidth of a large buffer, and the peak of fp32 FMA.
+#include <chrono>
 #include <cstdint>
 #include "whalefall/pool.h"
 
@@ -75,4 +76,14 @@ WF_EXPORT double wf_fma(int64_t rounds, float* sink) {
   int threads = wf::num_threads();
   wf::parallel_for(threads, [&](int64_t i, int) { sink[i & 63] = multiply_add(rounds)[0]; });
   return 2.0 * rounds * kUnroll * kChains * (sizeof(vec) / 4) * threads;
+}
+
+// Seconds that `rounds` rounds of multiply-adds take when one factor is `factor`, on this thread.
+WF_EXPORT double wf_seconds_with_factor(int64_t rounds, float factor, float* sink) {
+  auto start = std::chrono::steady_clock::now();
+  vec a = vec{} + factor, b = vec{} + 1.0f, acc[kChains];
+  for (int j = 0; j < kChains; ++j) acc[j] = vec{} + 1.0f;
+  for (int64_t i = 0; i < rounds; ++i) step(acc, a, b);
+  for (int j = 0; j < kChains; ++j) sink[j] = acc[j][0];
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

@@ -1,9 +1,8 @@
 // Vectors of floats at the level the unit is compiled for (WF_ISA: 0 any, 1 avx2, 2 avx512,
 // 3 avx512bf16, 4 amx): GCC/Clang vector types, so + - * / & | << < work as on scalars.
 //
-// A kernel written over this header is one source for all levels. No function here depends on the
-// rounding or denormal mode, and NaN stays NaN in every conversion but `fp8_decode`, which reads
-// the NaN codes as +-480/256 where a level has no table: see `Fp8NanFlag`.
+// A kernel written over this header is one source for all levels. NaN stays NaN everywhere but in
+// the fast e4m3 decoders, which read the NaN codes as 480: see `Fp8NanFlag`.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -25,9 +24,10 @@ constexpr int kLanes = WF_ISA >= 2 ? 16 : WF_ISA == 1 ? 8 : 4;  // floats in a v
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
-typedef float vf_any_alignment __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float vf_any_alignment __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
 typedef uint16_t half_vector __attribute__((vector_size(kLanes * 2)));  // kLanes 16-bit values
 
+inline vf load_bytes(const void* p) { return *static_cast<const vf_any_alignment*>(p); }
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any_alignment*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_any_alignment*>(p) = v; }
 inline vf set1(float x) { return vf{} + x; }  // x + 0: -0 becomes +0
@@ -87,16 +87,17 @@ inline uint16_t float_to_bf16(float f) {  // to nearest even; NaN stays (a quiet
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-inline vf load_bf16(const uint16_t* p) {
+inline vf load_bf16(const void* p) {
 #if WF_ISA >= 2
-  __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   return (vf)_mm512_slli_epi32(w, 16);
 #elif WF_ISA == 1
-  __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   return (vf)_mm256_slli_epi32(w, 16);
 #else
-  vu w = {p[0], p[1], p[2], p[3]};
-  return (vf)(w << 16);
+  half_vector h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
 #endif
 }
 inline void store_bf16(uint16_t* p, vf v) {
@@ -113,11 +114,11 @@ inline vf round_to_bf16(vf v) {
 }
 
 // ---- e4m3 (float8_e4m3fn)
-// The level's decoder yields value * 2^-8 where it goes over fp16, value at `any`; a kernel folds
-// kFp8Scale into its block scale (exact: a power of two).
-constexpr float kFp8Scale = WF_ISA >= 1 ? 256.0f : 1.0f;
+// Two decoders. `fp8_decode` keeps the order of the codes, for packing. `fp8_decode_words` is the
+// cheapest there is, 11 operations for 4 * kLanes codes, in an order of its own, for streaming.
+constexpr float kFp8Scale = WF_ISA >= 1 ? 256.0f : 1.0f;  // `fp8_decode` yields value / kFp8Scale
 
-struct Fp8Table {  // value / kFp8Scale of all 256 codes, NaN included
+struct Fp8Table {  // the value of all 256 codes, NaN included
   float value[256];
   Fp8Table() {
     for (int code = 0; code < 256; ++code) {
@@ -126,7 +127,7 @@ struct Fp8Table {  // value / kFp8Scale of all 256 codes, NaN included
       for (int e = exponent ? exponent : 1; e < 10; ++e) v *= 0.5f;
       for (int e = 10; e < exponent; ++e) v *= 2.0f;
       if ((code & 127) == 127) v = __builtin_nanf("");
-      value[code] = (code & 128 ? -v : v) / kFp8Scale;
+      value[code] = code & 128 ? -v : v;
     }
   }
 };
@@ -135,17 +136,10 @@ inline const float* fp8_table() {
   return table.value;
 }
 
-// Remembers whether a NaN code passed by; a kernel then redoes its work with `fp8_decode_exact`.
+// Remembers whether a NaN code passed by; a kernel then redoes its work with an `_exact` decoder.
+// Twice a code, as a byte, is 0xFE for the two NaN codes and less for all others.
 struct Fp8NanFlag {
-#if WF_ISA >= 2
-  __m512i most = _mm512_setzero_si512();
-  void see32(const uint8_t* p) {
-    __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    v = _mm512_maskz_mov_epi8(0xffffffff, v);
-    most = _mm512_max_epu8(most, _mm512_add_epi8(v, v));
-  }
-  bool seen() const { return _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(char(0xFE))) != 0; }
-#elif WF_ISA == 1
+#if WF_ISA >= 1
   __m256i most = _mm256_setzero_si256();
   void see32(const uint8_t* p) {
     __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -155,13 +149,24 @@ struct Fp8NanFlag {
     return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(char(0xFE)))) != 0;
   }
 #else
-  void see32(const uint8_t*) {}
-  bool seen() const { return false; }  // the table knows NaN
+  typedef uint8_t bytes __attribute__((vector_size(32)));
+  bytes most = {};
+  void see32(const uint8_t* p) {
+    bytes v;
+    std::memcpy(&v, p, 32);
+    v += v;
+    most = v > most ? v : most;
+  }
+  bool seen() const {
+    for (int i = 0; i < 32; ++i)
+      if (most[i] == 0xFE) return true;
+    return false;
+  }
 #endif
 };
 
-// 2 * kLanes codes at p -> two vectors of value / kFp8Scale, in order; NaN codes read 480.
-// e4m3's bits moved to fp16's places mean value * 2^-8, subnormals included.
+// 2 * kLanes codes at p -> two vectors of value / kFp8Scale, in order. Over fp16 where there is
+// F16C (e4m3's bits moved to fp16's places mean value * 2^-8, subnormals included); NaN reads 480.
 inline void fp8_decode(const uint8_t* p, vf& low, vf& high) {
 #if WF_ISA >= 2
   __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -179,12 +184,49 @@ inline void fp8_decode(const uint8_t* p, vf& low, vf& high) {
   high = vf{t[p[4]], t[p[5]], t[p[6]], t[p[7]]};
 #endif
 }
-inline void fp8_decode_exact(const uint8_t* p, vf& low, vf& high) {  // NaN codes give NaN
+// NaN codes give NaN.
+__attribute__((noinline)) inline void fp8_decode_exact(const uint8_t* p, vf& low, vf& high) {
   const float* t = fp8_table();
   float v[2 * kLanes];
-  for (int i = 0; i < 2 * kLanes; ++i) v[i] = t[p[i]];
+  for (int i = 0; i < 2 * kLanes; ++i) v[i] = t[p[i]] / kFp8Scale;
   low = load(v);
   high = load(v + kLanes);
+}
+
+// 4 * kLanes codes at p -> out[j][i] = value(p[4 * i + 3 - j]) * kFp8Tiny; NaN reads 480.
+//
+// e4m3's bits moved to fp32's places mean value * 2^-120: exact, but subnormal e4m3 become
+// subnormal fp32. FMA takes those at full speed on some CPUs (Zen) and traps to microcode on
+// others; WF_SLOW_DENORMALS is defined there (jit/machine.py measures it), and the codes are made
+// true values: with the exponent's bias added, a normal code reads y, a subnormal one 2y - 2^-6,
+// and that is always the smaller of the two.
+#ifdef WF_SLOW_DENORMALS
+constexpr float kFp8Tiny = 1.0f;
+#else
+constexpr float kFp8Tiny = 0x1p-120f;
+#endif
+inline vf fp8_bits_to_float(vi moved) {
+#ifdef WF_SLOW_DENORMALS
+  vf y = (vf)((moved & 0x07F00000) + 0x3C000000);
+  vf z = (y + y) - set1(0x1p-6f);
+  return (vf)((vi)(y < z ? y : z) | (moved & (vi{} + int32_t(0x80000000))));
+#else
+  return (vf)(moved & (vi{} + int32_t(0x87F00000)));
+#endif
+}
+inline void fp8_decode_words(const uint8_t* p, vf* out) {
+  vi v;
+  std::memcpy(&v, p, sizeof v);
+  out[0] = fp8_bits_to_float(v >> 4);
+  out[1] = fp8_bits_to_float((v << 8) >> 4);
+  out[2] = fp8_bits_to_float((v << 16) >> 4);
+  out[3] = fp8_bits_to_float((v << 24) >> 4);
+}
+// NaN codes give NaN.
+__attribute__((noinline)) inline void fp8_decode_words_exact(const uint8_t* p, vf* out) {
+  const float* t = fp8_table();
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < kLanes; ++i) out[j][i] = t[p[4 * i + 3 - j]] * kFp8Tiny;
 }
 
 // ---- exp: relative error about 2e-7; 0 below -87.3, inf above 88.7, NaN stays
