@@ -139,31 +139,53 @@ def _mlp_shapes(name: str, c: ModelConfig, moe: bool) -> Iterator[tuple[str, tup
         yield f"{part}.down_proj.weight", (c.hidden_size, width), "linear"
 
 
-def _random_linear(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    std = np.float32(shape[1] ** -0.5)
-    return rng.standard_normal(shape, np.float32) * std
+class _Normal:
+    """Normal weights of variance 1 / columns, quickly: rows of large ones are windows of a pool."""
+
+    _LARGE = 1 << 20
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self._values = self.rng.standard_normal(2 * self._LARGE, np.float32)
+        # 5.5 standard deviations at 448: what block scales of amax / 448 come to
+        self._codes = np.clip(self._values * (448 / 5.5), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+
+    def _rows(self, pool: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        out = np.empty(shape, pool.dtype)
+        starts = self.rng.integers(0, len(pool) - shape[1], shape[0])
+        for row, start in zip(out, starts, strict=True):
+            row[:] = pool[start : start + shape[1]]
+        return out
+
+    def weight(self, shape: tuple[int, ...], std: float) -> np.ndarray:
+        """A matrix in fp32."""
+        if shape[0] * shape[1] < self._LARGE:
+            return self.rng.standard_normal(shape, np.float32) * np.float32(std)
+        return self._rows(self._values, shape) * np.float32(std)
+
+    def fp8(self, shape: tuple[int, ...], std: float) -> tuple[np.ndarray, np.ndarray]:
+        """E4M3 values and block scales."""
+        if shape[0] * shape[1] < self._LARGE:
+            return quantize_blocks(self.weight(shape, std))
+        blocks = (-(-shape[0] // 128), -(-shape[1] // 128))
+        scale = np.float32(std * 5.5 / 448) * self.rng.uniform(0.9, 1.1, blocks)
+        return self._rows(self._codes, shape), scale.astype(np.float32)
 
 
 def _tensors(
     config: ModelConfig, fp8: bool, fp8_head: bool, seed: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    rng = np.random.default_rng(seed)
+    normal = _Normal(seed)
     for name, shape, kind in tensor_shapes(config):
-        if kind == "norm":
-            value = 1 + 0.1 * rng.standard_normal(shape, np.float32)
-        elif kind == "bias":
-            yield name, (0.1 * rng.standard_normal(shape, np.float32)).astype(np.float32)
+        if kind in ("norm", "bias"):
+            noise = np.float32(0.1) * normal.rng.standard_normal(shape, np.float32)
+            yield name, noise if kind == "bias" else (1 + noise).astype(ml_dtypes.bfloat16)
             continue
-        elif kind == "table":
-            value = rng.standard_normal(shape, np.float32)
-        else:
-            value = _random_linear(rng, shape)
+        std = 1.0 if kind == "table" else float(shape[1] ** -0.5)
         if (kind == "linear" and fp8) or (kind == "head" and fp8_head):
-            weight, scale = quantize_blocks(value)
-            yield name, weight
-            yield f"{name}_scale_inv", scale
+            yield from zip((name, f"{name}_scale_inv"), normal.fp8(shape, std), strict=True)
         else:
-            yield name, value.astype(ml_dtypes.bfloat16)
+            yield name, normal.weight(shape, std).astype(ml_dtypes.bfloat16)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
