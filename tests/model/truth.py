@@ -15,6 +15,8 @@ import transformers
 from whalefall.model.checkpoint import Checkpoint, write_safetensors
 from whalefall.model.weights import Linear
 
+torch.set_num_threads(1)
+
 
 def dequantized_copy(source: Path, target: Path) -> Path:
     """The checkpoint with every weight as fp32, and a config without quantisation."""
@@ -45,6 +47,7 @@ def load_transformers(source: Path, scratch: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    model.generation_config.eos_token_id = None
     return model.eval()
 
 
@@ -58,6 +61,6 @@ def greedy(model: Any, tokens: list[int], count: int) -> list[int]:
     """`count` greedy tokens after `tokens`."""
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([tokens]), max_new_tokens=count, min_new_tokens=count, do_sample=False
+            torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None
         )
     return out[0, len(tokens) :].tolist()

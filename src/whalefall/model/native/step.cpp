@@ -139,10 +139,19 @@ class Step {
   }
   const float* angles(int64_t t) const { return m_.rope_table + b_.positions[t] * m_.rope; }
 
+  // Heads are shared out where each has enough to do.
+  template <class Body>
+  void for_heads(int64_t work, Body&& body) const {
+    if (m_.heads * work < 65536)
+      for (int64_t h = 0; h < m_.heads; ++h) body(h);
+    else
+      parallel_for(m_.heads, [&](int64_t h, int) { body(h); });
+  }
+
   // Core attention of tokens [first, first + count): q_ -> value_.
   void attend(const Layer& layer, int64_t first, int64_t count, char* pages) const {
     const int64_t H = m_.heads, head = m_.nope + m_.rope, wide = m_.latent + m_.rope;
-    parallel_for(H, [&](int64_t h, int) {
+    for_heads(count * m_.nope * m_.latent, [&](int64_t h) {
       const float* q = q_ + first * H * head + h * head;
       float* full = q_full_ + h * wide;
       absorb(layer.k_up[h], q, H * head, count, full, H * wide);
@@ -164,7 +173,7 @@ class Step {
     args.cache_type = b_.kv_bf16 ? attention::Type::bf16 : attention::Type::fp32;
     m_.attention(&args);
     // a call from within a task runs on the task's own thread
-    parallel_for(H, [&](int64_t h, int) {
+    for_heads(count * m_.value * m_.latent, [&](int64_t h) {
       float* to = value_ + first * H * m_.value + h * m_.value;
       LinearCall call{layer.v_up[h],
                       {o_latent_ + h * m_.latent, H * m_.latent, gemm::kF32, 0},

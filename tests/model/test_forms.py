@@ -1,0 +1,115 @@
+"""Every supported form against Transformers' own model in fp32, on random small checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.model import truth
+from tests.model.forms import FORMS
+
+from whalefall.model import Checkpoint, ModelConfig, Weights, load_config, load_weights, reference
+from whalefall.model.native_step import NativeStep
+from whalefall.model.numpy_step import NumpyStep
+from whalefall.model.step import Step, StepBatch
+from whalefall.model.synth import synth
+
+CASES = [(form, True) for form in FORMS] + [("v3", False), ("v2-lite", False)]
+PROMPT, ANSWER = 70, 64  # beyond a page, and beyond YaRN's original 64 positions
+
+
+def batch(tokens: list[int], start: int, in_prompt: bool, rows: list[int]) -> StepBatch:
+    return StepBatch(
+        tokens=np.array(tokens, np.int32),
+        positions=np.arange(start, start + len(tokens), dtype=np.int32),
+        starts=np.array([0, len(tokens)], np.int32),
+        block_tables=np.array([[2, 0, 1]], np.int32),  # pages in no order
+        logit_rows=np.array(rows, np.int32),
+        in_prompt=in_prompt,
+    )
+
+
+def pages(config: ModelConfig) -> np.ndarray:
+    return np.full((config.num_layers, 3, 64, config.latent_dim), np.nan, np.float32)
+
+
+def greedy(step: Step, config: ModelConfig, prompt: list[int], count: int) -> list[int]:
+    kv, answer = pages(config), []
+    logits = step(batch(prompt, 0, True, [len(prompt) - 1]), kv)
+    for position in range(len(prompt), len(prompt) + count):
+        answer.append(int(logits[0].argmax()))
+        logits = step(batch(answer[-1:], position, False, [0]), kv)
+    return answer
+
+
+def load(folder: Path) -> tuple[ModelConfig, Weights]:
+    config = load_config(folder)
+    return config, load_weights(Checkpoint(folder), config)
+
+
+@pytest.mark.parametrize(
+    ("form", "fp8"), CASES, ids=[f"{f}-{'fp8' if q else 'bf16'}" for f, q in CASES]
+)
+def test_a_form_gives_transformers_logits_and_greedy_tokens(
+    form: str, fp8: bool, tmp_path: Path
+) -> None:
+    folder = synth(tmp_path / "model", FORMS[form], fp8=fp8, seed=1)
+    config, weights = load(folder)
+    peer = truth.load_transformers(folder, tmp_path / "fp32")
+    prompt = np.random.default_rng(2).integers(0, config.vocab_size, PROMPT).tolist()
+    wanted = truth.logits(peer, prompt)
+    # float64 against Transformers' fp32: three layers of rounding, logits of size 1
+    np.testing.assert_allclose(reference.forward(prompt, weights, config), wanted, atol=2e-5)
+
+    step = NativeStep(weights, config, "fp32", 256)
+    ours = step(batch(prompt, 0, True, list(range(PROMPT))), pages(config))
+    np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    assert greedy(step, config, prompt, ANSWER) == truth.greedy(peer, prompt, ANSWER)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synth(tmp_path_factory.mktemp("tiny"), FORMS["v3"], seed=3)
+
+
+def test_the_numpy_step_agrees_with_the_native_one(tiny: Path) -> None:
+    config, weights = load(tiny)
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, 80).tolist()
+    native, plain = NativeStep(weights, config, "fp32", 128), NumpyStep(weights, config, 128)
+    kvs = pages(config), pages(config)
+    rows = list(range(80))
+    ours, theirs = (
+        step(batch(tokens, 0, True, rows), kv)
+        for step, kv in zip((native, plain), kvs, strict=True)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(kvs[0], kvs[1], atol=1e-4)  # NaN where nothing was written
+    assert (native.expert_load == plain.expert_load).all()
+    assert native.expert_load.sum() == 80 * 3 * 2  # tokens, top-k, layers with experts
+
+
+def test_an_mtp_layer_follows_its_definition_in_torch(tiny: Path) -> None:
+    import torch
+
+    config, weights = load(tiny)
+    assert len(weights.mtp) == 1
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, 20).tolist()
+    hidden = reference.hidden_states(tokens, weights, config)
+    mtp = weights.mtp[0]
+
+    def norm(x: torch.Tensor, weight: np.ndarray) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(
+            x, (x.shape[-1],), torch.tensor(weight, dtype=torch.float64), config.rms_norm_eps
+        )
+
+    table = torch.tensor(weights.embed.astype(np.float64))
+    both = torch.cat(
+        [norm(table[tokens[1:]], mtp.enorm), norm(torch.tensor(hidden[:-1]), mtp.hnorm)], dim=-1
+    )
+    x = both @ torch.tensor(mtp.eh_proj.dequantize(np.float64)).T
+    cos_sin = config.rope.table(19).astype(np.float64)
+    y = torch.tensor(reference.layer(x.numpy(), mtp.layer, config, cos_sin))
+    wanted = norm(y, mtp.norm) @ torch.tensor(mtp.head.dequantize(np.float64)).T
+    ours = reference.mtp_logits(tokens, hidden, mtp, weights, config)
+    np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-9)
