@@ -15,7 +15,8 @@ from whalefall.model.numpy_step import NumpyStep
 from whalefall.model.step import Step, StepBatch
 from whalefall.model.synth import synth
 
-CASES = [(form, True) for form in FORMS] + [("v3", False), ("v2-lite", False)]
+CASES = {f"{form}-fp8": (form, True) for form in FORMS}
+CASES |= {"v3-bf16": ("v3", False), "v2-lite-bf16": ("v2-lite", False)}
 PROMPT, ANSWER = 70, 64  # beyond a page, and beyond YaRN's original 64 positions
 
 
