@@ -1,0 +1,114 @@
+"""Serve a model over OpenAI's API, with a chat page (whalefall serve --model PATH)."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whalefall import env
+from whalefall.errors import ConfigError
+from whalefall.serve.settings import Settings
+
+app = typer.Typer(add_completion=False, invoke_without_command=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, taken before the model is loaded; ConfigError where the port is in use."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"serve: --port is {port}, wanted 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+    except OSError as error:
+        server.close()
+        raise ConfigError(
+            f"serve: cannot listen on {host}:{port} ({error.strerror}); try another --port"
+        ) from None
+    return server
+
+
+@app.callback()
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        Path | None, typer.Option(help="checkpoint folder (default: the bundled model)")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="key clients must send (also WHALEFALL_API_KEY)")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="name shown to clients")] = None,
+    compute: Annotated[str, typer.Option(help="w8a16, w8a8 or fp32")] = "w8a16",
+    kv: Annotated[str, typer.Option(help="bf16, fp32 or fp8")] = "bf16",
+    max_model_len: Annotated[int | None, typer.Option(help="context limit in tokens")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="sequences in a batch")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="tokens in a step")] = 512,
+    kv_cache_gb: Annotated[float, typer.Option(help="memory for the KV cache, in GB")] = 1.0,
+    strict_prefix: Annotated[
+        bool, typer.Option(help="never reuse the blocks of earlier answers")
+    ] = False,
+    max_queue: Annotated[int, typer.Option(help="waiting requests before a 429")] = 256,
+    max_request_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
+    node_hour: Annotated[float, typer.Option(help="what this machine costs an hour, in $")] = 0.10,
+    threads: Annotated[int | None, typer.Option(help="kernel threads (default: all cores)")] = None,
+) -> None:
+    """Serve a model over OpenAI's API at http://HOST:PORT, with a chat page at /."""
+    if context.invoked_subcommand is not None:
+        return
+    from whalefall.model import bundled_path
+
+    folder = model or bundled_path()
+    settings = Settings(
+        model_name=served_model_name or ("whalefall-manpages" if model is None else folder.name),
+        host=host,
+        api_key=api_key or env.get("WHALEFALL_API_KEY") or None,
+        max_queue=max_queue,
+        max_request_bytes=max_request_bytes,
+        node_hour=node_hour,
+    )
+    server = listen(host, port)
+    from whalefall.engine import Engine, EngineConfig
+    from whalefall.jit import set_num_threads
+
+    if threads is not None:
+        set_num_threads(threads)
+    engine = Engine(
+        folder,
+        EngineConfig(
+            compute=compute,
+            kv=kv,
+            max_model_len=max_model_len,
+            max_sequences=max_num_seqs,
+            max_batch_tokens=max_num_batched_tokens,
+            kv_cache_bytes=int(kv_cache_gb * 1e9),
+            strict_prefix=strict_prefix,
+        ),
+    )
+    run(server, engine, settings)
+
+
+def run(server: socket.socket, engine: object, settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; open answers get 30 seconds to finish."""
+    import uvicorn
+
+    from whalefall.serve.app import create_app
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    address = server.getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    typer.echo(f"whalefall serves {settings.model_name} at http://{host}:{address[1]}")
+    config = uvicorn.Config(
+        create_app(engine, settings),  # type: ignore[arg-type]
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=30,
+    )
+    server.listen(2048)
+    uvicorn.Server(config).run(sockets=[server])

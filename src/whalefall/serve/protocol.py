@@ -1,0 +1,161 @@
+"""Requests of the chat and completions endpoints, field by field.
+
+Unknown fields are accepted, as clients send many; a field that would change the answer and that is
+not supported is refused by name (`UNSUPPORTED`), never ignored in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from whalefall.serve.failures import ApiError
+
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "Sampling",
+    "TokenizeRequest",
+    "refuse_unsupported",
+]
+
+# Field → the value that means "off" besides null, false, "" and empty lists.
+UNSUPPORTED: dict[str, Any] = {
+    "allowed_token_ids": None,
+    "audio": None,
+    "bad_words": None,
+    "beam_width": None,
+    "best_of": 1,
+    "function_call": "none",
+    "functions": None,
+    "grammar": None,
+    "guided_choice": None,
+    "guided_decoding_backend": None,
+    "guided_grammar": None,
+    "guided_json": None,
+    "guided_regex": None,
+    "kv_transfer_params": None,
+    "length_penalty": 1.0,
+    "logits_processors": None,
+    "lora_request": None,
+    "modalities": ["text"],
+    "prediction": None,
+    "prompt_embeds": None,
+    "prompt_logprobs": None,
+    "return_token_ids": None,
+    "return_tokens_as_token_ids": None,
+    "structured_outputs": None,
+    "suffix": None,
+    "use_beam_search": None,
+    "web_search_options": None,
+}
+
+Count = Annotated[int, Field(ge=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Sampling(BaseModel):
+    """What chat and completions share: OpenAI's fields and vLLM's additions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Count | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    max_tokens: Count | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    user: str | None = None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a prompt, or messages through the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def refuse_unsupported(request: Sampling) -> None:
+    """Raise a 400 for a field that would change the answer and that this server cannot honour."""
+    for name, value in (request.model_extra or {}).items():
+        if name in UNSUPPORTED and value and value != UNSUPPORTED[name]:
+            raise ApiError(400, f"{name} is not supported yet", param=name)
+    if not isinstance(request, ChatRequest):
+        return
+    if request.tools and request.tool_choice != "none":
+        raise ApiError(
+            400,
+            'tools are not supported yet; send tool_choice "none" or leave them out',
+            param="tools",
+        )
+    if request.tool_choice not in (None, "none", "auto"):
+        raise ApiError(400, "tool_choice is not supported yet", param="tool_choice")
+    kind = (request.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        raise ApiError(
+            400, f"response_format {kind!r} is not supported yet", param="response_format"
+        )
+    if request.continue_final_message:
+        raise ApiError(
+            400, "continue_final_message is not supported yet", param="continue_final_message"
+        )

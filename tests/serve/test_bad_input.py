@@ -1,0 +1,130 @@
+"""Every bad request gets a 4xx in OpenAI's shape that names the field, and the server stays up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.conftest import served
+from tests.serve.fake import EchoEngine
+from whalefall.errors import ConfigError
+from whalefall.serve import Settings
+from whalefall.serve.protocol import UNSUPPORTED
+
+
+@pytest.fixture
+def client(shared_client: httpx.Client) -> httpx.Client:
+    return shared_client
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in body["error"]["message"]
+    result: dict[str, Any] = body["error"]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": float("1e9")}, "temperature", "less than or equal to 2"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": "many"}, "max_tokens", "got many"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": "hi"}, "messages", "got hi"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "'wizard'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages", "is int"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "'image_url' is not supported",
+        ),
+        ({"stop": [""]}, "stop", "none empty"),
+        ({"stop": ["x"] * 17}, "stop", "got 17"),
+        ({"logit_bias": {"abc": 1}}, "logit_bias", "'abc'"),
+        ({"logit_bias": {"256": 1}}, "logit_bias", "below 256"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"tools": [TOOL]}, "tools", "not supported yet"),
+        ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort", "Input should be"),
+    ],
+)
+def test_a_bad_field_is_named(
+    client: httpx.Client, fields: dict[str, Any], param: str, words: str
+) -> None:
+    body = {"messages": HELLO} | fields
+    failure = error(client.post("/v1/chat/completions", json=body), 400)
+    assert failure["param"] == param
+    assert words in failure["message"]
+    assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 200
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_a_field_that_would_change_the_answer_is_refused(client: httpx.Client, name: str) -> None:
+    body = {"messages": HELLO, name: ["something"]}
+    failure = error(client.post("/v1/chat/completions", json=body), 400)
+    assert failure["message"] == f"{name} is not supported yet"
+    off = {"messages": HELLO, name: UNSUPPORTED[name]}
+    assert client.post("/v1/chat/completions", json=off).status_code == 200
+
+
+def test_unknown_fields_and_tools_that_are_switched_off_are_accepted(client: httpx.Client) -> None:
+    body = {"messages": HELLO, "tools": [TOOL], "tool_choice": "none", "service_tier": "auto"}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1", b"\xff\xfe", b'"text"', b"null"])
+def test_malformed_json_is_a_400(client: httpx.Client, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    error(client.post("/v1/chat/completions", content=body, headers=headers), 400)
+
+
+def test_a_prompt_longer_than_the_context_says_both_numbers(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "x" * 65}]}
+    failure = error(client.post("/v1/chat/completions", json=body), 400)
+    assert failure["code"] == "context_length_exceeded"
+    assert "context is 64 tokens; the prompt has 65" in failure["message"]
+    body = {"messages": HELLO, "max_tokens": 60}
+    failure = error(client.post("/v1/chat/completions", json=body), 400)
+    assert "has 5 and 60 new ones" in failure["message"]
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [256], [-1], [["a", 1]]])
+def test_bad_prompts_are_refused(client: httpx.Client, prompt: Any) -> None:
+    error(client.post("/v1/completions", json={"prompt": prompt}), 400)
+
+
+def test_wrong_paths_and_methods_are_in_the_same_shape(client: httpx.Client) -> None:
+    error(client.get("/v1/nothing"), 404)
+    error(client.get("/v1/chat/completions"), 405)
+    assert error(client.get("/v1/models/gpt"), 404)["code"] == "model_not_found"
+
+
+def test_an_oversized_body_is_refused_by_length_and_by_stream() -> None:
+    with served(EchoEngine(), Settings("echo", max_request_bytes=2048)) as server:
+        with server.client() as client:
+            big = b'{"messages": "' + b"x" * 4096 + b'"}'
+            error(client.post("/v1/completions", content=big), 413)
+            chunks = (big[i : i + 512] for i in range(0, len(big), 512))
+            error(client.post("/v1/completions", content=chunks), 413)
+            assert client.get("/health").status_code == 200
+
+
+def test_a_public_address_needs_a_key() -> None:
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 .* needs --api-key"):
+        Settings("echo", host="0.0.0.0")
+    assert Settings("echo", host="::1").api_key is None
