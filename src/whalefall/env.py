@@ -43,11 +43,8 @@ TABLE = (
     Variable(
         "WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"
     ),
-<<<<<<< HEAD
     Variable("WHALEFALL_FS_TOKEN", "", "the secret of the file-system cluster to connect to"),
-=======
     Variable("WHALEFALL_API_KEY", "", "the key that clients of `whalefall serve` must send"),
->>>>>>> 6661d01 (serve: OpenAI API in one process, SSE, limits, metrics, ledger and a chat page)
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
 )
 _DEFAULTS = {v.name: v.default for v in TABLE}
