@@ -92,3 +92,65 @@ def live(
         return
     for name, value in live_rows(report):
         typer.echo(f"{name:34} {value:>16}")
+
+
+@app.command()
+def capacity(
+    model: Annotated[Path, typer.Option(help="a checkpoint folder or its config.json")],
+    hardware: Annotated[str, typer.Option(help="h800, h200, this, or a .toml file")] = "h800",
+    prefill: Annotated[str, typer.Option(help="NODESxGPUS of a prefill unit")] = "4x8",
+    decode: Annotated[str, typer.Option(help="NODESxGPUS of a decode unit")] = "18x8",
+    redundant: Annotated[int, typer.Option(help="redundant experts of a unit")] = 32,
+    kv_length: Annotated[float, typer.Option(help="mean KV length of an output token")] = 4989,
+    prompt: Annotated[float, typer.Option(help="mean prompt length in tokens")] = 4096,
+    hit_rate: Annotated[float, typer.Option(help="share of the prompt in the cache")] = 0.5625,
+    tpot_ms: Annotated[float, typer.Option(help="longest time per output token")] = 50.0,
+    kv_bytes: Annotated[int, typer.Option(help="bytes of a cached number")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Peak tokens per second of a node by a roofline, and what bounds it."""
+    from whalefall.plan.capacity_report import capacity_report, print_capacity
+
+    report = capacity_report(
+        model, hardware, prefill, decode, redundant, kv_length, prompt, hit_rate, tpot_ms, kv_bytes
+    )
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    print_capacity(report)
+
+
+@app.command()
+def train(
+    hours: Annotated[float, typer.Option(help="GPU-hours of pre-training")] = 2.664e6,
+    other_hours: Annotated[float, typer.Option(help="GPU-hours of the rest")] = 0.124e6,
+    gpu_hour: Annotated[float, typer.Option(help="$ per GPU-hour")] = 2.0,
+    tokens: Annotated[float, typer.Option(help="tokens trained on")] = 14.8e12,
+    active: Annotated[float, typer.Option(help="active parameters")] = 37e9,
+    gpus: Annotated[int, typer.Option(help="GPUs at once")] = 2048,
+    peak_tflops: Annotated[float, typer.Option(help="BF16 peak of a GPU")] = 989.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What training costs: V3's published run, or another."""
+    from whalefall.plan.training import TrainingRun
+
+    run = TrainingRun(hours, other_hours, gpu_hour, tokens, active, peak_tflops)
+    report = {
+        "gpu_hours": run.total_hours,
+        "cost": run.cost,
+        "days": run.days(gpus),
+        "tflops_gpu": run.tflops_gpu,
+        "utilisation_of_bf16_peak": run.utilisation,
+        "claimed_elsewhere": {"utilisation": 0.89},
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    typer.echo(f"GPU-hours                      {run.total_hours:>14,.0f}")
+    typer.echo(f"cost                           {f'${run.cost:,.0f}':>14}")
+    typer.echo(f"days on {gpus:,} GPUs{'':{15 - len(f'{gpus:,}')}}{run.days(gpus):>17,.1f}")
+    typer.echo(f"TFLOPS a GPU (6 ND)            {run.tflops_gpu:>14,.1f}")
+    typer.echo(f"share of the BF16 peak         {run.utilisation:>14.1%}")
+    typer.echo(
+        "A utilisation of 89 % circulates; that is a claim, and these figures do not give it."
+    )

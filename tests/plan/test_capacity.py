@@ -1,0 +1,144 @@
+"""The capacity model: kernel classes against the published trace, limits and monotony."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whalefall.errors import ConfigError, MissingError
+from whalefall.model.config import parse_config
+from whalefall.plan import capacity, kernels
+from whalefall.plan.hardware_files import load_hardware, names, parse
+from whalefall.plan.train_step import train_chunk_seconds
+from whalefall.plan.training import TrainingRun
+
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 129280,
+    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
+    "topk_group": 4, "max_position_embeddings": 163840, "rope_theta": 10000,
+}  # fmt: skip
+CONFIG = parse_config(V3)
+H800 = load_hardware("h800")
+
+# Milliseconds by class in DeepSeek's published train trace (profile-data, train.json: four MoE
+# layers forward and backward, 4,096 tokens, EP64), summed over its kernels by their names:
+# fp8_ptp128c; m_grouped_fp8_ptp128c; fp8_dptp128c_acc; FlashAttention forward; its backward with
+# pre- and postprocessing; internode dispatch (both forms); internode combine.
+TRACE_MS = {
+    "dense gemm": 18.84,
+    "grouped gemm": 22.93,
+    "wgrad": 32.76,
+    "attention forward": 4.95,
+    "attention backward": 17.02,
+    "dispatch": 31.00,
+    "combine": 49.45,
+}
+# The model takes DeepEP's own published bandwidth; in the trace combine reaches 33 GB/s of it while
+# it shares the memory with computation. Not fitted: the miss stands in docs/plan.md.
+OVER_A_QUARTER = {"combine"}
+
+
+def test_kernel_classes_are_within_a_quarter_of_the_published_trace() -> None:
+    seconds = train_chunk_seconds(CONFIG, H800, tokens=4096, nodes=8, layers=4)
+    assert seconds.keys() == TRACE_MS.keys()
+    off = {name: seconds[name] * 1e3 / ms - 1 for name, ms in TRACE_MS.items()}
+    assert {name for name, share in off.items() if abs(share) > 0.25} == OVER_A_QUARTER, off
+
+
+def test_v3_has_its_published_active_weights() -> None:
+    attention = sum(kernels.attention_weights(CONFIG, absorbed=False).values())
+    experts = 9 * kernels.expert_weights(CONFIG)
+    dense = 3 * 7168 * 18432
+    active = 61 * attention + 58 * experts + 3 * dense + 129280 * 7168
+    assert active / 1e9 == pytest.approx(37, abs=0.6)
+
+
+def test_a_unit_holds_its_published_experts() -> None:
+    prefill, decode = capacity.parse_unit("4x8"), capacity.parse_unit("18x8")
+    assert (prefill.ranks, decode.ranks) == (32, 144)
+    assert capacity.local_experts(CONFIG, prefill) == 9
+    assert capacity.local_experts(CONFIG, decode) == 2
+
+
+def test_published_averages_are_below_the_peaks() -> None:
+    prefill = capacity.prefill_capacity(CONFIG, H800, capacity.parse_unit("4x8"), 4096, 2304)
+    decode = capacity.decode_capacity(CONFIG, H800, capacity.parse_unit("18x8"), 4989)
+    assert 73_700 < prefill.tokens_s_node / (1 - 0.5625) < 10 * 73_700
+    assert 14_800 < decode.tokens_s_node < 10 * 14_800
+
+
+def test_faster_hardware_and_looser_limits_never_lower_the_peak() -> None:
+    unit = capacity.parse_unit("18x8")
+    base = capacity.decode_capacity(CONFIG, H800, unit, 4989)
+    for field in ("memory_gb", "read_gb_s", "bf16_tflops", "fp8_tflops", "rdma_gb_s"):
+        better = dataclasses.replace(H800, **{field: 2 * getattr(H800, field)})
+        assert capacity.decode_capacity(CONFIG, better, unit, 4989).tokens_s_node >= (
+            base.tokens_s_node * (1 - 1e-9)
+        ), field
+    longer = capacity.decode_capacity(CONFIG, H800, unit, 10_000)
+    assert longer.tokens_s_node < base.tokens_s_node
+    hurried = capacity.decode_capacity(CONFIG, H800, unit, 4989, tpot_s=0.02)
+    assert hurried.step_s <= 0.02
+    assert hurried.batch < base.batch
+
+
+def test_a_token_crosses_to_at_most_its_groups_nodes() -> None:
+    assert kernels.expected_nodes(CONFIG, 1) == pytest.approx(1)
+    assert kernels.expected_nodes(CONFIG, 8) == 4
+    free = parse_config(V3 | {"n_group": 1, "topk_group": 1})
+    assert kernels.expected_nodes(free, 8) == pytest.approx(8 * (1 - (7 / 8) ** 8))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="do not fit in 80 GB; use more nodes"):
+        capacity.decode_capacity(CONFIG, H800, capacity.parse_unit("1x8"), 4989)
+    with pytest.raises(ConfigError, match="wanted NODESxGPUS"):
+        capacity.parse_unit("4by8")
+    with pytest.raises(MissingError, match="wanted one of h200, h800, this"):
+        load_hardware("abacus")
+    with pytest.raises(ConfigError, match=r"half: lacks .*bf16_tflops"):
+        parse({"name": "half"}, "half")
+
+
+def test_hardware_names_all_load() -> None:
+    for name in names():
+        assert load_hardware(name).read_gb_s > 0
+
+
+def test_the_command_prints_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V3))
+    command = [
+        sys.executable,
+        "-m",
+        "whalefall",
+        "plan",
+        "capacity",
+        "--model",
+        str(path),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["kv_bytes_token"] == 70_272
+    assert 0 < report["published_daily_average"]["decode_utilisation"] < 1
+
+
+def test_v3s_training_cost_comes_out() -> None:
+    run = TrainingRun()
+    assert run.total_hours == 2.788e6
+    assert run.cost == 5.576e6
+    assert run.tflops_gpu == pytest.approx(343, abs=1)
+    assert run.utilisation == pytest.approx(0.35, abs=0.005)
+    assert run.days(2048) == pytest.approx(56.7, abs=0.1)
+    with pytest.raises(ConfigError, match="tokens is -1"):
+        TrainingRun(tokens=-1)
