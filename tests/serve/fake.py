@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.engine import Delta, EngineStats, SamplingParams, TokenLogprob
+from whalefall.engine import Delta, EngineStats, SamplingParams, TokenLogprobs
 
 
 class FakeTokenizer:
@@ -24,8 +24,8 @@ class FakeTokenizer:
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return bytes(ids).decode("utf-8", "replace")
 
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id])
+    def token(self, token_id: int) -> str:
+        return chr(token_id)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
         return self.encode(messages[-1]["content"])
@@ -41,7 +41,7 @@ class Running:
 class EchoEngine:
     """Implements the engine's interface as the server uses it."""
 
-    vocab_size = 256
+    model = SimpleNamespace(vocab_size=256)
     max_model_len = 64
 
     def __init__(self, batch: int = 4) -> None:
@@ -81,8 +81,8 @@ class EchoEngine:
             last = position + 1 == min(running.params.max_tokens, len(running.prompt))
             wanted = running.params.logprobs is not None
             delta = Delta(
-                request_id=request_id, index=index, token_ids=(token,), text=chr(token),
-                logprobs=(TokenLogprob(token, -0.5, ((token, -0.5),)),) if wanted else (),
+                request_id=request_id, index=index, token_ids=[token], text=chr(token),
+                logprobs=[TokenLogprobs(token, -0.5, 1, ((token, -0.5),))] if wanted else None,
                 finish_reason=("length" if last else None), stop_reason=None,
                 num_prompt_tokens=len(running.prompt), num_cached_tokens=1,
             )  # fmt: skip

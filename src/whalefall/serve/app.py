@@ -147,19 +147,21 @@ def add_operator_routes(app: FastAPI, service: Service) -> None:
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "send either prompt or messages", "prompt")
         if request.prompt is None:
-            ids = chat_prompt(engine, request)
+            ids = chat_prompt(service.worker.tokenizer, request)
         else:
-            ids = engine.tokenizer.encode(request.prompt)
+            ids = service.worker.tokenizer.encode(request.prompt)
         return {"tokens": ids, "count": len(ids), "max_model_len": engine.max_model_len}
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, Any]:
         worst = max(request.tokens, default=0)
-        if worst >= engine.vocab_size:
+        if worst >= engine.model.vocab_size:
             raise ApiError(
-                400, f"token id {worst} is outside the vocabulary of {engine.vocab_size}", "tokens"
+                400,
+                f"token id {worst} is outside the vocabulary of {engine.model.vocab_size}",
+                "tokens",
             )
-        return {"prompt": engine.tokenizer.decode(request.tokens, skip_special=False)}
+        return {"prompt": service.worker.tokenizer.decode(request.tokens, skip_special=False)}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

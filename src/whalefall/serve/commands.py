@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,11 @@ from whalefall.errors import ConfigError
 from whalefall.serve.settings import Settings
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
+
+
+def bundled_path() -> Path:
+    """The checkpoint that comes with the package."""
+    return Path(str(resources.files("whalefall.model"))) / "bundled"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -62,8 +68,6 @@ def serve(
     """Serve a model over OpenAI's API at http://HOST:PORT, with a chat page at /."""
     if context.invoked_subcommand is not None:
         return
-    from whalefall.model import bundled_path
-
     folder = model or bundled_path()
     settings = Settings(
         model_name=served_model_name or ("whalefall-manpages" if model is None else folder.name),
@@ -112,3 +116,23 @@ def run(server: socket.socket, engine: object, settings: Settings) -> None:
     )
     server.listen(2048)
     uvicorn.Server(config).run(sockets=[server])
+
+
+@app.command("simulate")
+def simulate_day(
+    model: Annotated[Path, typer.Option(help="a checkpoint folder or its config.json")],
+    hardware: Annotated[str, typer.Option(help="h800, h200, this, or a .toml file")] = "h800",
+    prefill: Annotated[str, typer.Option(help="NODESxGPUS of a prefill unit")] = "4x8",
+    decode: Annotated[str, typer.Option(help="NODESxGPUS of a decode unit")] = "18x8",
+    traffic: Annotated[
+        Path | None, typer.Option(help="relative loads, one a line (default: one smooth night)")
+    ] = None,
+    hours: Annotated[float, typer.Option(help="how much of the day")] = 24.0,
+    weight: Annotated[int, typer.Option(help="real requests a simulated one stands for")] = 300,
+    seed: Annotated[int, typer.Option(help="of arrivals and lengths")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run the published day's traffic through the server's own balancers and autoscaler."""
+    from whalefall.serve.day_report import run_day
+
+    run_day(model, hardware, prefill, decode, traffic, hours, weight, seed, as_json)

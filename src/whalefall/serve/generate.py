@@ -112,7 +112,7 @@ class Generation:
         """The logprobs object of some tokens of a choice."""
         if not tokens:
             return None
-        piece = self.worker.engine.tokenizer.token_bytes
+        piece = self.worker.tokenizer.token
         if self.answer.chat:
             return chat_logprobs(tokens, piece)
         return completion_logprobs(tokens, piece, before)

@@ -9,7 +9,7 @@ from whalefall.serve.failures import ApiError
 from whalefall.serve.protocol import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
 if TYPE_CHECKING:
-    from whalefall.engine import Engine
+    from whalefall.model import Tokenizer
 
 __all__ = ["chat_prompt", "completion_prompts", "message_texts"]
 
@@ -67,11 +67,11 @@ def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return options
 
 
-def chat_prompt(engine: Engine, request: ChatRequest | TokenizeRequest) -> list[int]:
+def chat_prompt(tokenizer: Tokenizer, request: ChatRequest | TokenizeRequest) -> list[int]:
     """The token ids of a chat request's prompt."""
     add = request.add_generation_prompt
     try:
-        ids = engine.tokenizer.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             message_texts(request.messages or []),
             add_generation_prompt=True if add is None else add,
             **template_options(request),
@@ -81,8 +81,10 @@ def chat_prompt(engine: Engine, request: ChatRequest | TokenizeRequest) -> list[
     return truncated(ids, request)
 
 
-def completion_prompts(engine: Engine, request: CompletionRequest) -> list[list[int]]:
-    """The token ids of each prompt of a completions request."""
+def completion_prompts(
+    tokenizer: Tokenizer, vocab: int, request: CompletionRequest
+) -> list[list[int]]:
+    """The token ids of each prompt of a completions request, all below `vocab`."""
     given = request.prompt
     items: list[Any] = [given]
     if isinstance(given, list) and (not given or not isinstance(given[0], int)):
@@ -91,10 +93,9 @@ def completion_prompts(engine: Engine, request: CompletionRequest) -> list[list[
         raise ApiError(
             400, f"prompt: got {len(items)} prompts, wanted 1 to {MAX_PROMPTS}", "prompt"
         )
-    vocab = engine.vocab_size
     prompts = []
     for item in items:
-        ids = engine.tokenizer.encode(item) if isinstance(item, str) else list(item)
+        ids = tokenizer.encode(item) if isinstance(item, str) else list(item)
         if not ids:
             raise ApiError(400, "prompt: got an empty prompt, wanted at least one token", "prompt")
         worst = max(ids)

@@ -69,9 +69,7 @@ def default_curve() -> tuple[float, ...]:
     """A day's shape by hour: flat, with one smooth night whose floor is the published 68 : 278."""
     floor = 68 / published.PEAK_NODES
     night, width = 5.0, 3.2
-    return tuple(
-        1 - (1 - floor) * math.exp(-(((hour - night) / width) ** 4)) for hour in range(24)
-    )
+    return tuple(1 - (1 - floor) * math.exp(-(((hour - night) / width) ** 4)) for hour in range(24))
 
 
 def read_curve(path: Path) -> tuple[float, ...]:

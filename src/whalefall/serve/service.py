@@ -56,16 +56,16 @@ class Service:
         self.check_model(request.model)
         refuse_unsupported(request)
         engine = self.worker.engine
+        vocab = engine.model.vocab_size
         chat = isinstance(request, ChatRequest)
         if isinstance(request, ChatRequest):
-            token_lists = [chat_prompt(engine, request)]
+            token_lists = [chat_prompt(self.worker.tokenizer, request)]
         else:
-            token_lists = completion_prompts(engine, request)
+            token_lists = completion_prompts(self.worker.tokenizer, vocab, request)
             if request.echo and request.logprobs is not None:
                 raise ApiError(400, "echo with logprobs is not supported yet", "echo")
         params = [
-            sampling_params(request, len(ids), engine.max_model_len, engine.vocab_size)
-            for ids in token_lists
+            sampling_params(request, len(ids), engine.max_model_len, vocab) for ids in token_lists
         ]
         answer = Answer(chat, self.settings.model_name, f"whalefall-{__version__}")
         each = request.n or 1
@@ -77,7 +77,7 @@ class Service:
                 )
                 echo = ""
                 if isinstance(request, CompletionRequest) and request.echo:
-                    echo = engine.tokenizer.decode(ids)
+                    echo = self.worker.tokenizer.decode(ids)
                 prompts.append(Prompt(stream, number * each, echo))
         except BaseException:
             for prompt in prompts:

@@ -14,7 +14,7 @@ import heapq
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from whalefall.serve.core import (
@@ -305,13 +305,13 @@ class Cluster:
         self.decode = [u for u in self.decode if not u.draining or u.finish]
         came, made = self.seen_in / spec.interval_s, self.seen_out / spec.interval_s
         self.seen_in = self.seen_out = 0.0
-        pace = {"calm_s": spec.calm_s, "smooth_s": spec.smooth_s}
-        rule = ScaleRule(spec.prefill_set_point * spec.prefill_nodes, **pace)
+        pace = ScaleRule(1.0, calm_s=spec.calm_s, smooth_s=spec.smooth_s)
+        rule = replace(pace, set_point=spec.prefill_set_point * spec.prefill_nodes)
         self.prefill_state = scale(self.prefill_state, came, now, rule)
         resize(
             self.prefill, self.prefill_state.units, now, lambda at: PrefillUnit(at), spec.start_s
         )
-        rule = ScaleRule(spec.decode_set_point * spec.decode_nodes, **pace)
+        rule = replace(pace, set_point=spec.decode_set_point * spec.decode_nodes)
         self.decode_state = scale(self.decode_state, made, now, rule)
         resize(self.decode, self.decode_state.units, now, lambda at: DecodeUnit(at), spec.start_s)
 

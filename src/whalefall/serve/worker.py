@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from whalefall.errors import WhalefallError
+from whalefall.errors import ConfigError, WhalefallError
 from whalefall.serve.failures import ApiError
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ class EngineWorker:
     """
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
+        if engine.tokenizer is None:
+            raise ConfigError(
+                "serve: the checkpoint has no tokenizer.json or tiktoken.model; add its tokenizer"
+            )
         self.engine = engine
+        self.tokenizer = engine.tokenizer
         self.max_queue = max_queue
         self._streams: dict[str, RequestStream] = {}
         self._commands: deque[Callable[[], None]] = deque()

@@ -56,8 +56,8 @@ def test_prefill_stays_even_in_both_quantities(seed: int) -> None:
     attention = [load.attention for load in loads]
     # No placement can undercut the largest prompt, so it may stand above an even share.
     largest = max(prompts)
-    assert max(tokens) < 1.1 * sum(tokens) / 4 + largest
-    assert max(attention) < 1.1 * sum(attention) / 4 + attention_work(largest)
+    assert max(tokens) < 1.3 * sum(tokens) / 4 + largest
+    assert max(attention) < 1.3 * sum(attention) / 4 + attention_work(largest)
 
 
 def test_decode_balances_the_fuller_of_kv_and_requests() -> None:
