@@ -40,9 +40,7 @@ TABLE = (
         "10",
         "seconds that a living rank may keep the others of its group waiting",
     ),
-    Variable(
-        "WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"
-    ),
+    Variable("WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"),
     Variable("WHALEFALL_FS_TOKEN", "", "the secret of the file-system cluster to connect to"),
     Variable("WHALEFALL_API_KEY", "", "the key that clients of `whalefall serve` must send"),
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
