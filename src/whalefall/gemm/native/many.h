@@ -58,22 +58,6 @@ inline void transpose(vf* v) {
 #endif
 }
 
-// 2 * kLanes weights at p as floats, in order; kFp8 comes divided by kFp8Scale.
-template <int kKind, bool kExact>
-inline void decode(const uint8_t* p, vf& low, vf& high) {
-  if constexpr (kKind == kFp8 && kExact) {
-    fp8_decode_exact(p, low, high);
-  } else if constexpr (kKind == kFp8) {
-    fp8_decode(p, low, high);
-  } else if constexpr (kKind == kBf16) {
-    low = load_bf16(p);
-    high = load_bf16(p + 2 * kLanes);
-  } else {
-    low = load_bytes(p);
-    high = load_bytes(p + 4 * kLanes);
-  }
-}
-
 // kLanes rows of W x 2 * kLanes of K -> out[k][kTileColumns].
 template <int kKind, bool kExact>
 inline void pack_square(const uint8_t* const* row, int64_t offset, float* out) {

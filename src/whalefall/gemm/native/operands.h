@@ -121,4 +121,19 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
+// 2 * kLanes weights at p as floats, in order; kFp8 comes divided by kFp8Scale.
+template <int kKind, bool kExact = false>
+inline void decode(const uint8_t* p, vf& low, vf& high) {
+  if constexpr (kKind == kFp8 && kExact) {
+    fp8_decode_exact(p, low, high);
+  } else if constexpr (kKind == kFp8) {
+    fp8_decode(p, low, high);
+  } else if constexpr (kKind == kBf16) {
+    low = load_bf16(p);
+    high = load_bf16(p + 2 * kLanes);
+  } else {
+    low = load_bytes(p);
+    high = load_bytes(p + 4 * kLanes);
+  }
+}
 }  // namespace wf::gemm

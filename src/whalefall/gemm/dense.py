@@ -1,0 +1,281 @@
+"""Dense products in all four layouts: D = C + A · B, after DeepGEMM's `gemm_{nt,nn,tn,tt}`.
+
+In: FP8 (or FP4) pairs or BF16 matrices. Out: written to `d`, added to `c`.
+`reference.py` is the definition; sums are two-level (see native/gemm.h).
+Source: DeepGEMM `csrc/apis/gemm.hpp`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from whalefall.dtypes import as_numpy, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.calls import Product, run
+from whalefall.gemm.operands import (
+    Operand,
+    Pair,
+    Recipe,
+    bf16_operand,
+    empty_segments,
+    fp8_operand,
+    recipes,
+    refuse_overlap,
+    target,
+)
+
+__all__ = [
+    "bf16_gemm_nn",
+    "bf16_gemm_nt",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
+    "cublaslt_gemm_nn",
+    "cublaslt_gemm_nt",
+    "cublaslt_gemm_tn",
+    "cublaslt_gemm_tt",
+    "fp8_fp4_gemm_nn",
+    "fp8_fp4_gemm_nt",
+    "fp8_fp4_gemm_tn",
+    "fp8_fp4_gemm_tt",
+    "fp8_gemm_nn",
+    "fp8_gemm_nt",
+    "fp8_gemm_nt_skip_head_mid",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
+]
+
+
+def check_dims(where: str, compiled_dims: str) -> None:
+    """ConfigError where `compiled_dims` (which changes no result) is no subset of "mnk"."""
+    if not set(compiled_dims) <= set("mnk"):
+        raise ConfigError(f"{where}: compiled_dims={compiled_dims!r}, wanted letters of 'mnk'")
+
+
+def check_k(where: str, a: Operand, b: Operand) -> None:
+    """ShapeError where the operands' K differ."""
+    if a.k != b.k:
+        raise ShapeError(f"{where}: K is {a.k} in a and {b.k} in b, wanted the same")
+
+
+def scale_dtype(pair: Any) -> str:
+    """The dtype of the scales of a (values, scales) pair; "" for anything else."""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        return view(pair[1], "scales").dtype
+    return ""
+
+
+def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> None:
+    """D = C + A · Bᵀ of two matrices."""
+    check_k(where, a, b)
+    to = target(where, "d", d, (a.rows, b.rows))
+    segments = empty_segments(1)
+    product = Product(n=b.rows, d_pitch=to.pitch, a=a.layout, b=b.layout, d_kind=to.kind)
+    product.length = min(a.layout.scale_k, b.layout.scale_k)
+    refuse_overlap(where, to.seen, a.views + b.views)
+    c_address = 0
+    if c is not None:
+        add = target(where, "c", c, (a.rows, b.rows))
+        if add.kind != to.kind:
+            raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one")
+        same = add.seen.address == to.seen.address
+        if same and add.pitch != to.pitch and a.rows > 1:
+            raise ShapeError(
+                f"{where}: c is d's memory with row pitch {add.pitch}, d's is {to.pitch}; wanted "
+                "the same strides, or memory of its own"
+            )
+        if not same:
+            refuse_overlap(where, to.seen, (add.seen,))
+        c_address, product.c_pitch = add.seen.address, add.pitch
+    if a.rows == 0 or b.rows == 0:
+        return
+    segments[0] = (
+        a.address, a.scale_address, b.address, b.scale_address, to.seen.address, c_address,
+        a.rows, a.k,
+    )  # fmt: skip
+    run(product, segments)
+
+
+def _fp8(
+    where: str,
+    layout: str,
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any,
+    recipe: Recipe | None,
+    recipe_a: Pair | None,
+    recipe_b: Pair | None,
+    compiled_dims: str,
+) -> None:
+    check_dims(where, compiled_dims)
+    of_a, of_b = recipes(where, scale_dtype(b), recipe, recipe_a, recipe_b)
+    left = fp8_operand(where, "a", a, of_a, swap=layout[0] == "t")
+    right = fp8_operand(where, "b", b, of_b, swap=layout[1] == "n")
+    multiply(where, left, right, d, c)
+
+
+def fp8_fp4_gemm_nt(
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any = None,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D[M, N] = C + A[M, K] · B[N, K]ᵀ with scaled FP8 (or FP4) operands.
+
+    Args:
+        a, b: pairs (values, scales). Values are float8_e4m3fn, contiguous along either axis, or
+            int8 with two E2M1 codes a byte; scales float32 [ceil(rows/g), ceil(K/g_k)] with any
+            strides, or int32 with four UE8M0 exponents along K.
+        d: [M, N] bfloat16 or float32, written.
+        c: added, dtype and shape of d; may be d itself.
+        recipe: (rows of a, rows of b, k) that share a scale; default (1, 128, 128), with int32
+            scales (1, 1, 128). `recipe_a` and `recipe_b` give (rows, k) of each instead.
+        compiled_dims, disable_ue8m0_cast: accepted; they change no result here.
+    Raises: ShapeError, DtypeError, ConfigError.
+    Source: DeepGEMM `fp8_fp4_gemm_nt`, on either GPU generation.
+    """
+    _fp8("fp8_gemm_nt", "nt", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+
+
+def fp8_fp4_gemm_nn(
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any = None,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D = C + A[M, K] · B[K, N]; `fp8_fp4_gemm_nt` with b and its scales transposed."""
+    _fp8("fp8_gemm_nn", "nn", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+
+
+def fp8_fp4_gemm_tn(
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any = None,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "mn",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D = C + A[K, M]ᵀ · B[K, N]; `fp8_fp4_gemm_nt` with both and their scales transposed."""
+    _fp8("fp8_gemm_tn", "tn", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+
+
+def fp8_fp4_gemm_tt(
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any = None,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "mn",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D = C + A[K, M]ᵀ · B[N, K]ᵀ; `fp8_fp4_gemm_nt` with a and its scales transposed."""
+    _fp8("fp8_gemm_tt", "tt", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+
+
+fp8_gemm_nt, fp8_gemm_nn = fp8_fp4_gemm_nt, fp8_fp4_gemm_nn
+fp8_gemm_tn, fp8_gemm_tt = fp8_fp4_gemm_tn, fp8_fp4_gemm_tt
+
+
+def fp8_gemm_nt_skip_head_mid(
+    a: Any,
+    b: Any,
+    d: Any,
+    head_splits: tuple[int, int, int],
+    recipe: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """A · Bᵀ written around a gap in each head: column n goes to n + (n + right) // (left + right) · mid.
+
+    Args:
+        a, b, recipe, compiled_dims, disable_ue8m0_cast: as in `fp8_fp4_gemm_nt`.
+        d: [M, N + N / (left + right) · mid]; columns of the gaps are left alone.
+        head_splits: (left, mid, right), N a multiple of left + right.
+    Source: DeepGEMM `fp8_gemm_nt_skip_head_mid`.
+    """
+    where = "fp8_gemm_nt_skip_head_mid"
+    check_dims(where, compiled_dims)
+    of_a, of_b = recipes(where, scale_dtype(b), recipe, None, None)
+    left_operand = fp8_operand(where, "a", a, of_a)
+    right_operand = fp8_operand(where, "b", b, of_b)
+    left, mid, right = head_splits
+    n = right_operand.rows
+    if min(head_splits) < 0 or left + right < 1 or n % (left + right):
+        raise ShapeError(f"{where}: head_splits={head_splits}, wanted N={n} % (left + right) == 0")
+    wide = (left_operand.rows, n + n // (left + right) * mid)
+    target(where, "d", d, wide)
+    out = as_numpy(d)
+    narrow = np.empty((left_operand.rows, n), out.dtype)
+    multiply(where, left_operand, right_operand, narrow, None)
+    columns = np.arange(n)
+    out[:, columns + (columns + right) // (left + right) * mid] = narrow
+
+
+def _bf16(where: str, layout: str, a: Any, b: Any, d: Any, c: Any, compiled_dims: str) -> None:
+    check_dims(where, compiled_dims)
+    left = bf16_operand(where, "a", a, swap=layout[0] == "t")
+    right = bf16_operand(where, "b", b, swap=layout[1] == "n")
+    multiply(where, left, right, d, c)
+
+
+def bf16_gemm_nt(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "nk") -> None:
+    """D[M, N] = C + A[M, K] · B[N, K]ᵀ of bfloat16 matrices, summed in fp32.
+
+    Args:
+        a, b: bfloat16, contiguous along either axis.
+        d, c: bfloat16 or float32, as in `fp8_fp4_gemm_nt`.
+    Source: DeepGEMM `bf16_gemm_nt`.
+    """
+    _bf16("bf16_gemm_nt", "nt", a, b, d, c, compiled_dims)
+
+
+def bf16_gemm_nn(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "nk") -> None:
+    """D = C + A[M, K] · B[K, N]; see `bf16_gemm_nt`."""
+    _bf16("bf16_gemm_nn", "nn", a, b, d, c, compiled_dims)
+
+
+def bf16_gemm_tn(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "mn") -> None:
+    """D = C + A[K, M]ᵀ · B[K, N]; see `bf16_gemm_nt`."""
+    _bf16("bf16_gemm_tn", "tn", a, b, d, c, compiled_dims)
+
+
+def bf16_gemm_tt(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "mn") -> None:
+    """D = C + A[K, M]ᵀ · B[N, K]ᵀ; see `bf16_gemm_nt`."""
+    _bf16("bf16_gemm_tt", "tt", a, b, d, c, compiled_dims)
+
+
+def cublaslt_gemm_nt(a: Any, b: Any, d: Any, c: Any = None) -> None:
+    """`bf16_gemm_nt` under the name of the original's cuBLASLt path."""
+    _bf16("cublaslt_gemm_nt", "nt", a, b, d, c, "")
+
+
+def cublaslt_gemm_nn(a: Any, b: Any, d: Any, c: Any = None) -> None:
+    """`bf16_gemm_nn` under the name of the original's cuBLASLt path."""
+    _bf16("cublaslt_gemm_nn", "nn", a, b, d, c, "")
+
+
+def cublaslt_gemm_tn(a: Any, b: Any, d: Any, c: Any = None) -> None:
+    """`bf16_gemm_tn` under the name of the original's cuBLASLt path."""
+    _bf16("cublaslt_gemm_tn", "tn", a, b, d, c, "")
+
+
+def cublaslt_gemm_tt(a: Any, b: Any, d: Any, c: Any = None) -> None:
+    """`bf16_gemm_tt` under the name of the original's cuBLASLt path."""
+    _bf16("cublaslt_gemm_tt", "tt", a, b, d, c, "")

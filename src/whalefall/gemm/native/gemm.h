@@ -1,0 +1,206 @@
+// D_s[m,n] = C_s[m,n] + sum_b (A_s[m,b] . B_s[n,b]) * (sa[m/ga,b] * sb[n/gb,b])   for segments s
+// DeepGEMM's products: both operands quantised, any layout; b is 32 or 128 columns of K, exact
+// products, fp32 sums within b, then scaled and added in fp32 (the two-level accumulation).
+//
+// A becomes fp32 rows once (a wave of up to 128 MB at a time); B is packed panel by panel as
+// many.h describes. A dense product is one segment; grouped products are one for each group or run
+// of rows, so that groups of any size share the threads evenly.
+#pragma once
+#include "many.h"
+
+namespace wf::gemm {
+enum Packing : int32_t { kWhole = 0, kPairsAlongK = 1, kPairsAlongRows = 2 };
+
+// How one operand of all segments lies in memory: codes [rows, K], strides in elements (in bytes
+// along a packed axis of FP4: two codes a byte, the even one in the low half).
+struct Layout {
+  int64_t row_stride, k_stride;
+  int64_t scale_row_stride, scale_k_stride;
+  int64_t scale_rows, scale_k;  // rows and columns of K that share a scale
+  int32_t kind;                 // kBf16 (no scales) or kFp8 (also what FP4 is widened to)
+  int32_t packing;
+};
+
+struct Segment {
+  const uint8_t* a;
+  const float* a_scale;
+  const uint8_t* b;
+  const float* b_scale;
+  uint8_t* d;
+  const uint8_t* c;  // null: nothing to add
+  int64_t m, k;
+};
+
+struct Product {
+  const Segment* segments;
+  int64_t num_segments;
+  int64_t n;
+  int64_t d_pitch, c_pitch;  // elements
+  Layout a, b;
+  int32_t d_kind;  // kF32 or kBf16, c's too
+  int32_t length;  // K of a partial sum: 32 or 128
+};
+
+// One operand of one segment as many.h packs it.
+struct Operand {
+  const uint8_t* data;
+  const float* scales;
+  const Layout& layout;
+  int64_t num_rows, num_cols;
+
+  int64_t rows() const { return num_rows; }
+  int64_t cols() const { return num_cols; }
+  bool in_place() const { return layout.k_stride == 1 && layout.packing == kWhole; }
+  const uint8_t* at(int64_t n, int64_t k) const {
+    return data + (n * layout.row_stride + k * layout.k_stride) * kind_bytes(layout.kind);
+  }
+  float scale(int64_t n, int64_t block_start) const {
+    if (!scales) return 1.0f;
+    return scales[n / layout.scale_rows * layout.scale_row_stride +
+                  block_start / layout.scale_k * layout.scale_k_stride];
+  }
+  void copy(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
+    if (layout.packing != kWhole) return widen(n, k, width, to);
+    if (in_place()) {
+      std::memcpy(to, at(n, k), width * kind_bytes(layout.kind));
+    } else if (layout.kind == kBf16) {
+      for (int64_t i = 0; i < width; ++i) std::memcpy(to + 2 * i, at(n, k + i), 2);
+    } else {
+      for (int64_t i = 0; i < width; ++i) to[i] = *at(n, k + i);
+    }
+  }
+
+ private:
+  // Every value of E2M1 is one of E4M3.
+  void widen(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
+    static const uint8_t kE4m3[16] = {0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C,
+                                      0x80, 0xB0, 0xB8, 0xBC, 0xC0, 0xC4, 0xC8, 0xCC};
+    bool along_k = layout.packing == kPairsAlongK;
+    for (int64_t i = 0; i < width; ++i) {
+      int64_t at_k = k + i, row = along_k ? n : n / 2, column = along_k ? at_k / 2 : at_k;
+      uint8_t pair = data[row * layout.row_stride + column * layout.k_stride];
+      bool high = ((along_k ? at_k : n) & 1) != 0;
+      to[i] = kE4m3[high ? pair >> 4 : pair & 15];
+    }
+  }
+};
+
+template <int kLength>
+struct ScaledOperand : Operand {
+  float scale(int64_t n, int64_t block) const { return Operand::scale(n, block * kLength); }
+};
+
+class Gemm {
+ public:
+  void run(const Product& product);
+
+ private:
+  struct Piece {  // rows [first, first + count) of a segment; `at`: where A's rows are in the wave
+    int64_t segment, first, count, at;
+  };
+  void prepare(const Product& p, const Piece& piece, int64_t row);
+  template <int kKind, int kLength>
+  void multiply(const Product& p, const Piece& piece, int64_t n, int64_t end);
+  void wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows);
+
+  Scratch values_, scales_, pieces_;
+  float *a_ = nullptr, *a_scale_ = nullptr;
+  int64_t pitch_ = 0, blocks_ = 0;
+};
+
+inline void Gemm::prepare(const Product& p, const Piece& piece, int64_t row) {
+  const Segment& s = p.segments[piece.segment];
+  Operand a{s.a, s.a_scale, p.a, s.m, s.k};
+  int64_t m = piece.first + row;
+  float* to = a_ + (piece.at + row) * pitch_;
+  uint8_t codes[2 * kBlock];
+  for (int64_t k = 0; k < s.k; k += kBlock) {
+    int64_t width = s.k - k < kBlock ? s.k - k : kBlock;
+    a.copy(m, k, width, codes);
+    if (p.a.kind == kBf16) {
+      const uint16_t* halves = reinterpret_cast<const uint16_t*>(codes);
+      for (int64_t i = 0; i < width; ++i) to[k + i] = bf16_to_float(halves[i]);
+    } else {
+      const float* table = fp8_table();
+      for (int64_t i = 0; i < width; ++i) to[k + i] = table[codes[i]];
+    }
+  }
+  for (int64_t k = s.k; k < round_up(s.k, kBlock); ++k) to[k] = 0;
+  for (int64_t b = 0; b < ceil_div(s.k, p.length); ++b)
+    a_scale_[(piece.at + row) * blocks_ + b] = a.scale(m, b * p.length);
+  for (int64_t b = ceil_div(s.k, p.length); b < round_up(s.k, kBlock) / p.length; ++b)
+    a_scale_[(piece.at + row) * blocks_ + b] = 0;
+}
+
+template <int kKind, int kLength>
+void Gemm::multiply(const Product& p, const Piece& piece, int64_t n, int64_t end) {
+  const Segment& s = p.segments[piece.segment];
+  ScaledOperand<kLength> b{{s.b, s.b_scale, p.b, p.n, s.k}};
+  Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr};
+  const float* sums =
+      many::multiply<kKind, kLength>(b, n, end, a, piece.at, piece.at + piece.count);
+  int64_t size = kind_bytes(p.d_kind);
+  for (int64_t i = 0; i < piece.count; ++i, sums += many::kColumns) {
+    uint8_t* d = s.d + ((piece.first + i) * p.d_pitch + n) * size;
+    const uint8_t* c = s.c ? s.c + ((piece.first + i) * p.c_pitch + n) * size : nullptr;
+    for (int64_t j = 0; j < end - n; ++j) {
+      if (p.d_kind == kF32) {
+        float add = 0;
+        if (c) std::memcpy(&add, c + 4 * j, 4);
+        float value = c ? add + sums[j] : sums[j];
+        std::memcpy(d + 4 * j, &value, 4);
+      } else {
+        uint16_t add = 0;
+        if (c) std::memcpy(&add, c + 2 * j, 2);
+        uint16_t value = float_to_bf16(c ? bf16_to_float(add) + sums[j] : sums[j]);
+        std::memcpy(d + 2 * j, &value, 2);
+      }
+    }
+  }
+}
+
+inline void Gemm::wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows) {
+  a_ = values_.get<float>(rows * pitch_);
+  a_scale_ = scales_.get<float>(rows * blocks_ + 1);
+  parallel_for(count, [&](int64_t i, int) {
+    for (int64_t row = 0; row < pieces[i].count; ++row) prepare(p, pieces[i], row);
+  });
+  int64_t across = ceil_div(p.n, many::kColumns);
+  parallel_for(count * across, [&](int64_t task, int) {
+    int64_t n = task % across * many::kColumns;
+    int64_t end = n + many::kColumns < p.n ? n + many::kColumns : p.n;
+    const Piece& piece = pieces[task / across];
+    if (p.b.kind == kBf16)
+      multiply<kBf16, kBlock>(p, piece, n, end);
+    else if (p.length == kBlock)
+      multiply<kFp8, kBlock>(p, piece, n, end);
+    else
+      multiply<kFp8, 32>(p, piece, n, end);
+  });
+}
+
+inline void Gemm::run(const Product& p) {
+  int64_t depth = 0, total = 0;
+  for (int64_t s = 0; s < p.num_segments; ++s) {
+    if (p.segments[s].k > depth) depth = p.segments[s].k;
+    total += ceil_div(p.segments[s].m, many::kChunkRows);
+  }
+  pitch_ = round_up(depth, kBlock) + 16;  // not a power of two: rows must not share cache sets
+  blocks_ = round_up(depth, kBlock) / p.length;
+  int64_t most = (int64_t(128) << 20) / (pitch_ * 4);
+  Piece* pieces = pieces_.get<Piece>(total + 1);
+  int64_t count = 0, rows = 0;
+  for (int64_t s = 0; s < p.num_segments; ++s)
+    for (int64_t m = 0; m < p.segments[s].m; m += many::kChunkRows) {
+      int64_t left = p.segments[s].m - m;
+      int64_t take = left < many::kChunkRows ? left : many::kChunkRows;
+      if (count > 0 && rows + take > most) {
+        wave(p, pieces, count, rows);
+        count = rows = 0;
+      }
+      pieces[count++] = Piece{s, m, take, rows};
+      rows += take;
+    }
+  if (count > 0) wave(p, pieces, count, rows);
+}
+}  // namespace wf::gemm

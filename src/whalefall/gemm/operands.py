@@ -1,0 +1,291 @@
+"""What a product is given: matrices and scales checked, and described for the native side.
+
+In: tensors and (tensor, scales) pairs in any of DeepGEMM's layouts and scale formats.
+Out: `Operand`s and `Target`s, with strides in the native side's terms, or one clear refusal.
+Source: DeepGEMM `csrc/apis/gemm.hpp`, `csrc/apis/layout.hpp`, for both GPU generations' rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.calls import Layout
+
+__all__ = ["Operand", "Target", "bf16_operand", "fp8_operand", "recipes", "refuse_overlap", "target"]
+
+BF16, FP8 = 1, 2
+Recipe = tuple[int, int, int]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand [groups, rows, k]: addresses, strides, scales.
+
+    Attributes:
+        rows, k: the logical size; `groups` is 1 for a matrix.
+        address, group_bytes: of the values, and how far apart groups are.
+        scale_address, scale_group_bytes: the same of fp32 scales; 0 without scales.
+        layout: what the native side needs to know of both.
+        keep: arrays that must live until the product is done.
+        views: what must not overlap the result.
+    """
+
+    rows: int
+    k: int
+    groups: int
+    address: int
+    group_bytes: int
+    scale_address: int
+    scale_group_bytes: int
+    layout: Layout
+    keep: tuple[Any, ...]
+    views: tuple[View, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next (not for FP4 packed along rows)."""
+        return int(self.layout.row_stride) * (2 if self.layout.kind == BF16 else 1)
+
+    @property
+    def scale_row_bytes(self) -> int:
+        """Bytes from a row's scales to the next's, where each row has its own."""
+        return int(self.layout.scale_row_stride) * 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """A result [groups, rows, n] that is written, or added to."""
+
+    seen: View
+    rows: int
+    n: int
+    groups: int
+    pitch: int
+    kind: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next."""
+        return self.pitch * (4 if self.kind == 0 else 2)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes from a group to the next."""
+        if len(self.seen.shape) < 3:
+            return 0
+        return self.seen.strides[0] * (4 if self.kind == 0 else 2)
+
+
+def recipes(
+    where: str,
+    sfb_dtype: str,
+    recipe: Recipe | None,
+    recipe_a: Pair | None,
+    recipe_b: Pair | None,
+) -> tuple[Pair, Pair]:
+    """The (rows, k) that share a scale, of a and of b.
+
+    Raises: ConfigError for half a pair, both kinds at once, or sizes other than 1|128 and 32|128.
+    """
+    if (recipe_a is None) != (recipe_b is None) or (recipe is not None and recipe_a is not None):
+        raise ConfigError(
+            f"{where}: recipe={recipe}, recipe_a={recipe_a}, recipe_b={recipe_b}; wanted recipe "
+            "alone, or recipe_a and recipe_b together"
+        )
+    if recipe_a is None or recipe_b is None:
+        if recipe is None:
+            recipe = (1, 1, 128) if sfb_dtype == "int32" else (1, 128, 128)
+        if len(recipe) != 3:
+            raise ConfigError(f"{where}: recipe={recipe}, wanted (rows of a, rows of b, k)")
+        recipe_a, recipe_b = (recipe[0], recipe[2]), (recipe[1], recipe[2])
+    for name, pair in (("a", recipe_a), ("b", recipe_b)):
+        if len(pair) != 2 or pair[0] not in (1, 128) or pair[1] not in (32, 128):
+            raise ConfigError(
+                f"{where}: scales of {name} for {tuple(pair)} (rows, k), wanted rows 1 or 128 and "
+                "k 32 or 128"
+            )
+    return tuple(recipe_a), tuple(recipe_b)  # type: ignore[return-value]
+
+
+def transposed(array: Any) -> Any:
+    """The last two axes swapped, over the same memory."""
+    return array.swapaxes(-1, -2)
+
+
+def fp8_operand(
+    where: str, name: str, pair: Any, recipe: Pair, swap: bool = False, dims: int = 2
+) -> Operand:
+    """An FP8 or FP4 operand with its scales.
+
+    Args:
+        pair: (values, scales); values float8_e4m3fn, or int8 with two E2M1 codes a byte.
+        recipe: (rows, k) that share a scale.
+        swap: values and scales come as [k, rows].
+        dims: 2, or 3 with a leading group axis.
+    """
+    values, scales = _pair(where, name, pair)
+    v = view(transposed(values) if swap else values, f"{where}: {name}")
+    s = view(transposed(scales) if swap else scales, f"{where}: scale of {name}")
+    if len(v.shape) != dims:
+        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+    if v.dtype not in ("float8_e4m3fn", "int8"):
+        raise DtypeError(
+            f"{where}: {name} is {v.dtype}, wanted float8_e4m3fn, or int8 holding FP4 pairs"
+        )
+    row_stride, k_stride = _strides(where, name, v)
+    rows, k = v.shape[-2:]
+    packing = 0
+    if v.dtype == "int8":
+        packing = 1 if k_stride == 1 else 2
+        rows, k = (rows, k * 2) if packing == 1 else (rows * 2, k)
+    groups = v.shape[0] if dims == 3 else 1
+    s, keep = _scales(where, name, s, scales, swap, groups if dims == 3 else None, rows, k, recipe)
+    layout = Layout(
+        row_stride, k_stride, s.strides[-2], s.strides[-1], recipe[0], recipe[1], FP8, packing
+    )
+    return Operand(
+        rows,
+        k,
+        groups,
+        v.address,
+        v.strides[0] if dims == 3 else 0,
+        s.address,
+        s.strides[0] * 4 if dims == 3 else 0,
+        layout,
+        (values, scales, keep),
+        (v, s),
+    )
+
+
+def bf16_operand(where: str, name: str, array: Any, swap: bool = False, dims: int = 2) -> Operand:
+    """A BF16 operand, in either layout."""
+    v = view(transposed(array) if swap else array, f"{where}: {name}")
+    if len(v.shape) != dims:
+        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+    if v.dtype != "bfloat16":
+        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted bfloat16")
+    row_stride, k_stride = _strides(where, name, v)
+    layout = Layout(row_stride, k_stride, 0, 0, 1, 128, BF16, 0)
+    groups = v.shape[0] if dims == 3 else 1
+    group_bytes = v.strides[0] * 2 if dims == 3 else 0
+    return Operand(
+        *v.shape[-2:], groups, v.address, group_bytes, 0, 0, layout, (array,), (v,)
+    )
+
+
+def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
+    """A result of `shape` in float32 or bfloat16, stride 1 along its last axis."""
+    v = view(array, f"{where}: {name}")
+    if v.shape != shape:
+        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {list(shape)}")
+    if v.dtype not in ("float32", "bfloat16"):
+        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted float32 or bfloat16")
+    if 0 not in shape and shape[-1] > 1 and v.strides[-1] != 1:
+        raise ShapeError(
+            f"{where}: {name} has strides {list(v.strides)}, wanted 1 along the last axis"
+        )
+    return Target(
+        v,
+        shape[-2],
+        shape[-1],
+        shape[0] if len(shape) == 3 else 1,
+        v.strides[-2],
+        0 if v.dtype == "float32" else 1,
+    )
+
+
+def refuse_overlap(where: str, d: View, others: tuple[View, ...]) -> None:
+    """ShapeError where the result's memory meets an input's."""
+    low, high = _extent(d)
+    for other in others:
+        start, end = _extent(other)
+        if low < end and start < high:
+            raise ShapeError(
+                f"{where}: d (bytes {low:#x} to {high:#x}) overlaps an input ({start:#x} to "
+                f"{end:#x}); give it memory of its own (c may be d itself)"
+            )
+
+
+_SIZES = {"float32": 4, "int32": 4, "bfloat16": 2, "int64": 8}
+
+
+def _extent(v: View) -> tuple[int, int]:
+    size = _SIZES.get(v.dtype, 1)
+    if 0 in v.shape:
+        return v.address, v.address
+    spans = [(n - 1) * s for n, s in zip(v.shape, v.strides, strict=True)]
+    low = v.address + size * sum(s for s in spans if s < 0)
+    return low, v.address + size * (sum(s for s in spans if s > 0) + 1)
+
+
+def _pair(where: str, name: str, pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DtypeError(
+            f"{where}: {name} is a {type(pair).__name__}, wanted a pair (values, scales); "
+            "per_token_cast_to_fp8 makes one"
+        )
+    return pair[0], pair[1]
+
+
+def _strides(where: str, name: str, v: View) -> tuple[int, int]:
+    """Row and K strides; one of them must be 1 (a length of 0 or 1 has any stride)."""
+    rows, k = v.shape[-2:]
+    row_stride, k_stride = v.strides[-2:]
+    if k <= 1 or 0 in v.shape:
+        k_stride = 1
+    if k_stride != 1 and rows <= 1:
+        row_stride = 1
+    if k_stride != 1 and row_stride != 1:
+        raise ShapeError(
+            f"{where}: {name} has strides {list(v.strides)}, wanted 1 along one of the last two "
+            "axes; make it contiguous"
+        )
+    return row_stride, k_stride
+
+
+def _scales(
+    where: str,
+    name: str,
+    s: View,
+    scales: Any,
+    swap: bool,
+    groups: int | None,
+    rows: int,
+    k: int,
+    recipe: Pair,
+) -> tuple[View, Any]:
+    """fp32 scales of the wanted shape: the caller's own, or unpacked from UE8M0 int32."""
+    lead = () if groups is None else (groups,)
+    if s.dtype == "int32":
+        wanted = (*lead, rows, -(-k // (4 * recipe[1])))
+        if recipe[0] != 1 or s.shape != wanted:
+            raise ShapeError(
+                f"{where}: scale of {name} is int32 {list(s.shape)} for {recipe} (rows, k), wanted "
+                f"{list(wanted)} = [rows, ceil(K={k} / {4 * recipe[1]})] with one row a scale"
+            )
+        packed = as_numpy(transposed(scales) if swap else scales)
+        unpacked = unpack_ue8m0(packed)
+        return view(unpacked), unpacked
+    wanted = (*lead, -(-rows // recipe[0]), -(-k // recipe[1]))
+    if s.dtype != "float32":
+        raise DtypeError(
+            f"{where}: scale of {name} is {s.dtype}, wanted float32, or int32 of packed UE8M0"
+        )
+    if s.shape != wanted:
+        raise ShapeError(
+            f"{where}: scale of {name} is {list(s.shape)}, wanted {list(wanted)} = [ceil(rows="
+            f"{rows} / {recipe[0]}), ceil(K={k} / {recipe[1]})]; per_token_cast_to_fp8 or "
+            "per_block_cast_to_fp8 makes it, recipe= names another granularity"
+        )
+    return s, None
+
+
+def empty_segments(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Room for `count` segments of `calls.run`."""
+    return np.zeros((count, 8), np.int64)
