@@ -34,8 +34,14 @@ inline void decode_row(const Weight& w, int64_t n, float* to) {
       vf s = set1(scale[l / gemm::kBlock] * kFp8Scale);
       low = low * s;
       high = high * s;
+    } else if constexpr (kKind == gemm::kBf16) {
+      uint16_t halves[kStep];
+      std::memcpy(halves, from, sizeof halves);
+      low = load_bf16(halves);
+      high = load_bf16(halves + kLanes);
     } else {
-      gemm::decode<kKind>(from, low, high);
+      low = load(reinterpret_cast<const float*>(from));
+      high = load(reinterpret_cast<const float*>(from) + kLanes);
     }
     store(to + l, low);
     store(to + l + kLanes, high);
