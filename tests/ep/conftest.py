@@ -17,11 +17,13 @@ def start() -> Callable[..., list[launch.Task]]:
     return tasks
 
 
-def tasks(function: str, size: int, **kwargs: object) -> list[launch.Task]:
+def tasks(
+    function: str, size: int, module: str = "ep_children", **kwargs: object
+) -> list[launch.Task]:
     return [
         launch.Task(
             f"rank {rank}",
-            f"ep_children:{function}",
+            f"{module}:{function}",
             kwargs={"rank": rank, "size": size, **kwargs},
             path=(HERE,),
             env={"OMP_NUM_THREADS": "1"},

@@ -222,14 +222,14 @@ def lose_a_rank(
     x, idx, _ = batches(size, "random")[rank]
     selections(engine, "random")
     if rank == 1:
-        inside = engine._normal.announce
+        inside = engine.normal.collect
 
-        def announce_then_go(*arguments: object) -> np.ndarray:
+        def collect_then_go(*arguments: object) -> np.ndarray:
             heads = inside(*arguments)
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
             return heads
 
-        engine._normal.announce = announce_then_go  # type: ignore[method-assign]
+        engine.normal.collect = collect_then_go  # type: ignore[method-assign]
     began = time.monotonic()
     try:
         received = engine.dispatch_selections(x, idx, 16)

@@ -20,10 +20,10 @@ import numpy as np
 from whalefall import comm, env
 from whalefall.ep.arena import Arena
 from whalefall.ep.connect import host_name, open_links
-from whalefall.ep.exchange import Bias, Exchange, Pending
+from whalefall.ep.exchange import Bias, Exchange, Pending, Rows
 from whalefall.ep.fabric import Fabric, Lock, Plan
 from whalefall.ep.group import Group
-from whalefall.ep.handle import Handle, Layout, Received
+from whalefall.ep.handle import Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.ep.topology import Topology
@@ -34,6 +34,7 @@ __all__ = ["Engine"]
 
 CHUNK_BYTES = 2 << 20
 SLOTS = 4
+LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
 MAX_EXPERTS = 4096
 VERSION = 1
 
@@ -54,6 +55,7 @@ class Engine:
         chunk_bytes: what a rank puts into shared memory at a time; four such slots a rank.
         low_latency_bytes: address space for the low-latency form; 0: without it. Memory is taken
             only as it is used.
+        slot_bytes: address space of a slot; default: enough for the worst case of a chunk.
         timeout_s: how long a living rank may keep the others waiting; a dead one is found at
             once. Default: WHALEFALL_EP_TIMEOUT.
         shrink: low latency goes on without failed ranks instead of raising.
@@ -73,6 +75,7 @@ class Engine:
         *,
         chunk_bytes: int = CHUNK_BYTES,
         low_latency_bytes: int = 0,
+        slot_bytes: int = 0,
         timeout_s: float | None = None,
         shrink: bool = False,
         hidden: int | None = None,
@@ -96,19 +99,20 @@ class Engine:
         mates = self.topology.hosts[self._host]
         name = hellos[0].name
         self._lock = Lock(f"{name}-{self._host}", mates.index(self.rank))
-        self._arena = Arena()
-        self._worker = Worker("ep")
-        plan = Plan(f"{name}-n", SLOTS, chunk_bytes * 8 * max(8, len(mates)), chunk_bytes,
-                    _mailbox_bytes(self.num_ranks), self.timeout_s)  # fmt: skip
-        self._normal = self._open(plan, one_tick=False)
-        self._low: Exchange | None = None
+        self.arena = Arena()
+        self.worker = Worker("ep")
+        mailbox = _mailbox_bytes(self.num_ranks)
+        slot_bytes = max(slot_bytes, chunk_bytes * 8 * max(8, len(mates)))
+        plan = Plan(f"{name}-n", SLOTS, slot_bytes, chunk_bytes, mailbox, self.timeout_s)
+        self.normal = self._open(plan, one_tick=False)
+        self.low_latency: Exchange | None = None
         if low_latency_bytes:
-            slot_bytes = low_latency_bytes // 2 // 4096 * 4096
-            plan = Plan(f"{name}-l", 2, slot_bytes, chunk_bytes, _mailbox_bytes(self.num_ranks),
-                        self.timeout_s, shrink)  # fmt: skip
-            self._low = self._open(plan, one_tick=True)
+            slot_bytes = -(-low_latency_bytes // 8192) * 4096
+            chunk = min(slot_bytes, LOW_LATENCY_CHUNK)
+            plan = Plan(f"{name}-l", 2, slot_bytes, chunk, mailbox, self.timeout_s, shrink)
+            self.low_latency = self._open(plan, one_tick=True)
         self._lock.region.unlink()
-        self._finalizer = weakref.finalize(self, _close, self._normal, self._low, self._lock)
+        self._finalizer = weakref.finalize(self, _close, self.normal, self.low_latency, self._lock)
 
     def _say_hello(self, hello: _Hello) -> list[_Hello]:
         raw = self.group.all_gather(msgspec.msgpack.encode(hello))
@@ -127,7 +131,7 @@ class Engine:
         links: Links = Links()
         if len(self.topology.hosts) > 1:
             links = open_links(self.group, fabric)
-        return Exchange(fabric, links, self._arena, one_tick)
+        return Exchange(fabric, links, self.arena, one_tick)
 
     def barrier_slow(self) -> None:
         """A barrier through the group itself; for construction only."""
@@ -143,7 +147,7 @@ class Engine:
             num_experts: E, a multiple of the ranks.
         Raises: ShapeError, DtypeError; LimitError for an expert that does not exist.
         """
-        self._check_experts(num_experts)
+        self.check_experts(num_experts)
         if topk_idx.ndim != 2 or topk_idx.dtype != np.int64:
             raise DtypeError(
                 f"ep: topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}, wanted int64 [T, K]"
@@ -156,7 +160,7 @@ class Engine:
         )  # fmt: skip
         bad = library().wf_ep_layout(
             topk_idx.ctypes.data, T, topk_idx.shape[1], num_experts, R,
-            self._normal.host_of.ctypes.data, H, layout.per_rank.ctypes.data,
+            self.normal.host_of.ctypes.data, H, layout.per_rank.ctypes.data,
             layout.per_host.ctypes.data, layout.per_expert.ctypes.data, layout.in_rank.ctypes.data,
         )  # fmt: skip
         if bad < 0:
@@ -166,7 +170,8 @@ class Engine:
             )
         return layout
 
-    def _check_experts(self, num_experts: int) -> None:
+    def check_experts(self, num_experts: int) -> None:
+        """Raise ShapeError for a number of experts that cannot be."""
         if num_experts <= 0 or num_experts % self.num_ranks or num_experts > MAX_EXPERTS:
             raise ShapeError(
                 f"ep: {num_experts} experts, wanted a multiple of {self.num_ranks} ranks up to "
@@ -202,14 +207,9 @@ class Engine:
         """
         self._check_rows(x, topk_idx, "dispatch_selections")
         layout = self.layout(topk_idx, num_experts)
-        self._worker.drain()
-        pending = self._normal.dispatch(
-            _rows(x), None, np.ascontiguousarray(topk_idx), None, layout, num_experts,
-            per_selection=True,
-        )  # fmt: skip
-        pending.run()
-        received: Received = pending.result
-        return received
+        self.worker.drain()
+        rows = Rows(_rows(x), None, np.ascontiguousarray(topk_idx))
+        return _run(self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k, True)))
 
     def combine_selections(
         self,
@@ -230,9 +230,9 @@ class Engine:
             weights [T, K, H] of the rows' dtype, in top-k order, 0 where topk_idx is −1.
         Raises: ShapeError, DtypeError; RankFailure naming the rank that failed.
         """
-        if not handle.per_selection:
+        if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
-        T, K, H = len(handle.in_rank), handle.top_k, rows.shape[-1]
+        T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
         _check_combine(rows, handle)
         if topk_weights is not None and (
             topk_weights.shape != (T, K) or topk_weights.dtype != np.float32
@@ -242,10 +242,10 @@ class Engine:
                 f"float32 [{T}, {K}]"
             )
         shape, dtype = ((T, H), np.float32) if topk_weights is not None else ((T, K, H), rows.dtype)
-        out = self._arena.empty(shape, dtype) if out is None else out
+        out = self.arena.empty(shape, dtype) if out is None else out
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
-        self._worker.drain()
-        self._normal.combine(_rows(rows), handle, out, topk_weights=weights).run()
+        self.worker.drain()
+        self.normal.combine(_rows(rows), handle, out, topk_weights=weights).run()
         return out
 
     # ---- one row a token and rank
@@ -271,16 +271,13 @@ class Engine:
         """
         self._check_rows(x, topk_idx, "dispatch")
         layout = self.layout(topk_idx, num_experts)
-        self._worker.drain()
-        pending = self._normal.dispatch(
+        self.worker.drain()
+        rows = Rows(
             _rows(x), None if scale is None else np.ascontiguousarray(scale),
             np.ascontiguousarray(topk_idx),
-            None if topk_weights is None else np.ascontiguousarray(topk_weights), layout,
-            num_experts,
+            None if topk_weights is None else np.ascontiguousarray(topk_weights),
         )  # fmt: skip
-        pending.run()
-        received: Received = pending.result
-        return received
+        return _run(self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k)))
 
     def combine(
         self,
@@ -301,15 +298,15 @@ class Engine:
         Returns: [T, H], rounded once at the end (between hosts each host's sum is rounded too);
             [T, K] float32 or None.
         """
-        if handle.per_selection:
+        if handle.want.per_selection:
             raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
         _check_combine(rows, handle)
         T = len(handle.in_rank)
-        out = self._arena.empty((T, rows.shape[1]), rows.dtype) if out is None else out
+        out = self.arena.empty((T, rows.shape[1]), rows.dtype) if out is None else out
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
-        self._worker.drain()
-        self._normal.combine(
+        self.worker.drain()
+        self.normal.combine(
             _rows(rows), handle, out, row_weights=weights, out_weights=out_weights, bias=bias
         ).run()
         return out, out_weights
@@ -318,35 +315,32 @@ class Engine:
 
     def submit(self, pending: Pending) -> Event:
         """Run a pending data phase in the communication thread."""
-        return self._worker.submit(pending.run)
+        return self.worker.submit(pending.run)
 
     def barrier(self) -> None:
         """Return when every rank has called it.
 
         Raises: RankFailure naming the rank that failed.
         """
-        self._worker.drain()
+        self.worker.drain()
         empty = Layout(
             np.zeros(self.num_ranks, np.int32), np.zeros(len(self.topology.hosts), np.int32),
             np.zeros(0, np.int32), np.zeros((0, self.num_ranks), bool),
         )  # fmt: skip
-        fields = dict.fromkeys(
-            ("tokens", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra"), 0
-        )
-        self._normal.announce({"kind": 2, **fields}, empty)
+        self.normal.collect(self.normal.post({"kind": 2}, empty))
 
     @property
     def bytes_sent_to_other_hosts(self) -> int:
         """Counted at the sockets."""
-        low = self._low.links.bytes_sent if self._low else 0
-        return self._normal.links.bytes_sent + low
+        low = self.low_latency.links.bytes_sent if self.low_latency else 0
+        return self.normal.links.bytes_sent + low
 
     def close(self) -> None:
         """Leave the group: to the others this rank is gone. Safe to repeat."""
         if not self._closed:
             self._closed = True
-            self._worker.drain()
-            self._worker.close()
+            self.worker.drain()
+            self.worker.close()
             self._finalizer()
 
     def __enter__(self) -> Engine:
@@ -381,3 +375,9 @@ def _check_combine(rows: np.ndarray, handle: Handle) -> None:
         )
     if rows.dtype.name not in ("bfloat16", "float32"):
         raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")
+
+
+def _run(pending: Pending) -> Received:
+    pending.run()
+    received: Received = pending.result
+    return received

@@ -12,34 +12,71 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from whalefall.ep.arena import Arena
 from whalefall.ep.fabric import Fabric
-from whalefall.ep.handle import Handle, Layout, Received
+from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import CombineCall, DispatchCall, library
 from whalefall.ep.links import Links
 from whalefall.errors import LimitError, ShapeError
 
-__all__ = ["HEADER_FIELDS", "Bias", "Exchange", "Pending"]
+__all__ = ["Bias", "Exchange", "Pending", "Rows"]
 
-HEADER_FIELDS = (
-    "kind",
-    "tokens",
-    "x_bytes",
-    "scale_bytes",
-    "top_k",
-    "flags",
-    "num_experts",
-    "extra",
-)
 AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16
 MAX_ROW_BYTES = (1 << 17) - 4 * 256
 Bias = tuple[np.ndarray | None, np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a rank sends; all contiguous but `x`, whose rows may lie apart.
+
+    Attributes:
+        x: [T, …].
+        scale: [T, …] sent along, or None.
+        topk_idx: [T, K] int64, or None.
+        topk_weights: [T, K] float32, or None.
+    """
+
+    x: np.ndarray
+    scale: np.ndarray | None = None
+    topk_idx: np.ndarray | None = None
+    topk_weights: np.ndarray | None = None
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of a row of x."""
+        return _row_bytes(self.x)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row of scales."""
+        return 0 if self.scale is None else _row_bytes(self.scale)
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return 0 if self.topk_idx is None else self.topk_idx.shape[1]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of a packed row, at most."""
+        return -(-(self.x_bytes + self.scale_bytes + 8 * self.top_k) // 64) * 64
+
+    def fields(self, want: Want, max_rows: int) -> dict[str, int]:
+        """A header's fields."""
+        flags = want.per_selection | (self.topk_weights is not None) << 1
+        return {
+            "kind": 1, "tokens": len(self.x), "x_bytes": self.x_bytes,
+            "scale_bytes": self.scale_bytes, "top_k": self.top_k, "flags": flags,
+            "num_experts": want.num_experts, "extra": want.rows_per_expert or max_rows,
+        }  # fmt: skip
 
 
 @dataclass
@@ -73,26 +110,34 @@ class Exchange:
 
     # ---- counts
 
-    def announce(self, fields: dict[str, int], layout: Layout) -> np.ndarray:
-        """Tell all ranks this rank's counts and learn theirs: [R, fields + R + H + E] int32.
+    def post(self, fields: dict[str, int], layout: Layout) -> tuple[int, int]:
+        """Tell all ranks this rank's counts; returns the header's number and length.
 
-        Raises: ShapeError if the ranks disagree on a field; RankFailure.
+        Raises: LimitError for too many experts.
         """
-        head = np.array([fields[name] for name in HEADER_FIELDS], np.int32)
+        head = np.array([fields.get(name, 0) for name in HEADER_FIELDS], np.int32)
         mine = np.concatenate([head, layout.per_rank, layout.per_host, layout.per_expert])
         if mine.nbytes > self.fabric.plan.mailbox_bytes:
             raise LimitError(
-                f"ep: {fields['num_experts']} experts need a header of {mine.nbytes} bytes, the "
-                f"mailbox has {self.fabric.plan.mailbox_bytes}; give the engine max_experts"
+                f"ep: {len(layout.per_expert)} experts need a header of {mine.nbytes} bytes, the "
+                f"mailbox has {self.fabric.plan.mailbox_bytes}"
             )
         count, self._count = self._count, self._count + 1
-        room = np.zeros(self.fabric.plan.mailbox_bytes, np.uint8)
-        room[: mine.nbytes] = mine.view(np.uint8)
-        self.lib.wf_ep_post(self.fabric.pointer, count, room.ctypes.data, mine.nbytes)
+        self.lib.wf_ep_post(self.fabric.pointer, count, mine.ctypes.data, mine.nbytes)
         self.links.send_header(count, mine)
-        heads = np.empty((self.size, len(mine)), np.int32)
-        status = self.lib.wf_ep_collect(self.fabric.pointer, count, heads.ctypes.data, mine.nbytes)
-        self.fabric.check(status, "dispatch, counts")
+        return count, len(mine)
+
+    def collect(self, posted: tuple[int, int]) -> np.ndarray:
+        """Every rank's header: [R, fields + R + H + E] int32; a masked rank's is zeros.
+
+        Raises: ShapeError if the ranks disagree on a field; RankFailure.
+        """
+        count, length = posted
+        heads = np.empty((self.size, length), np.int32)
+        status = self.lib.wf_ep_collect(
+            self.fabric.pointer, count, heads.ctypes.data, heads[0].nbytes
+        )
+        self.fabric.check(status, "counts")
         self._check_agreement(heads)
         return heads
 
@@ -108,9 +153,7 @@ class Exchange:
                 )
 
     def _take_ticks(self, ticks: int) -> int:
-        if self.one_tick:
-            ticks = 1
-        base, self._tick = self._tick, self._tick + ticks
+        base, self._tick = self._tick, self._tick + (1 if self.one_tick else ticks)
         return base
 
     def _block(self, row_bytes: int, what: str) -> int:
@@ -127,189 +170,135 @@ class Exchange:
     # ---- dispatch
 
     def dispatch(
-        self,
-        x: np.ndarray,
-        scale: np.ndarray | None,
-        topk_idx: np.ndarray | None,
-        topk_weights: np.ndarray | None,
-        layout: Layout,
-        num_experts: int,
-        handle: Handle | None = None,
-        per_selection: bool = False,
-        rows_per_expert: int = 0,
-        min_rows: int = 0,
-        transposed_scale: bool = False,
-    ) -> Pending:
+        self, rows: Rows, layout: Layout, want: Want, handle: Handle | None = None,
+        into: Received | None = None, max_rows: int = 0,
+    ) -> Pending:  # fmt: skip
         """Announce a dispatch and prepare its data phase.
 
         Args:
-            x: [T, …], contiguous rows.
-            scale: [T, …] contiguous, or None.
-            topk_idx: [T, K] int64, contiguous, or None.
-            topk_weights: [T, K] float32, contiguous, or None.
+            rows: what to send.
             layout: counts of this batch.
-            num_experts: E.
-            handle: of an earlier dispatch, whose counts hold again.
-            per_selection: one row for each selection, grouped by local expert.
-            rows_per_expert: room of each expert's group (low latency); 0: groups without gaps.
-            min_rows: allocate at least so many rows.
-            transposed_scale: scales come as [El, …, rows_per_expert].
+            want: the form.
+            handle: of an earlier dispatch, whose counts hold again; nothing is announced then.
+            into: arrays to fill, with room for `max_rows` rows (the same number on all ranks).
+            max_rows: see `into`.
         Returns: the pending data phase; its result is a `Received`.
+        Raises: LimitError on every rank if one of them would get more than `max_rows`.
         """
-        T = len(x)
-        K = topk_idx.shape[1] if topk_idx is not None else 0
-        x_bytes = _row_bytes(x)
-        scale_bytes = _row_bytes(scale) if scale is not None else 0
         if handle is None:
-            flags = per_selection | (topk_weights is not None) << 1 | (topk_idx is not None) << 2
-            heads = self.announce(
-                {"kind": 1, "tokens": T, "x_bytes": x_bytes, "scale_bytes": scale_bytes,
-                 "top_k": K, "flags": flags, "num_experts": num_experts, "extra": rows_per_expert},
-                layout,
-            )  # fmt: skip
-            handle = self._new_handle(heads, layout, topk_idx, K, num_experts, per_selection)
-            handle.rows_per_expert = rows_per_expert
-        per_expert = None
-        if handle.expert_counts is not None and num_experts:
-            El = num_experts // self.size
-            mine = handle.expert_counts[:, self.rank * El : (self.rank + 1) * El]  # [R, El]
-            per_expert = mine.sum(0)
-        rows = max(handle.num_rows, min_rows)
-        if rows_per_expert:
-            rows = num_experts // self.size * rows_per_expert
-        received = Received(
-            self.arena.empty((rows, *x.shape[1:]), x.dtype),
-            self._empty_scale(scale, rows, rows_per_expert if transposed_scale else 0),
-            self.arena.empty((rows, K), np.int64) if K and not per_selection else None,
-            None, per_expert, handle,
-        )  # fmt: skip
-        if topk_weights is not None:
-            shape = (rows,) if per_selection else (rows, K)
-            received.topk_weights = self.arena.empty(shape, np.float32)
-        row = x_bytes + scale_bytes + 8 * K
-        block = self._block(-(-row // 64) * 64, "dispatch")
+            handle = Handle(want, self.rank, self.fabric.topology, layout.in_rank,
+                            rows.topk_idx if want.per_selection else None)  # fmt: skip
+            handle.fill(self.collect(self.post(rows.fields(want, max_rows), layout)))
+        most = int(handle.rows.sum(0).max(initial=0))
+        if max_rows and most > max_rows:
+            raise LimitError(
+                f"ep: a rank would receive {most} rows, buffers have room for {max_rows} "
+                "(num_worst_tokens)"
+            )
+        received = into or self.allocate(rows, want, handle.num_rows)
+        received.handle = handle
+        if handle.expert_counts is not None:
+            received.per_expert = handle.expert_counts.sum(0)
+        block = self._block(rows.packed_bytes, "dispatch")
         ticks = -(-int(handle.tokens.max(initial=0)) // block)
-        call, keep = self._dispatch_call(
-            x, scale, topk_idx, topk_weights, layout, received, per_expert, block, num_experts,
-            rows_per_expert if transposed_scale else 0,
-        )  # fmt: skip
-        call.base, call.ticks = self._take_ticks(ticks), 1 if self.one_tick else ticks
-        call.block = min(block, 1 << 40)
-        return self._dispatch_pending(call, keep, received)
-
-    def _dispatch_pending(self, call: DispatchCall, keep: list[Any], received: Received) -> Pending:
-        def phase(stage: bool, pull: bool) -> None:
-            call.stage, call.pull = stage, pull
-            sending = self.links.send_blocks(call, keep) if stage else None
-            status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
-            self.fabric.check(status, "dispatch")
-            if sending is not None:
-                sending()
-            if pull:
-                keep.clear()
-
+        call, keep = self._call(rows, layout, want, received, block, self._take_ticks(ticks), ticks)
+        self._fill_call(call, keep, handle, len(received.x))
         return Pending(
-            lambda: phase(True, False), lambda: phase(False, True), lambda: phase(True, True),
-            received,
+            partial(self._phase, call, keep, True, False),
+            partial(self._phase, call, keep, False, True),
+            partial(self._phase, call, keep, True, True), received,
         )  # fmt: skip
 
-    def _empty_scale(self, scale: np.ndarray | None, rows: int, transposed: int) -> Any:
-        if scale is None:
-            return None
-        if transposed:
-            return self.arena.empty((rows // transposed, scale.shape[1], transposed), scale.dtype)
-        return self.arena.empty((rows, *scale.shape[1:]), scale.dtype)
+    def low_latency_dispatch(
+        self, rows: Rows, layout: Layout, want: Want, waited_ns: np.ndarray | None = None
+    ) -> Pending:
+        """Prepare a dispatch that sends without counts: `send` posts and stages, `receive` pulls.
 
-    def _new_handle(
-        self, heads: np.ndarray, layout: Layout, topk_idx: np.ndarray | None, top_k: int,
-        num_experts: int, per_selection: bool,
-    ) -> Handle:  # fmt: skip
-        at = len(HEADER_FIELDS)
-        rows = heads[:, at : at + self.size].astype(np.int64)  # [source, rank]
-        at += self.size
-        per_host = heads[:, at : at + self.num_hosts].astype(np.int64)
-        at += self.num_hosts
-        experts = heads[:, at:].astype(np.int64) if num_experts and top_k else None
-        if per_selection:
-            assert experts is not None
-            rows = experts.reshape(self.size, self.size, -1).sum(2)
-        start = np.zeros(self.size + 1, np.int64)
-        np.cumsum(rows[:, self.rank], out=start[1:])
-        N = int(start[-1])
-        handle = Handle(
-            num_experts, top_k, per_selection, layout.in_rank,
-            topk_idx if per_selection else None, heads[:, 1].astype(np.int64), rows,
-            np.empty(0, np.int32), np.empty(N, np.int64) if per_selection else None,
-            np.empty(N, np.int32), start, experts,
-        )  # fmt: skip
-        for source in self.fabric.streams_of[self.rank][1:]:
-            n = int(per_host[source, self.fabric.host])
-            handle.forward[source] = (
-                np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, top_k), np.int32),
-            )  # fmt: skip
-        return handle
+        Its result's `handle` and `per_expert` are known after `receive`.
+        """
+        handle = Handle(want, self.rank, self.fabric.topology, layout.in_rank, rows.topk_idx)
+        room = want.num_experts // self.size * want.rows_per_expert
+        received = self.allocate(rows, want, room)
+        received.handle = handle
+        call, keep = self._call(rows, layout, want, received, 1 << 40, self._take_ticks(1), 1)
+        call.waited_ns = _at(waited_ns)
+        posted: list[tuple[int, int]] = []
 
-    def _dispatch_call(
-        self, x: np.ndarray, scale: np.ndarray | None, topk_idx: np.ndarray | None,
-        topk_weights: np.ndarray | None, layout: Layout, received: Received,
-        per_expert: np.ndarray | None, block: int, num_experts: int, transposed: int,
+        def send() -> None:
+            posted.append(self.post(rows.fields(want, 0), layout))
+            self._phase(call, keep, True, False)
+
+        def receive() -> None:
+            handle.fill(self.collect(posted[0]))
+            assert handle.expert_counts is not None
+            received.per_expert = handle.expert_counts.sum(0)
+            self._fill_call(call, keep, handle, room)
+            self._phase(call, keep, False, True)
+
+        def run() -> None:
+            send()
+            receive()
+
+        return Pending(send, receive, run, received)
+
+    def _phase(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
+        call.stage, call.pull = stage, pull
+        sent = self.links.send_blocks(call, keep) if stage else None
+        status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
+        self.fabric.check(status, "dispatch")
+        if sent is not None:
+            sent()
+
+    def allocate(self, rows: Rows, want: Want, count: int) -> Received:
+        """Arrays for `count` received rows."""
+        K, selection, empty = want.top_k, want.per_selection, self.arena.empty
+        scale = None
+        if rows.scale is not None:
+            shape: tuple[int, ...] = (count, *rows.scale.shape[1:])
+            if room := want.rows_per_expert:
+                shape = (count // room, rows.scale.shape[1], room)
+            scale = empty(shape, rows.scale.dtype)
+        weights = None
+        if rows.topk_weights is not None:
+            weights = empty((count,) if selection else (count, K), np.float32)
+        idx = empty((count, K), np.int64) if K and not selection else None
+        return Received(empty((count, *rows.x.shape[1:]), rows.x.dtype), scale, idx, weights)
+
+    def _call(
+        self, rows: Rows, layout: Layout, want: Want, received: Received, block: int, base: int,
+        ticks: int,
     ) -> tuple[DispatchCall, list[Any]]:  # fmt: skip
-        handle, per_selection = received.handle, received.handle.per_selection
-        rows = len(received.x)
-        if per_selection:
-            token = np.empty(rows, np.int32)
-            cursor = self._expert_cursor(handle)
-            order_cursor = handle.order_start[:-1].copy()
-        else:
-            token = np.empty(rows, np.int32)
-            cursor = handle.order_start[:-1].copy()
-            order_cursor = None
-        if len(handle.token) == 0:
-            handle.token = token
-            if not per_selection:
-                handle.order_token = token[: handle.num_rows]
-        forward_cursor = np.zeros(self.size, np.int64)
+        call = DispatchCall(
+            x=_at(rows.x), scale=_at(rows.scale), topk_idx=_at(rows.topk_idx),
+            topk_weights=_at(rows.topk_weights), in_rank=_at(layout.in_rank),
+            x_stride=rows.x.strides[0] if len(rows.x) else 0, x_bytes=rows.x_bytes,
+            scale_bytes=rows.scale_bytes, top_k=rows.top_k, tokens=len(rows.x), block=block,
+            ticks=ticks, base=base, experts_per_rank=max(1, want.num_experts // self.size),
+            per_selection=want.per_selection, big=received.x.nbytes > BIG_BYTES,
+            transposed_rows=want.rows_per_expert, recv_x=_at(received.x),
+            recv_scale=_at(received.scale), recv_idx=_at(received.topk_idx),
+            recv_weights=_at(received.topk_weights), capacity=len(received.x),
+        )  # fmt: skip
+        return call, [rows, layout, received]
+
+    def _fill_call(self, call: DispatchCall, keep: list[Any], handle: Handle, room: int) -> None:
+        """Point the call to cursors and lists, whose sizes the counts fix."""
+        start = handle.order_start[:-1].copy()
+        cursor = handle.expert_cursor() if handle.want.per_selection else start
+        handle.token = token = np.empty(room, np.int32)
+        if not handle.want.per_selection:
+            handle.order_token = token[: handle.num_rows]
         tables = [np.zeros(self.size, np.uint64) for _ in range(3)]
         for source, lists in handle.forward.items():
             for table, array in zip(tables, lists, strict=True):
                 table[source] = array.ctypes.data
-        in_rank = layout.in_rank
-        keep: list[Any] = [
-            x,
-            scale,
-            topk_idx,
-            topk_weights,
-            in_rank,
-            received,
-            token,
-            cursor,
-            order_cursor,
-        ]
-        keep += [forward_cursor, tables]
-        call = DispatchCall(
-            _at(x), _at(scale), _at(topk_idx), _at(topk_weights), _at(in_rank),
-            x.strides[0] if len(x) else 0, _row_bytes(x), 0 if scale is None else _row_bytes(scale),
-            0 if topk_idx is None else topk_idx.shape[1], len(x), block, 0, 0,
-            max(1, num_experts // self.size), per_selection, 1, 1,
-            received.x.nbytes > BIG_BYTES, transposed, _at(received.x), _at(received.scale),
-            _at(received.topk_idx), _at(received.topk_weights), _at(token), _at(cursor),
-            _at(handle.order), _at(handle.order_token), _at(order_cursor), rows,
-            *(_at(t) if handle.forward else None for t in tables), _at(forward_cursor),
-        )  # fmt: skip
-        return call, keep
-
-    def _expert_cursor(self, handle: Handle) -> np.ndarray:
-        """[El, R]: the first row of each (local expert, source)."""
-        assert handle.expert_counts is not None
-        El = handle.num_experts // self.size
-        counts = handle.expert_counts[:, self.rank * El : (self.rank + 1) * El].T  # [El, R]
-        if handle.rows_per_expert:
-            inside = np.cumsum(counts, 1) - counts
-            return np.ascontiguousarray(
-                inside + np.arange(El)[:, None] * handle.rows_per_expert, np.int64
-            )
-        flat = counts.reshape(-1)
-        return np.ascontiguousarray((np.cumsum(flat) - flat).reshape(El, self.size), np.int64)
+        forward_cursor = np.zeros(self.size, np.int64)
+        call.recv_token, call.cursor = _at(token), _at(cursor)
+        call.order, call.order_token = _at(handle.order), _at(handle.order_token)
+        call.order_cursor, call.forward_cursor = _at(start), _at(forward_cursor)
+        if handle.forward:
+            call.forward_token, call.forward_mask, call.forward_idx = (_at(t) for t in tables)
+        keep += [handle, token, cursor, start, tables, forward_cursor]
 
     # ---- combine
 
@@ -323,6 +312,7 @@ class Exchange:
         out_weights: np.ndarray | None = None,
         bias: Bias = (None, None),
         zero_copy_stride: int = 0,
+        waited_ns: np.ndarray | None = None,
     ) -> Pending:
         """Prepare the way back.
 
@@ -336,27 +326,25 @@ class Exchange:
             out_weights: [T, K] float32, filled.
             bias: up to two [T, H] bf16, added first.
             zero_copy_stride: bytes between rows that lie in this rank's slot already.
+            waited_ns: [R] int64, added to: nanoseconds spent waiting for each rank.
         Returns: the pending data phase; its result is `out`.
         """
         hidden = x.shape[-1]
         T, fp32 = len(handle.in_rank), x.dtype == np.float32
-        K = handle.top_k
+        K, selection = handle.want.top_k, handle.want.per_selection
         row = -(-(hidden * x.itemsize + (4 * K if row_weights is not None else 0)) // 64) * 64
         if row > MAX_ROW_BYTES:
             raise LimitError(f"ep: combine: rows of {row} bytes, wanted at most {MAX_ROW_BYTES}")
-        spread = K if handle.per_selection else self.size
+        spread = K if selection else self.size
         block = self._block(row * spread, "combine")
-        longest = int(handle.tokens.max(initial=0))
-        ticks = -(-longest // block)
-        tokens_each = min(block, longest) if self.one_tick else block
-        El = max(1, handle.num_experts // self.size)
-        most = self.size * tokens_each * (min(K, El) if handle.per_selection else 1)
+        ticks = -(-int(handle.tokens.max(initial=0)) // block)
+        most = self.max_entries(handle, block)
         cursor = handle.order_start[:-1].copy()
         own = np.array([handle.order_start[self.rank]], np.int64)
         call = CombineCall(
             _at(x), x.strides[0] if len(x) else 0, hidden, fp32, _at(row_weights),
             _at(handle.order), _at(handle.order_token), _at(handle.order_start), _at(cursor),
-            K, T, min(block, 1 << 40), 0, El, handle.per_selection, zero_copy_stride > 0,
+            K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
             _at(handle.in_rank), _at(handle.topk_idx), _at(topk_weights), _at(bias[0]),
             _at(bias[1]), _at(out), out.dtype == np.float32, _at(out_weights), self.num_hosts,
             self.fabric.host, _at(self.host_of), None,
@@ -364,7 +352,7 @@ class Exchange:
         call.base = self._take_ticks(ticks)
         ticks = 1 if self.one_tick else ticks
         keep = [x, handle, out, row_weights, topk_weights, out_weights, bias, cursor, own]
-        return self._combine_pending(call, keep, ticks, most, zero_copy_stride, out)
+        return self._combine_pending(call, keep, ticks, most, zero_copy_stride, out, waited_ns)
 
     def _combine_pending(
         self,
@@ -374,6 +362,7 @@ class Exchange:
         most: int,
         stride: int,
         out: np.ndarray,
+        waited_ns: np.ndarray | None,
     ) -> Pending:
         group, where, handle, own = self.fabric.pointer, ctypes.addressof(call), keep[1], keep[-1]
         lib, check = self.lib, self.fabric.check
@@ -382,7 +371,7 @@ class Exchange:
             check(lib.wf_ep_combine_stage(group, where, i, most, stride), "combine")
 
         def finish(i: int = 0) -> None:
-            check(lib.wf_ep_combine_await(group, call.base, i), "combine")
+            check(lib.wf_ep_combine_await(group, call.base, i, _at(waited_ns)), "combine")
             if self.num_hosts > 1:
                 self.links.send_partials(call, handle, i, most, stride)
             with self.links.partials(call, i):
@@ -390,7 +379,7 @@ class Exchange:
             lib.wf_ep_done(group, call.base + i)
 
         def run() -> None:
-            if self.num_hosts == 1:
+            if self.num_hosts == 1 and waited_ns is None:
                 check(lib.wf_ep_combine(group, where, ticks, most, stride, _at(own)), "combine")
             else:
                 for i in range(ticks):
@@ -400,14 +389,28 @@ class Exchange:
 
         return Pending(stage, finish, run, out)
 
+    def max_entries(self, handle: Handle, block: int) -> int:
+        """Rows that a rank stages for a block of tokens of every source, at most."""
+        tokens = min(block, int(handle.tokens.max(initial=0))) if self.one_tick else block
+        each = min(handle.want.top_k, handle.num_local_experts) if handle.want.per_selection else 1
+        return self.size * tokens * each
+
     # ---- the next slot, for zero-copy
 
-    def next_slot(self, head_bytes: int) -> tuple[int, memoryview]:
-        """The tick of the next collective and this rank's slot for it, once it is free."""
-        self.fabric.check(
-            self.lib.wf_ep_await_slot(self.fabric.pointer, self._tick), "zero-copy buffer"
-        )
-        return self._tick, self.fabric.slot_view(self._tick)[head_bytes:]
+    @property
+    def next_tick(self) -> int:
+        """The tick of the next collective."""
+        return self._tick
+
+    def await_next_slot(self) -> None:
+        """Return when the next collective's slot is free."""
+        status = self.lib.wf_ep_await_slot(self.fabric.pointer, self._tick)
+        self.fabric.check(status, "zero-copy buffer")
+
+    def slot_head_bytes(self, handle: Handle) -> int:
+        """Where the rows begin in the slot of a (one-tick) combine."""
+        entries = self.size + 1 + self.max_entries(handle, 1 << 40)
+        return -(-4 * entries // 64) * 64
 
 
 def _row_bytes(array: np.ndarray) -> int:

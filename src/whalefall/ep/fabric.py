@@ -171,17 +171,25 @@ class Fabric:
         """Where header number `count` of a stream is."""
         return int(self._mailboxes[stream]) + count % MAILBOXES * self.plan.mailbox_bytes
 
+    def _own_slot(self, tick: int) -> int:
+        first, _ = self.plan.offsets(len(self.streams_of[self.rank]))
+        return first + tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
+
     def slot_view(self, tick: int) -> memoryview:
         """The memory of this rank's own slot for a tick."""
-        first, _ = self.plan.offsets(len(self.streams_of[self.rank]))
-        begin = first + tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
+        begin = self._own_slot(tick)
         return self._regions[self.rank].view[begin : begin + self.plan.slot_bytes]
 
-    def reserve(self, tick: int, nbytes: int) -> None:
-        """Take the memory of the first bytes of this rank's own slot for a tick."""
-        first, _ = self.plan.offsets(len(self.streams_of[self.rank]))
-        begin = first + tick % (1 << 32) % self.plan.slots * self.plan.slot_bytes
-        self._regions[self.rank].reserve(begin, nbytes)
+    def reserve(self, tick: int, offset: int, nbytes: int) -> None:
+        """Take the memory of a part of this rank's own slot for a tick."""
+        if nbytes:
+            self._regions[self.rank].reserve(self._own_slot(tick) + offset, nbytes)
+
+    def own_memory(self, offset: int, nbytes: int) -> memoryview:
+        """A part of this rank's own slots, taken from the host's memory."""
+        first = self._own_slot(0) + offset
+        self._regions[self.rank].reserve(first, nbytes)
+        return self._regions[self.rank].view[first : first + nbytes]
 
     def check(self, status: int, where: str) -> None:
         """Turn a native status into the error it means.

@@ -41,7 +41,7 @@ class DispatchCall(ctypes.Structure):
         ("recv_x recv_scale recv_idx recv_weights recv_token cursor order order_token", _P),
         ("order_cursor", _P),
         ("capacity", _I64),
-        ("forward_token forward_mask forward_idx forward_cursor", _P),
+        ("forward_token forward_mask forward_idx forward_cursor waited_ns", _P),
     )
 
 
@@ -75,7 +75,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_pack": [_P, _P, _I64, _I64, _P, _I64, _P],
     "wf_ep_dispatch": [_P, _P],
     "wf_ep_combine_stage": [_P, _P, _I64, _I64, _I64],
-    "wf_ep_combine_await": [_P, _I64, _I64],
+    "wf_ep_combine_await": [_P, _I64, _I64, _P],
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],
     "wf_ep_combine_forward": [_P, _P, *[_I64] * 6, _P, _P, _P],
     "wf_ep_combine": [_P, _P, _I64, _I64, _I64, _P],

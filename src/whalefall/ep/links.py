@@ -263,7 +263,7 @@ class HostLinks(Links):
         for source, (token, mask, idx) in handle.forward.items():
             first, last = np.searchsorted(token, [i * call.block, (i + 1) * call.block])
             rows = int(last - first)
-            if handle.per_selection and rows:
+            if handle.want.per_selection and rows:
                 rows = self._selections_here(handle, idx[first:last])
             data = np.empty(rows * row, np.uint8)
             self.lib.wf_ep_combine_forward(
@@ -274,7 +274,7 @@ class HostLinks(Links):
             self._to_source[source].put(partial(_send, frame, data))
 
     def _selections_here(self, handle: Handle, idx: np.ndarray) -> int:
-        El = handle.num_experts // self.fabric.topology.num_ranks
+        El = handle.num_local_experts
         ranks = self.fabric.locals
         return int(((idx >= ranks[0] * El) & (idx < (ranks[-1] + 1) * El)).sum())
 

@@ -43,6 +43,7 @@ struct Dispatch {
   uint64_t* const* forward_mask;
   int32_t* const* forward_idx;
   int64_t* forward_cursor;  // [R]
+  int64_t* waited_ns;       // [R] added to: time spent waiting for each source; or null
 };
 
 inline int64_t row_bytes(const Dispatch& d) {

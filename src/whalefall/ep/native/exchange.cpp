@@ -111,7 +111,9 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
     if (!pull_own(g, d, begin, end, ids.data())) return kNoRoom;
     for (int n = 1; n < g.num_ranks; n++) {  // everyone starts with another neighbour
       int s = (g.rank + n) % g.num_ranks;
+      int64_t began = d.waited_ns ? now_ns() : 0;
       int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1);
+      if (d.waited_ns) d.waited_ns[s] += now_ns() - began;
       if (status < 0) return status;
       if (status == 0 && !pull_block(g, d, s, slot_at(g, s, tick))) return kNoRoom;
     }
@@ -134,12 +136,15 @@ WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine
 }
 
 // Wait until the local ranks have staged tick i.
-WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t i) {
+WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t i,
+                                      int64_t* waited_ns) {
   const Group& g = *group;
   for (int l = 0; l < g.num_local; l++) {
     int rank = g.rank_of[l];
+    int64_t began = waited_ns ? now_ns() : 0;
     int64_t status =
         await_rank(g, rank, g.stream[rank]->staged, static_cast<uint32_t>(base + i + 1));
+    if (waited_ns) waited_ns[rank] += now_ns() - began;
     if (status < 0) return status;
   }
   return 0;
@@ -169,7 +174,7 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int6
   const Combine& c = *combine;
   for (int64_t i = 0; i < ticks; i++) {
     int64_t status = wf_ep_combine_stage(group, combine, i, max_entries, stride);
-    if (!status) status = wf_ep_combine_await(group, c.base, i);
+    if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
     if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
     if (status) return status;
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));

@@ -1,0 +1,67 @@
+"""Ep room: CPU tensors as arrays over the same memory, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from whalefall.errors import DtypeError, ShapeError
+
+__all__ = ["array", "bf16", "from_bf16", "rows", "tensor"]
+
+
+def rows(t: torch.Tensor, name: str) -> np.ndarray:
+    """[T, H] of any dtype as bytes [T, row bytes]; copied only if elements of a row lie apart."""
+    _check(t, name)
+    if t.dim() != 2:
+        raise ShapeError(f"ep: {name} is {list(t.shape)}, wanted [tokens, hidden]")
+    t = t.detach()
+    if t.stride(1) != 1:
+        t = t.contiguous()
+    return np.asarray(t.view(torch.uint8).numpy())
+
+
+def array(t: torch.Tensor, dtype: torch.dtype, name: str) -> np.ndarray:
+    """A tensor of this dtype as a contiguous array.
+
+    Raises: DtypeError.
+    """
+    _check(t, name)
+    if t.dtype != dtype:
+        raise DtypeError(f"ep: {name} is {t.dtype}, wanted {dtype}")
+    return np.asarray(t.detach().contiguous().numpy())
+
+
+def bf16(t: torch.Tensor, name: str) -> np.ndarray:
+    """A bf16 tensor as an ml_dtypes array; rows may lie apart.
+
+    Raises: DtypeError.
+    """
+    _check(t, name)
+    if t.dtype != torch.bfloat16:
+        raise DtypeError(f"ep: {name} is {t.dtype}, wanted torch.bfloat16")
+    t = t.detach()
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    return np.asarray(t.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+
+
+def from_bf16(a: np.ndarray) -> torch.Tensor:
+    """An ml_dtypes bf16 array as a tensor over the same memory."""
+    return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+
+
+def tensor(a: np.ndarray | None, dtype: torch.dtype | None = None) -> Any:
+    """An array as a tensor over the same memory; bytes [N, row bytes] are seen as `dtype`."""
+    if a is None:
+        return None
+    t = torch.from_numpy(a)
+    return t if dtype is None else t.view(dtype)
+
+
+def _check(t: torch.Tensor, name: str) -> None:
+    if t.device.type != "cpu":
+        raise DtypeError(f"ep: {name} is on {t.device}, wanted a CPU tensor; .cpu() makes one")

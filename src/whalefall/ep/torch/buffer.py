@@ -1,0 +1,463 @@
+"""Ep room: `Buffer`, the original's first API, on a process group of CPU ranks.
+
+In: bf16 (or FP8 with scales) tokens, top-k ids. Out: what the original's calls return, but ordered
+(source rank, then token) in every form. `set_num_sms` sets communication threads.
+Source: DeepEP `Buffer`; deviations in docs/differences.md.
+
+# T tokens, R ranks, E experts, El experts of this rank, K top-k, H hidden, N rows received
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whalefall.ep import config as sizes
+from whalefall.ep.config import Config
+from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
+from whalefall.ep.events import EventHandle, EventOverlap
+from whalefall.ep.exchange import Rows
+from whalefall.ep.handle import Handle, Layout, Want
+from whalefall.ep.torch.arrays import array, bf16, from_bf16, rows, tensor
+from whalefall.ep.torch.group import MpiGroup, TorchGroup
+from whalefall.ep.torch.handles import DispatchHandle
+from whalefall.ep.torch.low_latency import LowLatency
+from whalefall.ep.worker import Event
+from whalefall.errors import ConfigError, LimitError, ShapeError
+
+__all__ = ["Buffer"]
+
+Scaled = tuple[Tensor, Tensor]
+
+
+class Buffer(LowLatency):
+    """The communication of one rank; making it is collective.
+
+    Args:
+        group: a `torch.distributed` process group; or None with `comm`.
+        num_nvl_bytes: shared memory for the traffic within a host, a multiple of 128; address
+            space, of which only what is used becomes memory.
+        num_rdma_bytes: the same for the low-latency form (`get_low_latency_rdma_size_hint`).
+        low_latency_mode: whether the low-latency form is wanted.
+        num_qps_per_rank: accepted; there are no queue pairs here.
+        allow_nvlink_for_low_latency_mode: accepted; within a host memory is always shared.
+        allow_mnnvl: accepted.
+        explicitly_destroy: `destroy` will be called; else the end of the object does it.
+        enable_shrink: in the low-latency form failed ranks are masked instead of raising.
+        comm: an mpi4py communicator.
+    Raises: ConfigError for arguments that make no sense or differ between ranks; RankFailure.
+    """
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: Any,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+    ) -> None:
+        if group is None and comm is None:
+            raise ConfigError("Buffer: got neither group nor comm; one of the two is needed")
+        for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+            if value < 0 or value % 128:
+                raise ConfigError(f"Buffer: {name} is {value}, wanted a multiple of 128")
+        if low_latency_mode and not num_rdma_bytes:
+            raise ConfigError(
+                "Buffer: low_latency_mode needs num_rdma_bytes; get_low_latency_rdma_size_hint "
+                "gives it"
+            )
+        self.group = group
+        meeting = MpiGroup(comm) if group is None else TorchGroup(group)
+        self.rank, self.group_size = meeting.rank, meeting.size
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
+        self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+        chunk = min(CHUNK_BYTES, num_nvl_bytes // SLOTS // 4096 * 4096) if num_nvl_bytes else 0
+        self.runtime = Engine(
+            meeting, chunk_bytes=chunk or CHUNK_BYTES,
+            slot_bytes=-(-num_nvl_bytes // SLOTS // 4096) * 4096,
+            low_latency_bytes=num_rdma_bytes if low_latency_mode else 0, shrink=enable_shrink,
+        )  # fmt: skip
+        self._unannounced: Event | None = None
+
+    # ---- the object itself
+
+    def destroy(self) -> None:
+        """Leave the group and free the memory.
+
+        Raises: ConfigError unless made with `explicitly_destroy=True`.
+        """
+        if not self.explicitly_destroy:
+            raise ConfigError("Buffer.destroy: made without explicitly_destroy=True; just drop it")
+        self.runtime.close()
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """False: no GPU code is in here."""
+        return False
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set the communication threads of dispatch and combine, for all buffers.
+
+        Raises: ConfigError for an odd number.
+        """
+        if new_num_sms < 0 or new_num_sms % 2:
+            raise ConfigError(f"set_num_sms: got {new_num_sms}, wanted an even number")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of here and now."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """The original's values; for a number of ranks it does not know, the next larger one's."""
+        return sizes.dispatch_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """The original's values; for a number of ranks it does not know, the next larger one's."""
+        return sizes.combine_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes for `num_rdma_bytes`; `num_ranks` does not matter."""
+        return sizes.low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+
+    def get_comm_stream(self) -> torch.cpu.Stream:
+        """torch's stand-in for a stream; the communication thread needs none."""
+        return torch.cpu.Stream()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> Tensor:
+        """This rank's shared memory as a tensor; its contents change with every call.
+
+        Args:
+            dtype: of the elements.
+            size: shape; None: all of it, 1-D.
+            offset: in bytes.
+            use_rdma_buffer: the low-latency form's memory.
+        """
+        exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
+        nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if exchange is None or not 0 <= offset <= nbytes:
+            raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
+        item = torch.empty(0, dtype=dtype).element_size()
+        count = (nbytes - offset) // item if size is None else int(np.prod(size))
+        if offset + count * item > nbytes:
+            raise LimitError(
+                f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
+            )
+        if count == 0:
+            return torch.empty(size or (0,), dtype=dtype)
+        memory = exchange.fabric.own_memory(offset, count * item)
+        flat = torch.frombuffer(memory, dtype=dtype)
+        return flat if size is None else flat.view(size)
+
+    # ---- normal mode
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count how tokens spread.
+
+        Args:
+            topk_idx: [T, K] int64; −1 is not sent.
+            num_experts: E.
+        Returns: tokens of each rank [R] int32; of each host [hosts] int32, None within one host;
+            selections of each expert [E] int32; is_token_in_rank [T, R] bool; event.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        layout = self.runtime.layout(array(topk_idx, torch.int64, "topk_idx"), num_experts)
+        hosts = tensor(layout.per_host) if len(self.runtime.topology.hosts) > 1 else None
+        event = EventOverlap(EventHandle() if async_finish else None)
+        counts = tensor(layout.per_rank), hosts, tensor(layout.per_expert)
+        return (*counts, tensor(layout.in_rank), event)
+
+    def dispatch(
+        self,
+        x: Tensor | Scaled,
+        handle: tuple[Any, ...] | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, ...]:
+        """Send each token once to every rank that holds one of its experts.
+
+        Args:
+            x: [T, H] bf16, or (FP8 [T, H], scales [T, H/128]).
+            handle: of an earlier dispatch: the same layout again, without top-k.
+            num_tokens_per_rank, num_tokens_per_rdma_rank: as `get_dispatch_layout` counts them.
+            is_token_in_rank: [T, R] bool.
+            num_tokens_per_expert: [E] int32.
+            topk_idx: [T, K] int64, sent along; together with `topk_weights` [T, K] float32.
+            expert_alignment: the returned counts are rounded up to its multiples.
+            num_worst_tokens: allocate so many rows and do not wait for the counts.
+            config: accepted.
+            previous_event: the data move after it.
+            async_finish: return at once; results are valid after the event.
+            allocate_on_comm_stream: accepted, with both of the above.
+        Returns: recv_x (as x), recv_topk_idx [N, K] int64 (local ids, −1 for others),
+            recv_topk_weights, received tokens of each local expert (list), handle, event. Rows are
+            ordered by source rank, then token. With `handle`: (recv_x, None, None, None, None,
+            event).
+        Raises: ShapeError, DtypeError, ConfigError; LimitError on all ranks if num_worst_tokens is
+            too small; RankFailure.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        sent, dtypes = _sent(x, topk_idx, topk_weights)
+        exchange = self.runtime.normal
+        self._await_announced()
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise ConfigError(
+                    "Buffer.dispatch: a handle brings its layout; give no top-k with it"
+                )
+            native = handle.native  # type: ignore[attr-defined]
+            if len(native.in_rank) != len(sent.x):
+                raise ShapeError(
+                    f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {len(native.in_rank)}"
+                )
+            pending = exchange.dispatch(sent, _layout_of(native), Want(0, 0), native)
+            event = self._run(pending.run, previous_event, async_finish)
+            return _as_given(pending.result, dtypes, x), None, None, None, None, event
+        if is_token_in_rank is None or num_tokens_per_expert is None or num_tokens_per_rank is None:
+            raise ConfigError(
+                "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
+                "are needed without a handle; get_dispatch_layout gives them"
+            )
+        layout = self._layout(is_token_in_rank, num_tokens_per_expert, len(sent.x))
+        want = Want(len(layout.per_expert), sent.top_k)
+        if num_worst_tokens > 0:
+            return self._dispatch_worst(
+                sent, layout, want, num_worst_tokens, dtypes, x, previous_event, async_finish
+            )
+        pending = exchange.dispatch(sent, layout, want)
+        received = pending.result
+        event = self._run(pending.run, previous_event, async_finish)
+        counts = -(-received.per_expert // expert_alignment) * expert_alignment
+        made = DispatchHandle.of(lambda: received.handle, self._num_hosts)
+        return (
+            _as_given(received, dtypes, x), tensor(received.topk_idx),
+            tensor(received.topk_weights), counts.tolist(), made, event,
+        )  # fmt: skip
+
+    def _dispatch_worst(
+        self, sent: Rows, layout: Layout, want: Want, worst: int, dtypes: Any, x: Any,
+        previous: EventOverlap | None, async_finish: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if sent.topk_idx is None:
+            raise ConfigError("Buffer.dispatch: num_worst_tokens needs topk_idx and topk_weights")
+        exchange, announced = self.runtime.normal, Event()
+        received = exchange.allocate(sent, want, worst)
+
+        def run() -> None:
+            try:
+                pending = exchange.dispatch(sent, layout, want, into=received, max_rows=worst)
+            finally:
+                announced.finish()
+            pending.run()
+            assert received.topk_idx is not None
+            received.topk_idx[received.handle.num_rows :] = -1
+
+        self._unannounced = announced if async_finish else None
+        event = self._run(run, previous, async_finish)
+
+        def native() -> Handle:
+            if event.event is not None:
+                event.event.current_stream_wait()
+            return received.handle
+
+        made = DispatchHandle.of(native, self._num_hosts)
+        return (
+            _as_given(received, dtypes, x), tensor(received.topk_idx),
+            tensor(received.topk_weights), [], made, event,
+        )  # fmt: skip
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: tuple[Any, ...],
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Add up, for each token, what the ranks return: bias first, then ranks in order, in fp32.
+
+        Args:
+            x: [N, H] bf16, rows as received; not weighted here.
+            handle: of the dispatch.
+            topk_weights: [N, K] float32, added up too.
+            bias: [T, H] bf16, or two of them.
+            config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
+        Returns: [T, H] bf16, [T, K] float32 or None, event. The same bits on every run.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        self._await_announced()
+        native: Handle = handle.native  # type: ignore[attr-defined]
+        given = bf16(x, "x")
+        if given.ndim != 2 or len(given) < native.num_rows:
+            raise ShapeError(
+                f"Buffer.combine: x is {list(x.shape)}, wanted [{native.num_rows}, hidden]"
+            )
+        T = len(native.in_rank)
+        biases = [
+            _bias(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
+        ]
+        weights = out_weights = None
+        if topk_weights is not None:
+            weights = array(topk_weights, torch.float32, "topk_weights")
+            out_weights = np.empty((T, weights.shape[1]), np.float32)
+        out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
+        pending = self.runtime.normal.combine(
+            given, native, out, row_weights=weights, out_weights=out_weights,
+            bias=(biases[0], biases[1] if len(biases) > 1 else None),
+        )  # fmt: skip
+        event = self._run(pending.run, previous_event, async_finish)
+        return from_bf16(out), tensor(out_weights), event
+
+    def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
+        """`dispatch`, which goes between hosts by itself; `config` must be given.
+
+        Raises: ConfigError without a config.
+        """
+        if kwargs.get("config") is None:
+            raise ConfigError(
+                "Buffer.internode_dispatch: config is None; get_dispatch_config gives it"
+            )
+        return self.dispatch(x, **kwargs)
+
+    def internode_combine(
+        self, x: Tensor, handle: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """`combine`, which goes between hosts by itself; `config` must be given.
+
+        Raises: ConfigError without a config.
+        """
+        if kwargs.get("config") is None:
+            raise ConfigError(
+                "Buffer.internode_combine: config is None; get_combine_config gives it"
+            )
+        return self.combine(x, handle, **kwargs)
+
+    # ---- inside
+
+    @property
+    def _num_hosts(self) -> int:
+        return len(self.runtime.topology.hosts)
+
+    def _before(self, previous: EventOverlap | None, async_finish: bool, on_comm: bool) -> None:
+        if on_comm and not (previous is not None and async_finish):
+            raise ConfigError(
+                "Buffer: allocate_on_comm_stream needs previous_event and async_finish=True"
+            )
+
+    def _await_announced(self) -> None:
+        # Counts are exchanged in the order of calls: a call that left it to the thread goes first.
+        if self._unannounced is not None:
+            self._unannounced._flag.wait()
+            self._unannounced = None
+
+    def _run(
+        self, call: Callable[[], None], previous: EventOverlap | None, async_finish: bool
+    ) -> EventOverlap:
+        def after_previous() -> None:
+            if isinstance(previous, EventOverlap) and previous.event is not None:
+                previous.event.current_stream_wait()
+            call()
+
+        if async_finish:
+            return EventOverlap(EventHandle(self.runtime.worker.submit(after_previous)))
+        self.runtime.worker.drain()
+        after_previous()
+        return EventOverlap()
+
+    def _layout(self, is_token_in_rank: Tensor, per_expert: Tensor, tokens: int) -> Layout:
+        in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank")
+        if in_rank.shape != (tokens, self.group_size):
+            raise ShapeError(
+                f"Buffer.dispatch: is_token_in_rank is {list(in_rank.shape)}, wanted "
+                f"[{tokens}, {self.group_size}]"
+            )
+        hosts = [in_rank[:, list(h)].any(1).sum() for h in self.runtime.topology.hosts]
+        counts = array(per_expert, torch.int32, "num_tokens_per_expert")
+        self.runtime.check_experts(len(counts))
+        return Layout(in_rank.sum(0, dtype=np.int32), np.array(hosts, np.int32), counts, in_rank)
+
+
+def _sent(
+    x: Tensor | Scaled, topk_idx: Tensor | None, topk_weights: Tensor | None
+) -> tuple[Rows, tuple[torch.dtype, torch.dtype | None]]:
+    """What to send as bytes, and the dtypes it has."""
+    if (topk_idx is None) != (topk_weights is None):
+        raise ConfigError("Buffer.dispatch: topk_idx and topk_weights come together or not at all")
+    values, scales = x if isinstance(x, tuple) else (x, None)
+    idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx")
+    weights = None if topk_weights is None else array(topk_weights, torch.float32, "topk_weights")
+    if idx is not None and weights is not None and idx.shape != weights.shape:
+        raise ShapeError(f"Buffer.dispatch: topk_idx {idx.shape}, topk_weights {weights.shape}")
+    given = rows(values, "x")
+    sent = Rows(
+        given, None if scales is None else rows(scales.contiguous(), "scales"), idx, weights
+    )
+    for name, other in (("scales", sent.scale), ("topk_idx", idx)):
+        if other is not None and len(other) != len(given):
+            raise ShapeError(f"Buffer.dispatch: {name} has {len(other)} tokens, x has {len(given)}")
+    return sent, (values.dtype, None if scales is None else scales.dtype)
+
+
+def _as_given(received: Any, dtypes: tuple[torch.dtype, torch.dtype | None], x: Any) -> Any:
+    values = tensor(received.x, dtypes[0])
+    return (values, tensor(received.scale, dtypes[1])) if isinstance(x, tuple) else values
+
+
+def _bias(bias: Tensor | None, tokens: int, hidden: int) -> np.ndarray | None:
+    if bias is None:
+        return None
+    if tuple(bias.shape) != (tokens, hidden):
+        raise ShapeError(f"Buffer.combine: bias is {list(bias.shape)}, wanted [{tokens}, {hidden}]")
+    return bf16(bias.contiguous(), "bias")
+
+
+def _layout_of(handle: Handle) -> Layout:
+    nothing = np.zeros(0, np.int32)
+    return Layout(nothing, nothing, nothing, handle.in_rank)

@@ -1,0 +1,436 @@
+"""What the processes of the Buffer tests run: named checks, judged by plain torch on all inputs."""
+
+import os
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from whalefall import ep
+from whalefall.ep.torch import combine as differentiable_combine
+from whalefall.ep.torch import dispatch as differentiable_dispatch
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
+
+H, E, K, M = 1024, 8, 4, 24
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def batch(rank: int, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, H], topk_idx [T, K] with holes, weights [T, K] of a rank; T differs between ranks."""
+    generator = torch.Generator().manual_seed(rank)
+    T = (7 * rank + 11) % M if tokens is None else tokens
+    x = torch.randn(T, H, generator=generator).to(BF16)
+    idx = torch.rand(T, E, generator=generator).argsort(1)[:, :K]
+    idx[torch.rand(T, K, generator=generator) < 0.2] = -1
+    return x, idx, torch.rand(T, K, generator=generator)
+
+
+def arriving(rank: int, size: int) -> list[tuple[int, int]]:
+    """(source, token) of every row that a rank receives, in order."""
+    El = E // size
+    return [
+        (source, t)
+        for source in range(size)
+        for t, row in enumerate(batch(source)[1].tolist())
+        if any(rank * El <= e < (rank + 1) * El for e in row)
+    ]
+
+
+def dispatch(buffer: ep.Buffer, x, idx, weights, **more):
+    per_rank, per_host, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, E)
+    return buffer.dispatch(
+        x, None, per_rank, per_host, in_rank, per_expert, idx, weights, **more
+    )  # fmt: skip
+
+
+def wanted_x(buffer: ep.Buffer) -> torch.Tensor:
+    rows = [batch(s)[0][t] for s, t in arriving(buffer.rank, buffer.group_size)]
+    return torch.stack(rows) if rows else torch.empty(0, H, dtype=BF16)
+
+
+def copies(idx: torch.Tensor, size: int) -> list[set[int]]:
+    return [{e // (E // size) for e in row if e >= 0} for row in idx.tolist()]
+
+
+def check_layout_counts_what_a_loop_counts(buffer: ep.Buffer) -> None:
+    _, idx, _ = batch(buffer.rank)
+    size = buffer.group_size
+    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(idx, E)
+    to = copies(idx, size)
+    assert per_rank.tolist() == [sum(r in ranks for ranks in to) for r in range(size)]
+    assert per_expert.tolist() == [int((idx == e).sum()) for e in range(E)]
+    assert in_rank.tolist() == [[r in ranks for r in range(size)] for ranks in to]
+    assert per_rank.dtype == per_expert.dtype == torch.int32 and in_rank.dtype == torch.bool
+    assert event.event is None
+
+
+def check_rows_arrive_by_source_then_token(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    got, ids, ws, counts, handle, event = dispatch(buffer, x, idx, weights, expert_alignment=16)
+    rank, size = buffer.rank, buffer.group_size
+    rows, El = arriving(rank, size), E // size
+    assert torch.equal(got, wanted_x(buffer))
+    local = [[e - rank * El if e // El == rank and e >= 0 else -1
+              for e in batch(s)[1][t].tolist()] for s, t in rows]  # fmt: skip
+    assert ids.tolist() == local
+    sent = [batch(s)[2][t].tolist() for s, t in rows]
+    assert ws.tolist() == [
+        [w if e >= 0 else 0.0 for w, e in zip(one, each, strict=True)]
+        for one, each in zip(sent, local, strict=True)
+    ]
+    flat = [e for row in local for e in row]
+    assert counts == [-(-flat.count(e) // 16) * 16 for e in range(El)]
+    assert event.event is None
+    ends = [sum(s <= i for s, _ in rows) for i in range(size)]
+    if len(handle) == 6:
+        prefix, _, _, source, in_rank, head = handle
+        assert prefix[:, rank].tolist() == ends
+        assert source.tolist() == [t for _, t in rows]
+        assert head.shape == (len(x), size) and in_rank.shape == (len(x), size)
+    else:
+        assert handle[-4].tolist() == ends and handle[7].shape == (len(rows), 8)
+
+
+def check_a_handle_repeats_its_layout(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    got, *nothing, _event = buffer.dispatch(x * 2, handle=handle)
+    assert torch.equal(got, wanted_x(buffer) * 2) and nothing == [None] * 4
+    back, _, _ = buffer.combine(got, handle)
+    times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
+    assert torch.equal(back, (x.float() * 2 * times).to(BF16))
+
+
+def check_worst_case_rows_are_not_waited_for(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    worst, n = M * buffer.group_size, len(arriving(buffer.rank, buffer.group_size))
+    for asynchronous in (False, True):
+        got, ids, _, counts, handle, event = dispatch(
+            buffer, x, idx, weights, num_worst_tokens=worst, async_finish=asynchronous
+        )
+        if asynchronous:
+            event.current_stream_wait()
+        assert counts == [] and len(got) == worst
+        assert torch.equal(got[:n], wanted_x(buffer)) and (ids[n:] == -1).all()
+        assert (ids[:n] >= 0).any(1).all()
+        back, _, _ = buffer.combine(got, handle)
+        times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
+        assert torch.equal(back, (x.float() * times).to(BF16))
+    with pytest.raises(LimitError, match="buffers have room for 1"):
+        dispatch(buffer, x, idx, weights, num_worst_tokens=1)
+
+
+def check_fp8_rows_bring_their_scales(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    scales = torch.rand(H // 128, len(x)).t()  # not contiguous
+    (got, got_scales), *_ = dispatch(buffer, (x.to(FP8), scales), idx, weights)
+    assert torch.equal(got.view(torch.uint8), wanted_x(buffer).to(FP8).view(torch.uint8))
+    all_scales = [None] * buffer.group_size
+    dist.all_gather_object(all_scales, scales, group=buffer.group)
+    rows = arriving(buffer.rank, buffer.group_size)
+    assert got_scales.tolist() == [all_scales[s][t].tolist() for s, t in rows]
+
+
+def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    got, _, ws, _, handle, _ = dispatch(buffer, x, idx, weights)
+    mine = (got.float() * (0.3 + buffer.rank)).to(BF16)
+    bias = (torch.full_like(x, 0.7), torch.full_like(x, -2))
+    back, back_weights, _ = buffer.combine(mine, handle, topk_weights=ws, bias=bias)
+    acc = bias[0].float() + bias[1].float()
+    hosts = buffer.runtime.topology.hosts
+    to = copies(idx, buffer.group_size)
+    for ranks in hosts:
+        part = torch.zeros_like(acc) if len(hosts) > 1 else acc
+        for rank in ranks:
+            here = torch.tensor([rank in r for r in to], dtype=torch.bool)
+            part[here] += (x.float() * (0.3 + rank)).to(BF16).float()[here]
+        acc = acc + part.to(BF16).float() if len(hosts) > 1 else part
+    assert torch.equal(back, acc.to(BF16))
+    assert torch.equal(back_weights, torch.where(idx >= 0, weights, torch.zeros(())))
+    none, nothing, _ = buffer.combine(mine, handle)
+    assert nothing is None and none.shape == x.shape
+
+
+def check_asynchronous_calls_finish_with_their_events(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    previous = buffer.capture()
+    for _ in range(3):
+        got, _, _, _, handle, event = dispatch(
+            buffer, x, idx, weights, previous_event=previous, async_finish=True,
+            allocate_on_comm_stream=True,
+        )  # fmt: skip
+        back, _, previous = buffer.combine(
+            got, handle, previous_event=event, async_finish=True, allocate_on_comm_stream=True
+        )
+    with previous:
+        pass
+    times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
+    assert torch.equal(back, (x.float() * times).to(BF16))
+    with pytest.raises(ConfigError, match="needs previous_event"):
+        buffer.combine(got, handle, allocate_on_comm_stream=True)
+
+
+def check_async_returns_before_the_data_arrive(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank, 20)
+    dispatch(buffer, x, idx, weights)
+    late = buffer.group_size - 1
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    dist.barrier(group=buffer.group)
+    if buffer.rank == late:
+        time.sleep(0.5)
+    began = time.monotonic()
+    _got, *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
+    returned = time.monotonic() - began
+    event.current_stream_wait()
+    if buffer.rank != late and buffer.group_size > 1:
+        assert returned < 0.25 < time.monotonic() - began
+
+
+def low_latency(buffer: ep.Buffer, x, idx, **more):
+    return buffer.low_latency_dispatch(x, idx, M, E, **more)
+
+
+def selections_of(expert: int, size: int) -> list[list[int]]:
+    """For each source, the tokens that chose the expert, in order."""
+    return [
+        [t for t, row in enumerate(batch(s)[1].tolist()) for e in row if e == expert]
+        for s in range(size)
+    ]
+
+
+def check_low_latency_rows_and_ranges(buffer: ep.Buffer) -> None:
+    x, idx, _weights = batch(buffer.rank)
+    rank, size, El = buffer.rank, buffer.group_size, E // buffer.group_size
+    stats, waited = torch.ones(El, dtype=torch.int32), torch.zeros(size, dtype=torch.int64)
+    got, count, handle, _event, hook = low_latency(
+        buffer, x, idx, use_fp8=False, cumulative_local_expert_recv_stats=stats,
+        dispatch_wait_recv_cost_stats=waited,
+    )  # fmt: skip
+    source, ranges, *rest = handle
+    assert rest == [M, H, E] and got.shape == (El, size * M, H) and hook is None
+    for e in range(El):
+        tokens = selections_of(rank * El + e, size)
+        flat = [(s, t) for s, ts in enumerate(tokens) for t in ts]
+        n = int(count[e])
+        assert n == len(flat) and int(stats[e]) == n + 1
+        assert source[e, :n].tolist() == [t for _, t in flat]
+        wanted = [batch(s)[0][t] for s, t in flat]
+        assert all(torch.equal(a, b) for a, b in zip(got[e, :n], wanted, strict=True))
+        begins, lengths = ranges[e] >> 32, ranges[e] & 0xFFFFFFFF
+        assert lengths.tolist() == [len(ts) for ts in tokens]
+        assert begins.tolist() == [sum(len(ts) for ts in tokens[:s]) for s in range(size)]
+    assert (waited >= 0).all()
+
+
+def cast_slowly(x: torch.Tensor, round_scale: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = x.float().view(len(x), H // 128, 128)
+    scale = blocks.abs().amax(2).clamp(min=1e-4) / 448
+    if round_scale:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    codes = (blocks * (1 / scale)[..., None]).clamp(-448, 448).to(FP8)
+    return codes.view(len(x), H), scale
+
+
+def check_low_latency_fp8(buffer: ep.Buffer) -> None:
+    x, idx, _ = batch(buffer.rank)
+    size, El = buffer.group_size, E // buffer.group_size
+    for round_scale, packed in ((False, False), (True, False), (True, True)):
+        (got, scales), _count, *_ = low_latency(
+            buffer, x, idx, round_scale=round_scale, use_ue8m0=packed
+        )
+        R, S = size * M, H // 512 if packed else H // 128
+        assert got.dtype == FP8 and scales.shape == (El, R, S)
+        assert scales.stride() == (R * S, 1, R)
+        if packed:
+            assert scales.dtype == torch.int32
+            words = scales.reshape(-1).clone()
+            exponents = words.view(torch.uint8).to(torch.int32).view(El, R, -1) << 23
+            scales = exponents.view(torch.float32)
+        for e in range(El):
+            tokens = selections_of(buffer.rank * El + e, size)
+            for s, ts in enumerate(tokens):
+                at = sum(len(t) for t in tokens[:s])
+                codes, wanted = cast_slowly(batch(s)[0][ts], round_scale)
+                here = slice(at, at + len(ts))
+                assert torch.equal(scales[e, here], wanted)
+                assert torch.equal(got[e, here].view(torch.uint8), codes.view(torch.uint8))
+
+
+def experts(got: torch.Tensor, first: int) -> torch.Tensor:
+    factor = torch.arange(first, first + len(got))[:, None, None] * 0.3 + 1
+    return (got.float() * factor).to(BF16)
+
+
+def weighted(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    acc = torch.zeros(x.shape)
+    for k in range(K):
+        row = (x.float() * (idx[:, k : k + 1] * 0.3 + 1)).to(BF16).float()
+        acc = torch.where(idx[:, k : k + 1] >= 0, acc + weights[:, k : k + 1] * row, acc)
+    return acc.to(BF16)
+
+
+def check_low_latency_combine_in_every_form(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    first = buffer.rank * (E // buffer.group_size)
+    wanted, seen = weighted(x, idx, weights), set()
+    for form in ("plain", "hook", "async", "zero copy", "out"):
+        hooked, asynchronous = form == "hook", form == "async"
+        got, count, handle, event, hook = low_latency(
+            buffer, x, idx, use_fp8=False, return_recv_hook=hooked, async_finish=asynchronous
+        )
+        if hooked:
+            hook()
+        if asynchronous:
+            event.current_stream_wait()
+        for e, n in enumerate(count.tolist()):
+            got[e, n:] = 7  # garbage must not matter
+        result = experts(got, first)
+        if form == "zero copy":
+            place = buffer.get_next_low_latency_combine_buffer(handle)
+            assert place.stride(1) == H + H // 64
+            for e, n in enumerate(count.tolist()):
+                place[e, :n] = result[e, :n]
+            result = torch.full_like(got, 3)
+        out = torch.empty_like(x) if form == "out" else None
+        back, event, hook = buffer.low_latency_combine(
+            result, idx, weights, handle, zero_copy=form == "zero copy", out=out,
+            async_finish=asynchronous, return_recv_hook=hooked,
+        )  # fmt: skip
+        if hooked:
+            hook()
+        if asynchronous:
+            event.current_stream_wait()
+        assert out is None or back is out
+        assert torch.equal(back, wanted), form
+        seen.add(back.view(torch.uint8).numpy().tobytes())
+    assert len(seen) == 1
+
+
+def check_two_low_latency_calls_may_be_under_way(buffer: ep.Buffer) -> None:
+    x, idx, _weights = batch(buffer.rank)
+    for _ in range(4):
+        first = low_latency(buffer, x, idx, use_fp8=False, return_recv_hook=True)
+        second = low_latency(buffer, x * 2, idx, use_fp8=False, return_recv_hook=True)
+        first[4](), second[4]()
+        for e, n in enumerate(first[1].tolist()):
+            assert torch.equal(first[0][e, :n] * 2, second[0][e, :n])
+    buffer.clean_low_latency_buffer(M, H, E)
+
+
+def check_low_latency_refuses_before_it_sends(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank, M + 1)
+    with pytest.raises(
+        LimitError, match=f"{M + 1} tokens, num_max_dispatch_tokens_per_rank is {M}"
+    ):
+        low_latency(buffer, x, idx)
+    with pytest.raises(LimitError, match="need num_rdma_bytes"):
+        buffer.low_latency_dispatch(x, idx, 4096, E)
+    x, idx, weights = batch(buffer.rank, 5)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        low_latency(buffer, x, idx, async_finish=True, return_recv_hook=True)
+    with pytest.raises(ShapeError, match="multiple of 128"):
+        low_latency(buffer, x[:, :100].contiguous(), idx)
+    got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+    with pytest.raises(ConfigError, match="not that of the dispatch"):
+        buffer.low_latency_combine(got, idx.flip(0), weights, handle)
+
+
+def check_gradients_are_those_of_one_process(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    x, weights = x.requires_grad_(), weights.requires_grad_()
+    got, ids, ws, _, handle = differentiable_dispatch(buffer, x, idx, weights, E)
+    scale = (ws * (ids >= 0)).sum(1, keepdim=True)
+    out = differentiable_combine(buffer, (got * 0.5 * scale).to(BF16), handle)
+    out.float().sum().backward()
+    alone, w = x.detach().clone().requires_grad_(), weights.detach().clone().requires_grad_()
+    total = (w * (idx >= 0)).sum(1, keepdim=True)
+    (alone.float() * 0.5 * total).sum().backward()
+    # bf16 gradients: a few roundings apart
+    assert torch.allclose(x.grad.float(), alone.grad.float(), rtol=0.02, atol=0.02)
+    assert torch.allclose(weights.grad, w.grad, rtol=0.02, atol=0.6)
+
+
+def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank, 4)
+    with pytest.raises(ConfigError, match="come together"):
+        dispatch(buffer, x, idx, None)
+    with pytest.raises(DtypeError, match=r"topk_idx is torch.int32, wanted torch.int64"):
+        buffer.get_dispatch_layout(idx.int(), E)
+    layout = buffer.get_dispatch_layout(idx, E)
+    with pytest.raises(ShapeError, match="is_token_in_rank"):
+        buffer.dispatch(
+            x[:2], None, layout[0], layout[1], layout[3], layout[2], idx[:2], weights[:2]
+        )
+    with pytest.raises(ConfigError, match="get_dispatch_layout gives them"):
+        buffer.dispatch(x)
+    with pytest.raises(ConfigError, match="without explicitly_destroy"):
+        ep.Buffer.destroy(type("B", (), {"explicitly_destroy": False})())
+    with pytest.raises(ConfigError, match="multiple of 128"):
+        ep.Buffer(buffer.group, 100)
+
+
+def check_local_memory_is_a_tensor(buffer: ep.Buffer) -> None:
+    whole = buffer.get_local_buffer_tensor(torch.uint8)
+    assert whole.shape == (buffer.num_nvl_bytes,)
+    part = buffer.get_local_buffer_tensor(torch.int32, torch.Size((3, 4)), offset=64)
+    part.fill_(5)
+    assert (whole[64 : 64 + 48].view(torch.int32) == 5).all()
+    with pytest.raises(LimitError, match="of a buffer of"):
+        buffer.get_local_buffer_tensor(torch.uint8, offset=buffer.num_nvl_bytes + 128)
+
+
+CHECKS = {n.removeprefix("check_"): f for n, f in globals().items() if n.startswith("check_")}
+
+
+def join(folder: str, rank: int, size: int) -> dist.ProcessGroup:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+    return dist.group.WORLD
+
+
+def all_checks(folder: str, rank: int, size: int, hosts: list[str] | None) -> dict[str, str]:
+    """Run every check; what went wrong with each ("" for nothing)."""
+    if hosts:
+        os.environ["WHALEFALL_HOST"] = hosts[rank]
+    group, outcome = join(folder, rank, size), {}
+    hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
+    buffer = ep.Buffer(group, 1 << 20, hint, low_latency_mode=True, explicitly_destroy=True)
+    for name, check in CHECKS.items():
+        try:
+            check(buffer)
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = traceback.format_exc()
+            break  # the ranks may be out of step now
+    dist.barrier()
+    buffer.destroy()
+    dist.destroy_process_group()
+    return outcome
+
+
+def go_on_without_a_rank(folder: str, rank: int, size: int) -> list:
+    """Rank 1 dies before a low-latency dispatch; the others mask it and go on."""
+    group = join(folder, rank, size)
+    hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
+    buffer = ep.Buffer(group, 0, hint, low_latency_mode=True, enable_shrink=True)
+    x, idx, weights = batch(rank)
+    results, status = [], torch.zeros(size, dtype=torch.int32)
+    for step in range(4):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+        first = rank * (E // size)
+        back, _, _ = buffer.low_latency_combine(experts(got, first), idx, weights, handle)
+        buffer.low_latency_query_mask_buffer(status)
+        gone = status.nonzero().flatten().tolist()
+        here = torch.where(torch.isin(idx // (E // size), torch.tensor(gone)), -1, idx)
+        results.append([gone, bool(torch.equal(back, weighted(x, here, weights)))])
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_update_mask_buffer(0, True)
+    buffer.low_latency_query_mask_buffer(status)
+    results.append(status.tolist())
+    return results
