@@ -16,7 +16,15 @@ from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Layout
 
-__all__ = ["Operand", "Target", "bf16_operand", "fp8_operand", "recipes", "refuse_overlap", "target"]
+__all__ = [
+    "Operand",
+    "Target",
+    "bf16_operand",
+    "fp8_operand",
+    "recipes",
+    "refuse_overlap",
+    "target",
+]
 
 BF16, FP8 = 1, 2
 Recipe = tuple[int, int, int]
@@ -174,9 +182,7 @@ def bf16_operand(where: str, name: str, array: Any, swap: bool = False, dims: in
     layout = Layout(row_stride, k_stride, 0, 0, 1, 128, BF16, 0)
     groups = v.shape[0] if dims == 3 else 1
     group_bytes = v.strides[0] * 2 if dims == 3 else 0
-    return Operand(
-        *v.shape[-2:], groups, v.address, group_bytes, 0, 0, layout, (array,), (v,)
-    )
+    return Operand(*v.shape[-2:], groups, v.address, group_bytes, 0, 0, layout, (array,), (v,))
 
 
 def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:

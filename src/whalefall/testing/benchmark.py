@@ -145,6 +145,40 @@ def write_page(root: Path) -> None:
         if notes.exists():
             parts.append(notes.read_text(encoding="utf-8"))
     (root / "docs" / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
+    write_readme(root)
+
+
+def write_readme(root: Path) -> None:
+    """Renew the README's figures: the first row of each result, then every row that misses."""
+    results = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((root / "docs" / "benchmarks").glob("*.json"))
+    ]
+    lines = [
+        "| room | what | against | ratio | targets reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    missed = []
+    for result in results:
+        judged = [row for row in result["rows"] if row["reached"] is not None]
+        reached = sum(row["reached"] for row in judged)
+        first = result["rows"][0]
+        lines.append(
+            f"| {result['room']} | {first['what']} | {first['against']} "
+            f"| {figure(first['ratio'])} | {reached} of {len(judged)} |"
+        )
+        missed += [
+            f"- {result['room']}: {row['what']} against {row['against']}: {figure(row['ratio'])} "
+            f"(target {row['target']})"
+            for row in judged
+            if not row["reached"]
+        ]
+    text = "\n".join([*lines, "", "Rows that miss their target:", "", *missed])
+    path = root / "README.md"
+    head, _, rest = path.read_text(encoding="utf-8").partition("<!-- figures -->")
+    _, _, tail = rest.partition("<!-- /figures -->")
+    page = f"{head}<!-- figures -->\n{text}\n<!-- /figures -->{tail}"
+    path.write_text(page, encoding="utf-8")
 
 
 def section(result: Mapping[str, Any]) -> str:
