@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.model.forms import FORMS
 
+from tests.model.forms import FORMS
 from whalefall import jit
 from whalefall.engine import LLM, Engine, EngineConfig, SamplingParams
 from whalefall.model.synth import synth

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.model.forms import FORMS
 
+from tests.model.forms import FORMS
 from whalefall.engine import LLM, Delta, Engine, EngineConfig, RequestOutput, SamplingParams
 from whalefall.errors import ConfigError, CorruptError, LimitError, MissingError, UnsupportedError
 from whalefall.model.synth import synth
