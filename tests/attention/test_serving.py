@@ -7,8 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.attention.calls import append, paged, varlen
 
+from tests.attention.calls import append, paged, varlen
 from whalefall import jit
 from whalefall.attention.reference import attention
 
@@ -90,7 +90,6 @@ def paged_same_table(q: Any, cache: Any, table: Any, keys: Any, chosen: list[int
     import ctypes
 
     from tests.attention.calls import cache_struct
-
     from whalefall.attention import native_calls as native
 
     part, n = np.ascontiguousarray(q[chosen]), np.asarray(keys[chosen], np.int32)

@@ -16,12 +16,6 @@ SHAPES = [(1, 1), (5, 3), (64, 128), (129, 257), (200, 1200), (300, 512)]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 33, 70]
 
 
-@pytest.fixture(params=jit.levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("WHALEFALL_ISA", request.param)
-    return str(request.param)
-
-
 def fp8_weight(rng: np.random.Generator, n: int, k: int) -> tuple[Any, Any, Any]:
     """Every code but NaN, block scales, and the product of both in float64."""
     codes = rng.integers(0, 256, (n, k)).astype(np.uint8)

@@ -202,7 +202,9 @@ def fp8_gemm_nt_skip_head_mid(
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
 ) -> None:
-    """A · Bᵀ written around a gap in each head: column n goes to n + (n + right) // (left + right) · mid.
+    """A · Bᵀ, written around a gap in each head.
+
+    Column n goes to n + (n + right) // (left + right) · mid.
 
     Args:
         a, b, recipe, compiled_dims, disable_ue8m0_cast: as in `fp8_fp4_gemm_nt`.

@@ -182,7 +182,8 @@ def bf16_operand(where: str, name: str, array: Any, swap: bool = False, dims: in
     layout = Layout(row_stride, k_stride, 0, 0, 1, 128, BF16, 0)
     groups = v.shape[0] if dims == 3 else 1
     group_bytes = v.strides[0] * 2 if dims == 3 else 0
-    return Operand(*v.shape[-2:], groups, v.address, group_bytes, 0, 0, layout, (array,), (v,))
+    rows, k = v.shape[-2:]
+    return Operand(rows, k, groups, v.address, group_bytes, 0, 0, layout, (array,), (v,))
 
 
 def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
@@ -196,14 +197,8 @@ def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
         raise ShapeError(
             f"{where}: {name} has strides {list(v.strides)}, wanted 1 along the last axis"
         )
-    return Target(
-        v,
-        shape[-2],
-        shape[-1],
-        shape[0] if len(shape) == 3 else 1,
-        v.strides[-2],
-        0 if v.dtype == "float32" else 1,
-    )
+    groups = shape[0] if len(shape) == 3 else 1
+    return Target(v, shape[-2], shape[-1], groups, v.strides[-2], int(v.dtype != "float32"))
 
 
 def refuse_overlap(where: str, d: View, others: tuple[View, ...]) -> None:

@@ -1,0 +1,227 @@
+"""Casts to FP8 and FP4 with block scales, and back, bit for bit as DeepGEMM defines them.
+
+Every cast: the block's largest magnitude, at least 1e-4, over the format's maximum is the scale
+(rounded up to a power of two for UE8M0); values are multiplied by its reciprocal and rounded.
+A NaN makes its block's scale NaN, in UE8M0 too (there the original loses it).
+Source: DeepGEMM `deep_gemm/utils/math.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from whalefall import dtypes
+from whalefall.dtypes import as_numpy, restore
+from whalefall.errors import DtypeError, ShapeError
+
+__all__ = [
+    "align",
+    "cast_back_from_fp4",
+    "ceil_div",
+    "ceil_to_ue8m0",
+    "pack_ue8m0_to_int",
+    "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8",
+    "per_custom_dims_cast_to_fp8",
+    "per_token_cast_to_fp4",
+    "per_token_cast_to_fp8",
+    "transpose_packed_fp4",
+    "unpack_ue8m0_from_int",
+]
+
+Floats = npt.NDArray[np.float32]
+
+
+def ceil_div(x: int, y: int) -> int:
+    """x / y rounded up."""
+    return (x + y - 1) // y
+
+
+def align(x: int, y: int) -> int:
+    """x rounded up to a multiple of y."""
+    return ceil_div(x, y) * y
+
+
+def ceil_to_ue8m0(x: Any) -> Any:
+    """The power of two at or above |x|, fp32; NaN stays NaN (the original gives 2^127)."""
+    return restore(dtypes.ceil_to_ue8m0(_floats("ceil_to_ue8m0", x)), x)
+
+
+def pack_ue8m0_to_int(x: Any) -> Any:
+    """Four fp32 powers of two of the last axis as one int32, the first in the lowest byte."""
+    return restore(dtypes.pack_ue8m0(_floats("pack_ue8m0_to_int", x)), x)
+
+
+def unpack_ue8m0_from_int(packed_sf: Any) -> Any:
+    """The four scales of each int32 as fp32: the last axis grows fourfold."""
+    return restore(dtypes.unpack_ue8m0(as_numpy(packed_sf)), packed_sf)
+
+
+def _floats(where: str, x: Any, axes: int | None = None) -> Floats:
+    values = as_numpy(x, f"{where}: x")
+    if axes is not None and values.ndim != axes:
+        raise ShapeError(f"{where}: x has shape {list(values.shape)}, wanted {axes} axes")
+    if values.dtype.name not in ("float32", "bfloat16", "float16", "float64"):
+        raise DtypeError(f"{where}: x is {values.dtype}, wanted a floating-point array")
+    return np.asarray(values, np.float32)
+
+
+def _scale(largest: Floats, maximum: float, use_ue8m0: bool) -> Floats:
+    scale = np.maximum(largest, np.float32(1e-4)) / np.float32(maximum)
+    return dtypes.ceil_to_ue8m0(scale) if use_ue8m0 else np.asarray(scale, np.float32)
+
+
+def _padded(x: Floats, rows: int, columns: int) -> Floats:
+    """Zeros appended so that both lengths are multiples."""
+    m, n = x.shape
+    if m % rows == 0 and n % columns == 0:
+        return x
+    out = np.zeros((align(m, rows), align(n, columns)), np.float32)
+    out[:m, :n] = x
+    return out
+
+
+def _quantize(x: Floats, scale: Floats) -> npt.NDArray[Any]:
+    with np.errstate(invalid="ignore"):
+        return dtypes.float_to_e4m3(x * (np.float32(1) / scale))
+
+
+def per_token_cast_to_fp8(
+    x: Any, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[Any, Any]:
+    """Each `gran_k` of a row gets its own scale.
+
+    Args:
+        x: [m, n] floating point. use_ue8m0: scales are powers of two.
+        use_packed_ue8m0: pack four scales in an int32 (their number must be a multiple of 4).
+    Returns: values [m, n] float8_e4m3fn, scales [m, ceil(n / gran_k)] float32 (or int32 packed).
+    Raises: ShapeError, DtypeError.
+    """
+    floats = _floats("per_token_cast_to_fp8", x, 2)
+    m, n = floats.shape
+    blocks = _padded(floats, 1, gran_k).reshape(m, -1, gran_k)
+    scale = _scale(_largest(blocks, 2), dtypes.E4M3_MAX, use_ue8m0)
+    values = _quantize(blocks, scale[:, :, None]).reshape(m, -1)[:, :n]
+    packed = dtypes.pack_ue8m0(scale) if use_packed_ue8m0 else scale
+    return restore(np.ascontiguousarray(values), x), restore(packed, x)
+
+
+def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[Any, Any]:
+    """Each `gran_k` rows of a column get their own scale.
+
+    Returns: values [m, n] float8_e4m3fn, scales [m / gran_k, n] float32.
+    Raises: ShapeError if m is no multiple of `gran_k`.
+    """
+    floats = _floats("per_channel_cast_to_fp8", x, 2)
+    m, n = floats.shape
+    if m % gran_k:
+        raise ShapeError(f"per_channel_cast_to_fp8: {m} rows, wanted a multiple of {gran_k}")
+    blocks = floats.reshape(-1, gran_k, n)
+    scale = _scale(_largest(blocks, 1), dtypes.E4M3_MAX, use_ue8m0)
+    return restore(_quantize(blocks, scale[:, None, :]).reshape(m, n), x), restore(scale, x)
+
+
+def per_block_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[Any, Any]:
+    """Each `gran_k` × `gran_k` block gets its own scale.
+
+    Returns: values [m, n] float8_e4m3fn, scales [ceil(m / gran_k), ceil(n / gran_k)] float32.
+    """
+    floats = _floats("per_block_cast_to_fp8", x, 2)
+    m, n = floats.shape
+    wide = _padded(floats, gran_k, gran_k)
+    blocks = wide.reshape(wide.shape[0] // gran_k, gran_k, wide.shape[1] // gran_k, gran_k)
+    scale = _scale(_largest(blocks, (1, 3)), dtypes.E4M3_MAX, use_ue8m0)
+    values = _quantize(blocks, scale[:, None, :, None]).reshape(wide.shape)[:m, :n]
+    return restore(np.ascontiguousarray(values), x), restore(scale, x)
+
+
+def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) -> tuple[Any, Any]:
+    """One scale for each index of the axes `dims`, over all others.
+
+    Returns: values in the shape of x, scales with the other axes removed (lengths of 1 too).
+    """
+    floats = _floats("per_custom_dims_cast_to_fp8", x)
+    wrong = [d for d in dims if not 0 <= d < floats.ndim]
+    if wrong:
+        raise ShapeError(
+            f"per_custom_dims_cast_to_fp8: dims={tuple(dims)}, wanted axes 0 to {floats.ndim - 1}"
+        )
+    others = tuple(i for i in range(floats.ndim) if i not in set(dims))
+    largest = np.abs(floats).max(axis=others, keepdims=True)
+    scale = _scale(largest, dtypes.E4M3_MAX, use_ue8m0)
+    return restore(_quantize(floats, scale), x), restore(scale.squeeze(), x)
+
+
+def per_token_cast_to_fp4(
+    x: Any, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[Any, Any]:
+    """Two E2M1 codes a byte, each `gran_k` of a row with its own scale; ties round to zero.
+
+    Args:
+        x: [m, n] floating point, n even.
+    Returns: [m, n / 2] int8, the even column in the low half; scales [m, ceil(n / gran_k)] float32,
+        or packed int32 (missing ones are 1.0).
+    """
+    floats = _floats("per_token_cast_to_fp4", x, 2)
+    m, n = floats.shape
+    if n % 2:
+        raise ShapeError(f"per_token_cast_to_fp4: {n} columns, wanted an even number")
+    blocks = _padded(floats, 1, gran_k).reshape(m, -1, gran_k)
+    scale = _scale(_largest(blocks, 2), dtypes.FP4_MAX, use_ue8m0)
+    with np.errstate(invalid="ignore"):
+        scaled = blocks * (np.float32(1) / scale[:, :, None])
+    codes = dtypes.float_to_e2m1(scaled).reshape(m, -1)[:, :n]
+    packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(np.int8)
+    if use_packed_ue8m0:
+        full = np.ones((m, align(scale.shape[1], 4)), np.float32)
+        full[:, : scale.shape[1]] = scale
+        return restore(packed, x), restore(dtypes.pack_ue8m0(full), x)
+    return restore(packed, x), restore(scale, x)
+
+
+def _codes(where: str, packed: Any) -> npt.NDArray[np.uint8]:
+    pairs = as_numpy(packed, where)
+    if pairs.dtype.itemsize != 1 or pairs.ndim != 2:
+        raise ShapeError(
+            f"{where}: a {pairs.dtype} array {list(pairs.shape)}, wanted int8 [m, n / 2]"
+        )
+    pairs = np.ascontiguousarray(pairs).view(np.uint8)
+    codes = np.empty((pairs.shape[0], pairs.shape[1] * 2), np.uint8)
+    codes[:, 0::2] = pairs & 15
+    codes[:, 1::2] = pairs >> 4
+    return codes
+
+
+def transpose_packed_fp4(a: Any) -> Any:
+    """[m, n / 2] of two codes a byte becomes [n, m / 2]; m must be even."""
+    codes = _codes("transpose_packed_fp4: a", a).T
+    if codes.shape[1] % 2:
+        raise ShapeError(f"transpose_packed_fp4: {codes.shape[1]} rows, wanted an even number")
+    pairs = np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4))
+    return restore(pairs.view(np.int8), a)
+
+
+def cast_back_from_fp4(
+    packed: Any, sf: Any, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> Any:
+    """The fp32 values [m, n] of `per_token_cast_to_fp4`'s result."""
+    codes = _codes("cast_back_from_fp4: packed", packed)
+    scale = as_numpy(sf)
+    scale = dtypes.unpack_ue8m0(scale) if use_packed_ue8m0 else scale
+    n = codes.shape[1]
+    if scale.shape[0] != codes.shape[0] or scale.shape[1] * gran_k < n:
+        raise ShapeError(
+            f"cast_back_from_fp4: scales {list(scale.shape)}, wanted "
+            f"{[codes.shape[0], ceil_div(n, gran_k)]}"
+        )
+    wide = np.repeat(scale, gran_k, axis=1)[:, :n]
+    return restore((dtypes.e2m1_to_float(codes) * wide).astype(np.float32), packed)
+
+
+def _largest(blocks: Floats, axes: int | tuple[int, ...]) -> Floats:
+    """Largest magnitudes; NaN where there is one."""
+    return np.abs(blocks).max(axis=axes, initial=0)  # type: ignore[no-any-return]

@@ -1,0 +1,359 @@
+"""Grouped products: rows of A (or stretches of K) that each belong to one of G matrices.
+
+In: A with its rows sorted by group ("contiguous", by an index or by cumulative ends), or padded to
+a common height ("masked"); or operands whose K is divided among the groups (weight gradients).
+Out: written to `d`. Rows of no group become zero, rows beyond a mask are left alone.
+Source: DeepGEMM `csrc/apis/gemm.hpp`, `m_grouped_*` and `k_grouped_*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from whalefall.dtypes import as_numpy, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.calls import Product, run
+from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
+from whalefall.gemm.dense import check_dims, check_k, scale_dtype
+from whalefall.gemm.operands import (
+    Operand,
+    Pair,
+    Recipe,
+    Target,
+    bf16_operand,
+    empty_segments,
+    fp8_operand,
+    recipes,
+    refuse_overlap,
+    target,
+)
+
+__all__ = [
+    "bf16_m_grouped_gemm_nt_masked",
+    "fp8_m_grouped_gemm_nt_masked",
+    "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_masked",
+    "m_grouped_fp8_fp4_gemm_nn_contiguous",
+    "m_grouped_fp8_fp4_gemm_nt_contiguous",
+    "m_grouped_fp8_fp4_gemm_nt_masked",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+]
+
+Run = tuple[int, int, int]  # group, first row, last row + 1
+
+
+def index_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> list[Run]:
+    """The stretches of equal group in an index layout [M]; group -1: rows to be zeroed."""
+    if layout.shape != (rows,):
+        raise ShapeError(
+            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted [M={rows}]"
+        )
+    if rows == 0:
+        return []
+    if layout.max() >= groups or layout.min() < -1:
+        wrong = int(layout.max()) if layout.max() >= groups else int(layout.min())
+        raise ShapeError(f"{where}: grouped_layout holds {wrong}, wanted -1 to {groups - 1}")
+    starts = np.flatnonzero(np.concatenate([[True], layout[1:] != layout[:-1]]))
+    ends = np.append(starts[1:], rows)
+    return [(int(layout[s]), int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
+
+
+def psum_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> list[Run]:
+    """The stretches of a layout of ends [G]: each starts at the aligned end before it."""
+    if layout.shape != (groups,):
+        raise ShapeError(
+            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted the {groups} ends of "
+            "use_psum_layout"
+        )
+    alignment, start, runs = get_mk_alignment_for_contiguous_layout(), 0, []
+    for group, end in enumerate(layout.tolist()):
+        if end > rows:
+            raise ShapeError(f"{where}: group {group} ends at row {end}, a has {rows}")
+        if end > start:
+            runs.append((group, start, end))
+        start = -(-max(start, end) // alignment) * alignment
+    return runs
+
+
+def _int32(where: str, name: str, array: Any) -> npt.NDArray[Any]:
+    values = as_numpy(array, f"{where}: {name}")
+    if values.dtype != np.int32:
+        raise DtypeError(f"{where}: {name} is {values.dtype}, wanted int32")
+    return values
+
+
+def _operands(
+    where: str,
+    a: Any,
+    b: Any,
+    swap: bool,
+    dims_a: int,
+    recipe: Recipe | None,
+    recipe_a: Pair | None,
+    recipe_b: Pair | None,
+) -> tuple[Operand, Operand]:
+    of_a, of_b = recipes(where, scale_dtype(b), recipe, recipe_a, recipe_b)
+    if of_a[0] != 1:
+        raise ConfigError(f"{where}: {of_a[0]} rows of a share a scale, wanted 1")
+    left = fp8_operand(where, "a", a, of_a, dims=dims_a)
+    if left.layout.packing == 2:
+        raise ShapeError(f"{where}: a packs FP4 pairs along M, wanted along K (stride 1 along K)")
+    return left, fp8_operand(where, "b", b, of_b, swap=swap, dims=3)
+
+
+def _contiguous(
+    where: str,
+    a: Operand,
+    b: Operand,
+    d: Any,
+    grouped_layout: Any,
+    use_psum_layout: bool,
+    ensure_zero_padding: bool,
+) -> None:
+    check_k(where, a, b)
+    to = target(where, "d", d, (a.rows, b.rows))
+    layout = _int32(where, "grouped_layout", grouped_layout)
+    refuse_overlap(where, to.seen, (*a.views, *b.views, view(layout)))
+    if use_psum_layout:
+        runs = psum_runs(where, layout, b.groups, a.rows)
+        if ensure_zero_padding:
+            _zero_gaps(as_numpy(d), runs)
+    else:
+        runs = index_runs(where, layout, b.groups, a.rows)
+        for _, first, last in [run for run in runs if run[0] < 0]:
+            as_numpy(d)[first:last] = 0
+        runs = [run for run in runs if run[0] >= 0]
+    _run(a, b, to, runs)
+
+
+def _zero_gaps(d: npt.NDArray[Any], runs: list[Run]) -> None:
+    alignment = get_mk_alignment_for_contiguous_layout()
+    for _, _, end in runs:
+        d[end : -(-end // alignment) * alignment] = 0
+
+
+def _run(a: Operand, b: Operand, to: Target, runs: list[Run]) -> None:
+    """One segment for each run of rows of a matrix A."""
+    if not runs or b.rows == 0:
+        return
+    segments = empty_segments(len(runs))
+    for i, (group, first, last) in enumerate(runs):
+        segments[i] = (
+            a.address + first * a.row_bytes,
+            a.scale_address and a.scale_address + first * a.scale_row_bytes,
+            b.address + group * b.group_bytes,
+            b.scale_address and b.scale_address + group * b.scale_group_bytes,
+            to.seen.address + first * to.row_bytes,
+            0,
+            last - first,
+            a.k,
+        )
+    run(_product(a, b, to), segments)
+
+
+def _product(a: Operand, b: Operand, to: Target) -> Product:
+    product = Product(n=b.rows, d_pitch=to.pitch, a=a.layout, b=b.layout, d_kind=to.kind)
+    product.length = min(a.layout.scale_k, b.layout.scale_k)
+    return product
+
+
+def m_grouped_fp8_fp4_gemm_nt_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    grouped_layout: Any,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+) -> None:
+    """D[m] = A[m] · B[group of row m]ᵀ, rows sorted by group.
+
+    Args:
+        a: (values [M, K], scales); b: (values [G, N, K], scales), as in `fp8_fp4_gemm_nt`.
+        d: [M, N], written; rows of group -1 become 0.
+        grouped_layout: int32 [M], each row's group or -1; or with `use_psum_layout` int32 [G], the
+            end of each group, the next starting at that end rounded up to
+            `get_mk_alignment_for_contiguous_layout()`.
+        ensure_zero_padding: with psum, write 0 between an end and the next start.
+        expected_m_for_psum_layout: accepted with psum only; it changes no result.
+    Raises: ShapeError, DtypeError, ConfigError.
+    Source: DeepGEMM (there, rows of -1 hold whatever their tile's group gives).
+    """
+    where = "m_grouped_fp8_gemm_nt_contiguous"
+    check_dims(where, compiled_dims)
+    if expected_m_for_psum_layout is not None and not use_psum_layout:
+        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
+    left, right = _operands(where, a, b, False, 2, recipe, recipe_a, recipe_b)
+    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+
+
+def m_grouped_fp8_fp4_gemm_nn_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    grouped_layout: Any,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+) -> None:
+    """`m_grouped_fp8_fp4_gemm_nt_contiguous` with b [G, K, N] and its scales transposed."""
+    where = "m_grouped_fp8_gemm_nn_contiguous"
+    check_dims(where, compiled_dims)
+    left, right = _operands(where, a, b, True, 2, recipe, recipe_a, recipe_b)
+    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+
+
+def m_grouped_bf16_gemm_nt_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    grouped_layout: Any,
+    compiled_dims: str = "nk",
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+) -> None:
+    """D[m] = A[m] · B[group of row m]ᵀ in bfloat16; see `m_grouped_fp8_fp4_gemm_nt_contiguous`."""
+    where = "m_grouped_bf16_gemm_nt_contiguous"
+    check_dims(where, compiled_dims)
+    if expected_m_for_psum_layout is not None and not use_psum_layout:
+        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
+    left, right = bf16_operand(where, "a", a), bf16_operand(where, "b", b, dims=3)
+    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+
+
+def m_grouped_bf16_gemm_nn_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    grouped_layout: Any,
+    compiled_dims: str = "nk",
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+) -> None:
+    """`m_grouped_bf16_gemm_nt_contiguous` with b [G, K, N]."""
+    where = "m_grouped_bf16_gemm_nn_contiguous"
+    check_dims(where, compiled_dims)
+    left, right = bf16_operand(where, "a", a), bf16_operand(where, "b", b, swap=True, dims=3)
+    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+
+
+def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_m: int) -> None:
+    check_k(where, a, b)
+    if a.groups != b.groups:
+        raise ShapeError(f"{where}: {a.groups} groups in a and {b.groups} in b, wanted the same")
+    if expected_m <= 0:
+        raise ConfigError(f"{where}: expected_m={expected_m}, wanted 1 or more")
+    to = target(where, "d", d, (a.groups, a.rows, b.rows))
+    counts = _int32(where, "masked_m", masked_m)
+    if counts.shape != (a.groups,):
+        raise ShapeError(f"{where}: masked_m has shape {list(counts.shape)}, wanted [G={a.groups}]")
+    if a.groups and (counts.min() < 0 or counts.max() > a.rows):
+        wrong = int(counts.min()) if counts.min() < 0 else int(counts.max())
+        raise ShapeError(f"{where}: masked_m holds {wrong}, wanted 0 to M={a.rows}")
+    refuse_overlap(where, to.seen, (*a.views, *b.views, view(counts)))
+    busy = [g for g in range(a.groups) if counts[g] > 0]
+    if not busy or b.rows == 0:
+        return
+    segments = empty_segments(len(busy))
+    for i, g in enumerate(busy):
+        segments[i] = (
+            a.address + g * a.group_bytes,
+            a.scale_address and a.scale_address + g * a.scale_group_bytes,
+            b.address + g * b.group_bytes,
+            b.scale_address and b.scale_address + g * b.scale_group_bytes,
+            to.seen.address + g * to.group_bytes,
+            0,
+            int(counts[g]),
+            a.k,
+        )
+    run(_product(a, b, to), segments)
+
+
+def m_grouped_fp8_fp4_gemm_nt_masked(
+    a: Any,
+    b: Any,
+    d: Any,
+    masked_m: Any,
+    expected_m: int,
+    recipe: Recipe | None = None,
+    recipe_a: Pair | None = None,
+    recipe_b: Pair | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D[g, m] = A[g, m] · B[g]ᵀ for the first masked_m[g] rows of each group.
+
+    Args:
+        a: (values [G, M, K], scales); b: (values [G, N, K], scales).
+        d: [G, M, N]; rows from masked_m[g] on are not touched.
+        masked_m: int32 [G]. expected_m: accepted (above 0); it changes no result.
+    Source: DeepGEMM (there, M off the tile spills into the next group).
+    """
+    where = "m_grouped_fp8_gemm_nt_masked"
+    check_dims(where, compiled_dims)
+    left, right = _operands(where, a, b, False, 3, recipe, recipe_a, recipe_b)
+    _masked(where, left, right, d, masked_m, expected_m)
+
+
+def m_grouped_bf16_gemm_nt_masked(
+    a: Any, b: Any, d: Any, masked_m: Any, expected_m: int, compiled_dims: str = "nk"
+) -> None:
+    """`m_grouped_fp8_fp4_gemm_nt_masked` in bfloat16."""
+    where = "m_grouped_bf16_gemm_nt_masked"
+    check_dims(where, compiled_dims)
+    left, right = bf16_operand(where, "a", a, dims=3), bf16_operand(where, "b", b, dims=3)
+    _masked(where, left, right, d, masked_m, expected_m)
+
+
+m_grouped_fp8_gemm_nt_contiguous = m_grouped_fp8_fp4_gemm_nt_contiguous
+m_grouped_fp8_gemm_nn_contiguous = m_grouped_fp8_fp4_gemm_nn_contiguous
+m_grouped_fp8_gemm_nt_masked = m_grouped_fp8_fp4_gemm_nt_masked
+fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_fp4_gemm_nt_masked
+bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
+
+
+def k_stretches(
+    where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int, psum: bool
+) -> list[tuple[int, int]]:
+    """First K and length of each group's stretch."""
+    if psum:
+        ends = _int32(where, "grouped_layout", grouped_layout)
+        alignment, start, stretches = get_mk_alignment_for_contiguous_layout(), 0, []
+        for end in ends.tolist():
+            stretches.append((start, max(0, end - start)))
+            start = -(-max(start, end) // alignment) * alignment
+    else:
+        if not ks_cpu:
+            raise ConfigError(f"{where}: ks_cpu={ks_cpu}, wanted the groups' sizes along K")
+        if min(ks_cpu) < 0:
+            raise ShapeError(f"{where}: ks_cpu holds {min(ks_cpu)}, wanted 0 or more")
+        if grouped_layout is not None:
+            same = _int32(where, "grouped_layout", grouped_layout)
+            if same.tolist() != list(ks_cpu):
+                raise ShapeError(
+                    f"{where}: grouped_layout is {same.tolist()}, wanted ks_cpu={list(ks_cpu)}"
+                )
+        firsts = np.concatenate([[0], np.cumsum(ks_cpu)])[:-1]
+        stretches = [(int(f), int(k)) for f, k in zip(firsts, ks_cpu, strict=True)]
+        if sum(ks_cpu) != total:
+            raise ShapeError(f"{where}: ks_cpu sums to {sum(ks_cpu)}, the operands hold K={total}")
+    if stretches and max(f + k for f, k in stretches if k or not f) > total:
+        raise ShapeError(f"{where}: groups end at {max(f + k for f, k in stretches)}, K is {total}")
+    return stretches

@@ -1,0 +1,261 @@
+"""Products whose K is divided among groups: D[g] = C[g] + A_gᵀ · B_g, weight gradients.
+
+Source: DeepGEMM `k_grouped_fp8_gemm_{tn,nt}_contiguous`, `k_grouped_bf16_gemm_tn_contiguous`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from whalefall.dtypes import as_numpy, unpack_ue8m0, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.calls import Layout, Product, run
+from whalefall.gemm.dense import check_dims
+from whalefall.gemm.grouped import k_stretches
+from whalefall.gemm.operands import (
+    BF16,
+    FP8,
+    Recipe,
+    Target,
+    empty_segments,
+    refuse_overlap,
+    target,
+)
+
+__all__ = [
+    "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "k_grouped_fp8_gemm_tn_contiguous",
+]
+
+
+def _into(where: str, d: Any, c: Any, groups: int, m: int, n: int) -> tuple[Target, Target | None]:
+    to = target(where, "d", d, (groups, m, n))
+    if c is None:
+        return to, None
+    add = target(where, "c", c, (groups, m, n))
+    if add.kind != to.kind:
+        raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one dtype")
+    if add.seen.address != to.seen.address:
+        refuse_overlap(where, to.seen, (add.seen,))
+    elif add.seen.strides != to.seen.strides:
+        raise ShapeError(f"{where}: c is d's memory with other strides, wanted the same")
+    return to, add
+
+
+def _unpacked(where: str, name: str, scales: Any, gran_k: int, counts: list[int]) -> Any:
+    """Scales [sum of blocks, mn] in fp32; int32 rows hold four blocks, each group on a new row."""
+    import numpy as np
+
+    values = as_numpy(scales, f"{where}: scale of {name}")
+    if values.ndim != 2:
+        raise ShapeError(f"{where}: scale of {name} has shape {list(values.shape)}, wanted 2 axes")
+    if values.dtype == np.float32:
+        if values.shape[0] != sum(counts):
+            raise ShapeError(
+                f"{where}: scale of {name} has {values.shape[0]} rows, wanted {sum(counts)}: one "
+                f"for each {gran_k} of every group's K"
+            )
+        return values
+    if values.dtype != np.int32:
+        raise DtypeError(f"{where}: scale of {name} is {values.dtype}, wanted float32 or int32")
+    rows = [-(-count // 4) for count in counts]
+    if values.shape[0] < sum(rows):
+        raise ShapeError(
+            f"{where}: scale of {name} has {values.shape[0]} rows, wanted {sum(rows)} of int32"
+        )
+    parts, at = [], 0
+    for count, taken in zip(counts, rows, strict=True):
+        wide = unpack_ue8m0(values[at : at + taken].T)  # [mn, 4 * taken]
+        parts.append(wide.T[:count])
+        at += taken
+    return np.ascontiguousarray(np.concatenate(parts)) if parts else values.view(np.float32)
+
+
+def k_grouped_fp8_gemm_tn_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    ks_cpu: Sequence[int] | None,
+    grouped_layout: Any,
+    c: Any = None,
+    recipe: Recipe = (1, 1, 128),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+) -> None:
+    """D[g] = C[g] + A_gᵀ · B_g, the groups' K one after another.
+
+    Args:
+        a, b: (values [ΣK, M] and [ΣK, N], scales); scales float32 [Σ ceil(k_g / g_k), M or N], or
+            int32 of four UE8M0 each, a group starting on a new row.
+        d: [G, M, N] float32 or bfloat16, written. c: added (None: nothing); may be d itself.
+        ks_cpu: each group's K. grouped_layout: the same as int32; with `use_psum_layout` the
+            groups' ends along K, starts aligned.
+        recipe: (1, 1, 32) or (1, 1, 128).
+    Raises: ShapeError, DtypeError, ConfigError.
+    """
+    where = "k_grouped_fp8_gemm_tn_contiguous"
+    check_dims(where, compiled_dims)
+    gran_k = _gran(where, recipe)
+    (av, asf), (bv, bsf) = a, b
+    va, vb = _matrix(where, "a", av, "float8_e4m3fn"), _matrix(where, "b", bv, "float8_e4m3fn")
+    stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
+    to, add = _into(where, d, c, len(stretches), va.shape[1], vb.shape[1])
+    refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf)))
+    counts = [-(-k // gran_k) for _, k in stretches]
+    scales_a = _unpacked(where, "a", asf, gran_k, counts)
+    scales_b = _unpacked(where, "b", bsf, gran_k, counts)
+    _run(where, va, vb, view(scales_a), view(scales_b), to, add, stretches, counts, gran_k)
+
+
+def k_grouped_bf16_gemm_tn_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    ks_cpu: Sequence[int] | None,
+    grouped_layout: Any,
+    c: Any = None,
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+) -> None:
+    """`k_grouped_fp8_gemm_tn_contiguous` of bfloat16 matrices."""
+    where = "k_grouped_bf16_gemm_tn_contiguous"
+    check_dims(where, compiled_dims)
+    va, vb = _matrix(where, "a", a, "bfloat16"), _matrix(where, "b", b, "bfloat16")
+    stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
+    to, add = _into(where, d, c, len(stretches), va.shape[1], vb.shape[1])
+    refuse_overlap(where, to.seen, (va, vb))
+    _run(where, va, vb, None, None, to, add, stretches, [0] * len(stretches), 128)
+
+
+def k_grouped_fp8_gemm_nt_contiguous(
+    a: Any,
+    b: Any,
+    d: Any,
+    ks_cpu: Sequence[int] | None,
+    grouped_layout: Any,
+    c: Any = None,
+    recipe: Recipe = (1, 1, 128),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+) -> None:
+    """`k_grouped_fp8_gemm_tn_contiguous` over flat operands: the groups' [M, k_g] blocks in a row.
+
+    Args:
+        a, b: (values, scales); values 1-D float8_e4m3fn of ΣK·M and ΣK·N; scales float32
+            [M or N, ΣK / 128], any strides; every k_g a multiple of 128.
+    """
+    where = "k_grouped_fp8_gemm_nt_contiguous"
+    check_dims(where, compiled_dims)
+    if tuple(recipe) != (1, 1, 128) or use_psum_layout:
+        raise ConfigError(f"{where}: recipe={recipe}, psum={use_psum_layout}; wanted (1, 1, 128)")
+    groups, m, n = _shape3(where, d)
+    (av, asf), (bv, bsf) = a, b
+    va, vb = view(av, f"{where}: a"), view(bv, f"{where}: b")
+    total = sum(ks_cpu or [])
+    stretches = k_stretches(where, ks_cpu, grouped_layout, total, False)
+    if len(stretches) != groups or any(k % 128 for _, k in stretches):
+        raise ShapeError(f"{where}: ks_cpu={ks_cpu}, wanted {groups} multiples of 128")
+    for name, v, rows, sf in (("a", va, m, asf), ("b", vb, n, bsf)):
+        size = 1
+        for length in v.shape:
+            size *= length
+        s = view(sf, f"{where}: scale of {name}")
+        if v.dtype != "float8_e4m3fn" or not v.contiguous or size != total * rows:
+            raise ShapeError(
+                f"{where}: {name} is {v.dtype} {list(v.shape)}, wanted contiguous float8_e4m3fn of "
+                f"{total} x {rows} elements"
+            )
+        if s.dtype != "float32" or s.shape != (rows, total // 128):
+            raise ShapeError(
+                f"{where}: scale of {name} is {s.dtype} {list(s.shape)}, wanted float32 "
+                f"{[rows, total // 128]}"
+            )
+    to, add = _into(where, d, c, groups, m, n)
+    refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf)))
+    sa, sb = view(asf), view(bsf)
+    for g, (first, k) in enumerate(stretches):  # each group's rows are k apart: a layout of its own
+        product = Product(n=n, d_pitch=to.pitch, d_kind=to.kind, length=128)
+        product.a = Layout(k, 1, sa.strides[0], sa.strides[1], 1, 128, FP8, 0)
+        product.b = Layout(k, 1, sb.strides[0], sb.strides[1], 1, 128, FP8, 0)
+        product.c_pitch = add.pitch if add else 0
+        segments = empty_segments(1)
+        segments[0] = (
+            va.address + first * m,
+            sa.address + first // 128 * sa.strides[1] * 4,
+            vb.address + first * n,
+            sb.address + first // 128 * sb.strides[1] * 4,
+            to.seen.address + g * to.group_bytes,
+            add.seen.address + g * add.group_bytes if add else 0,
+            m,
+            k,
+        )
+        if m and n:
+            run(product, segments)
+
+
+def _gran(where: str, recipe: Recipe) -> int:
+    if tuple(recipe) not in ((1, 1, 32), (1, 1, 128)):
+        raise ConfigError(f"{where}: recipe={recipe}, wanted (1, 1, 32) or (1, 1, 128)")
+    return int(recipe[2])
+
+
+def _matrix(where: str, name: str, array: Any, dtype: str) -> Any:
+    v = view(array, f"{where}: {name}")
+    if v.dtype != dtype or len(v.shape) != 2 or (0 not in v.shape and not v.contiguous):
+        raise ShapeError(
+            f"{where}: {name} is {v.dtype} {list(v.shape)} with strides {list(v.strides)}, wanted "
+            f"contiguous {dtype} [sum of K, rows]"
+        )
+    return v
+
+
+def _shape3(where: str, d: Any) -> tuple[int, int, int]:
+    shape = view(d, f"{where}: d").shape
+    if len(shape) != 3:
+        raise ShapeError(f"{where}: d has shape {list(shape)}, wanted [G, M, N]")
+    return shape[0], shape[1], shape[2]
+
+
+def _run(
+    where: str,
+    a: Any,
+    b: Any,
+    scales_a: Any,
+    scales_b: Any,
+    to: Target,
+    add: Target | None,
+    stretches: list[tuple[int, int]],
+    counts: list[int],
+    gran_k: int,
+) -> None:
+    if a.shape[0] != b.shape[0]:
+        raise ShapeError(f"{where}: K is {a.shape[0]} in a and {b.shape[0]} in b, wanted the same")
+    kind, size = (BF16, 2) if a.dtype == "bfloat16" else (FP8, 1)
+    product = Product(n=b.shape[1], d_pitch=to.pitch, d_kind=to.kind, length=gran_k)
+    product.c_pitch = add.pitch if add else 0
+    for name, v, s in (("a", a, scales_a), ("b", b, scales_b)):
+        if s is not None and s.shape[1] != v.shape[1]:
+            raise ShapeError(
+                f"{where}: scale of {name} has {s.shape[1]} columns, wanted {v.shape[1]}"
+            )
+        row, column = (s.strides[1], s.strides[0]) if s is not None else (0, 0)
+        layout = Layout(1, v.shape[1], row, column, 1, gran_k, kind, 0)
+        setattr(product, name, layout)
+    segments = empty_segments(len(stretches))
+    block = 0
+    for g, ((first, k), count) in enumerate(zip(stretches, counts, strict=True)):
+        segments[g] = (
+            a.address + first * a.shape[1] * size,
+            scales_a.address + block * scales_a.strides[0] * 4 if scales_a is not None else 0,
+            b.address + first * b.shape[1] * size,
+            scales_b.address + block * scales_b.strides[0] * 4 if scales_b is not None else 0,
+            to.seen.address + g * to.group_bytes,
+            add.seen.address + g * add.group_bytes if add else 0,
+            a.shape[1],
+            k,
+        )
+        block += count
+    if a.shape[1] and b.shape[1] and stretches:
+        run(product, segments)

@@ -1,0 +1,50 @@
+"""Views of arrays by memory: numpy and torch alike, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from whalefall import dtypes
+from whalefall.errors import DtypeError
+
+
+def test_a_view_is_address_shape_strides_and_name() -> None:
+    array = np.zeros((4, 6), ml_dtypes.bfloat16)[:, ::2]
+    seen = dtypes.view(array)
+    assert seen.address == array.ctypes.data
+    assert seen[1:] == ((4, 3), (6, 2), "bfloat16")
+    assert not seen.contiguous
+    assert dtypes.view(np.zeros((2, 3))).contiguous
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int64", "uint8"])
+def test_torch_memory_is_shared_both_ways(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.zeros(3, 4, dtype=getattr(torch, dtype))
+    array = dtypes.as_numpy(tensor)
+    assert array.dtype.name == dtype
+    array.view(np.uint8)[1] = 1
+    assert tensor.view(torch.uint8)[1].eq(1).all()
+    back = dtypes.restore(array, tensor)
+    assert back.dtype == tensor.dtype
+    assert back.data_ptr() == tensor.data_ptr()
+    assert dtypes.view(tensor.T)[1:] == ((4, 3), (1, 4), dtype)
+    made = dtypes.empty_like(tensor, (2, 5), "bfloat16")
+    assert made.dtype == torch.bfloat16
+
+
+def test_other_things_are_refused_by_name() -> None:
+    with pytest.raises(DtypeError, match="weights: a list, wanted a numpy array"):
+        dtypes.view([1, 2], "weights")
+    with pytest.raises(DtypeError, match="dtype complex128"):
+        dtypes.view(np.zeros(2, complex))
+
+
+def test_importing_the_rooms_imports_no_torch() -> None:
+    code = "import sys, whalefall.gemm, whalefall.dtypes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,172 @@
+"""Grouped products against float64: every layout of groups, what is zeroed and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.gemm.operands import BF16, bf16, error, fp8
+from whalefall import gemm
+from whalefall.errors import ConfigError, ShapeError
+
+EXACT = 1e-6
+
+
+@pytest.fixture
+def alignment() -> Iterator[int]:
+    gemm.set_mk_alignment_for_contiguous_layout(16)
+    yield 16
+    gemm.set_mk_alignment_for_contiguous_layout(128)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_contiguous_rows_go_to_their_group_and_padding_is_zero(level: str, swap: bool) -> None:
+    rng = np.random.default_rng(0)
+    groups, n, k = 4, 70, 300
+    index = np.array([0] * 5 + [-1] * 3 + [2] * 40 + [3] + [-1] * 2, np.int32)
+    a, exact_a = fp8(rng, (len(index), k))
+    b, exact_b = fp8(rng, (groups, n, k), (128, 128))
+    d = np.full((len(index), n), 7, np.float32)
+    if swap:
+        b = (b[0].swapaxes(1, 2).copy(), b[1].swapaxes(1, 2))
+        gemm.m_grouped_fp8_gemm_nn_contiguous(a, b, d, index)
+    else:
+        gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, index)
+    assert (d[index < 0] == 0).all()
+    for g in range(groups):
+        assert error(d[index == g], exact_a[index == g], exact_b[g]) < EXACT
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_psum_groups_end_where_it_says(level: str, alignment: int, zero: bool) -> None:
+    rng = np.random.default_rng(1)
+    ends = np.array([5, 16, 40, 49], np.int32)  # starts 0, 16 (empty), 16, 48
+    a, exact_a = fp8(rng, (60, 256))
+    b, exact_b = fp8(rng, (4, 33, 256), (128, 128))
+    d = np.full((60, 33), 7, np.float32)
+    gemm.m_grouped_fp8_gemm_nt_contiguous(
+        a, b, d, ends, use_psum_layout=True, ensure_zero_padding=zero, expected_m_for_psum_layout=9
+    )
+    for g, (start, end) in enumerate([(0, 5), (16, 16), (16, 40), (48, 49)]):
+        assert error(d[start:end], exact_a[start:end], exact_b[g]) < EXACT
+    for gap in (slice(5, 16), slice(40, 48), slice(49, 60)):
+        assert (d[gap] == (0 if zero else 7)).all()
+
+
+def test_masked_rows_are_left_alone(level: str) -> None:
+    rng = np.random.default_rng(2)
+    counts = np.array([0, 1, 9, 5], np.int32)
+    a, exact_a = fp8(rng, (4, 9, 384))
+    b, exact_b = fp8(rng, (4, 40, 384), (128, 128))
+    d = np.full((4, 9, 40), 7, BF16)
+    a[0].view(np.uint8)[3, 5:] = 0x7F  # NaN beyond the mask reaches nothing
+    gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, counts, 4)
+    for g, count in enumerate(counts):
+        assert (d[g, count:] == 7).all()
+        assert error(d[g, :count], exact_a[g, :count], exact_b[g]) < 4e-3  # bf16
+    a16, b16 = bf16(rng, (4, 9, 100)), bf16(rng, (4, 40, 100))
+    wide = np.full((4, 9, 40), 7, np.float32)
+    gemm.m_grouped_bf16_gemm_nt_masked(a16, b16, wide, counts, 4)
+    for g, count in enumerate(counts):
+        assert (wide[g, count:] == 7).all()
+        wanted = error(
+            wide[g, :count], a16[g, :count].astype(np.float64), b16[g].astype(np.float64)
+        )
+        assert wanted < EXACT
+
+
+@pytest.mark.parametrize("gran_k", [32, 128])
+@pytest.mark.parametrize("packed", [False, True])
+def test_k_grouped_adds_each_group_to_c(level: str, gran_k: int, packed: bool) -> None:
+    rng = np.random.default_rng(3)
+    m, n, sizes = 24, 40, [128, 0, 256, 160]
+    blocks = [-(-k // gran_k) for k in sizes]
+    operands, exact = [], []
+    for rows in (m, n):
+        values = fp8(rng, (sum(sizes), rows))[0][0]
+        scale = np.exp2(rng.integers(-3, 3, (sum(blocks), rows))).astype(np.float32)
+        wide = np.concatenate(
+            [
+                np.repeat(scale[sum(blocks[:g]) : sum(blocks[: g + 1])], gran_k, 0)[:k]
+                for g, k in enumerate(sizes)
+            ]
+        )
+        exact.append(values.astype(np.float64) * wide)
+        if packed:
+            given = gemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+                scale, np.array(sizes, np.int32), sizes, gran_k, 128
+            )
+        else:
+            given = scale
+        operands.append((values, given))
+    c = rng.standard_normal((4, m, n)).astype(np.float32) * 100
+    d = c.copy()
+    gemm.k_grouped_fp8_gemm_tn_contiguous(
+        *operands, d, sizes, np.array(sizes, np.int32), c=d, recipe=(1, 1, gran_k)
+    )
+    at = 0
+    for g, k in enumerate(sizes):
+        left, right = exact[0][at : at + k].T, exact[1][at : at + k].T
+        assert error(d[g], left, right, c[g]) < EXACT
+        at += k
+    assert (d[1] == c[1]).all()
+
+
+def test_k_grouped_flat_and_bf16_forms(level: str) -> None:
+    rng = np.random.default_rng(4)
+    m, n, sizes = 12, 20, [128, 384]
+    parts = {"a": m, "b": n}
+    pairs, exact = {}, {}
+    for name, rows in parts.items():
+        groups = [fp8(rng, (rows, k)) for k in sizes]
+        flat = np.concatenate([g[0][0].reshape(-1) for g in groups])
+        scale = np.concatenate([g[0][1] for g in groups], axis=1)
+        pairs[name], exact[name] = (flat, scale), [g[1] for g in groups]
+    d = np.zeros((2, m, n), np.float32)
+    gemm.k_grouped_fp8_gemm_nt_contiguous(pairs["a"], pairs["b"], d, sizes, None, c=d)
+    for g in range(2):
+        assert error(d[g], exact["a"][g], exact["b"][g]) < EXACT
+    a, b = bf16(rng, (512, m)), bf16(rng, (512, n))
+    gemm.k_grouped_bf16_gemm_tn_contiguous(a, b, d, sizes, np.array(sizes, np.int32))
+    assert error(d[1], a[128:].T.astype(np.float64), b[128:].T.astype(np.float64)) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["index", "masked", "psum"])
+def test_no_group_at_all_is_no_work(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    b = fp8(rng, (2, 8, 128), (128, 128))[0]
+    if kind == "masked":
+        d = np.full((2, 4, 8), 3, np.float32)
+        a = fp8(rng, (2, 4, 128))[0]
+        gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, np.zeros(2, np.int32), 1)
+        assert (d == 3).all()
+        return
+    a, d = fp8(rng, (4, 128))[0], np.full((4, 8), 3, np.float32)
+    layout = np.full(4, -1, np.int32) if kind == "index" else np.zeros(2, np.int32)
+    gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout, use_psum_layout=kind == "psum")
+    assert (d == (0 if kind == "index" else 3)).all()
+
+
+def test_refusals_say_what_is_wrong() -> None:
+    rng = np.random.default_rng(6)
+    a, b = fp8(rng, (4, 128))[0], fp8(rng, (2, 8, 128), (128, 128))[0]
+    d = np.zeros((4, 8), np.float32)
+    call = gemm.m_grouped_fp8_gemm_nt_contiguous
+    with pytest.raises(ShapeError, match="grouped_layout holds 2, wanted -1 to 1"):
+        call(a, b, d, np.array([0, 1, 2, 1], np.int32))
+    with pytest.raises(ShapeError, match=r"grouped_layout has shape \[3\], wanted \[M=4\]"):
+        call(a, b, d, np.zeros(3, np.int32))
+    with pytest.raises(ShapeError, match="group 1 ends at row 9, a has 4"):
+        call(a, b, d, np.array([2, 9], np.int32), use_psum_layout=True)
+    with pytest.raises(ConfigError, match="without use_psum_layout"):
+        call(a, b, d, np.zeros(4, np.int32), expected_m_for_psum_layout=2)
+    masked = (a[0][None], a[1][None]), (b[0][:1], b[1][:1])
+    with pytest.raises(ShapeError, match="masked_m holds 5, wanted 0 to M=4"):
+        gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([5], np.int32), 1)
+    turned = (a[0].T.copy(), np.ones((1, 4), np.float32))
+    with pytest.raises(ShapeError, match="ks_cpu sums to 5"):
+        gemm.k_grouped_fp8_gemm_tn_contiguous(
+            turned, turned, np.zeros((1, 4, 4), np.float32), [5], None
+        )
