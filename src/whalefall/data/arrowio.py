@@ -78,8 +78,14 @@ def _convert_nested(kind: pa.DataType, convert: Any) -> pa.DataType:
 
 
 def convert_types_to_large_string(schema: pa.Schema) -> pa.Schema:
-    """The schema with `large_string` in the place of every string type."""
-    fields = [field.with_type(_convert_type_to_large_string(field.type)) for field in schema]
+    """The schema with `large_string` in the place of every string type, all fields nullable.
+
+    DuckDB marks a column without NULLs as such, so files of one table may differ in it.
+    """
+    fields = [
+        field.with_type(_convert_type_to_large_string(field.type)).with_nullable(True)
+        for field in schema
+    ]
     return pa.schema(fields, metadata=schema.metadata)
 
 

@@ -6,6 +6,7 @@ their outputs are the plan's result. Equal tasks (by content hash) are one task.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from whalefall.data.constants import split_into_rows
 from whalefall.data.dataset import DataSet, PartitionedDataSet
 from whalefall.data.errors import PlanError
-from whalefall.data.nodes.base import DataSinkNode, Node, TaskGroup
+from whalefall.data.nodes.base import Node, TaskGroup
 from whalefall.data.nodes.partition import PartitionNode
 from whalefall.data.plan import LogicalPlan
 from whalefall.data.runtime import PartitionKey, RuntimeContext
@@ -56,6 +57,11 @@ class ExecutionPlan:
     def final_output(self) -> DataSet:
         """The whole result."""
         return merge_all(self.partitions())
+
+    @property
+    def final_output_path(self) -> str:
+        """The folder with the manifest of the whole result."""
+        return os.path.join(self.ctx.output_root, "FinalResults")
 
     def get_output(self, output_name: str) -> DataSet:
         """The result of the node that was given this output_name."""
@@ -195,8 +201,3 @@ def partition_counts(group: TaskGroup) -> Mapping[str, int]:
     """Dimension → number of partitions."""
     key = next(iter(group.parts), ())
     return {info.dimension: info.npartitions for info in key}
-
-
-def is_sink(node: Node) -> bool:
-    """Whether a node hands results over."""
-    return isinstance(node, DataSinkNode)

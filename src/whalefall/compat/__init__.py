@@ -1,0 +1,86 @@
+"""Compat: the originals' import names, answered by whalefall's rooms.
+
+`whalefall.compat.install()` makes `import ffrecord` (and the other names of `MODULES`) find the
+module of this package that stands in for it, in this process only, also where the original is
+installed. One file an original.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MODULES", "install", "uninstall"]
+
+MODULES = {
+    "smallpond": "whalefall.compat.smallpond",
+    "smallpond.common": "whalefall.compat.smallpond.common",
+    "smallpond.contrib": "whalefall.compat.smallpond.contrib",
+    "smallpond.contrib.copy_table": "whalefall.compat.smallpond.contrib.copy_table",
+    "smallpond.contrib.log_dataset": "whalefall.compat.smallpond.contrib.log_dataset",
+    "smallpond.dataframe": "whalefall.compat.smallpond.dataframe",
+    "smallpond.execution": "whalefall.compat.smallpond.execution",
+    "smallpond.execution.driver": "whalefall.data.driver",
+    "smallpond.execution.task": "whalefall.compat.smallpond.execution.task",
+    "smallpond.io": "whalefall.compat.smallpond.io",
+    "smallpond.io.arrow": "whalefall.compat.smallpond.io.arrow",
+    "smallpond.io.filesystem": "whalefall.compat.smallpond.io.filesystem",
+    "smallpond.logical": "whalefall.compat.smallpond.logical",
+    "smallpond.logical.dataset": "whalefall.compat.smallpond.logical.dataset",
+    "smallpond.logical.node": "whalefall.compat.smallpond.logical.node",
+    "smallpond.logical.optimizer": "whalefall.data.optimizer",
+    "smallpond.logical.planner": "whalefall.data.planner",
+    "smallpond.logical.udf": "whalefall.compat.smallpond.logical.udf",
+    "smallpond.session": "whalefall.data.session",
+    "smallpond.utility": "whalefall.compat.smallpond.utility",
+}
+
+
+class _StandIn(Loader):
+    """Loads the module that stands in for an original's."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._own_spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self._target)
+        self._own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # the import system has just written the original's name into it
+        module.__spec__ = self._own_spec
+
+
+class _Finder(MetaPathFinder):
+    """Finds the names of `MODULES`."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in MODULES:
+            return None
+        is_package = any(other.startswith(name + ".") for other in MODULES)
+        return ModuleSpec(name, _StandIn(MODULES[name]), is_package=is_package)
+
+
+_FINDER = _Finder()
+
+
+def install() -> None:
+    """Let the originals' names be found here, from now on; a second call does nothing."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+def uninstall() -> None:
+    """Take that back, and forget the modules imported under those names."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    for name in MODULES:
+        sys.modules.pop(name, None)

@@ -1,0 +1,1 @@
+"""smallpond.contrib: ready-made nodes."""

@@ -1,0 +1,1 @@
+"""smallpond.execution: tasks and the driver."""

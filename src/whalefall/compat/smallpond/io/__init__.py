@@ -1,0 +1,1 @@
+"""smallpond.io: Arrow tables and files."""

@@ -1,0 +1,1 @@
+"""smallpond.logical: data sets, nodes, plans."""

@@ -1,0 +1,187 @@
+"""Faults: killed workers, killed jobs, failed writes; and runs that find the results of others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whalefall.data import Session, init, storage
+from whalefall.data.errors import WorkerLost
+from whalefall.data.executor.local import LocalExecutor
+from whalefall.errors import ConfigError
+
+SCRIPT = """
+import sys
+from whalefall.data import init
+sp = init(job_id="j", job_time="2026-01-02T03:04:05", data_root=sys.argv[1], cpus=2,
+          _remove_output_root=False)
+scale = {scale}
+frame = sp.from_items(list(range(100))).repartition(3, hash_by="item")
+frame = frame.map(lambda row: {{"x": row["item"] * scale}}).filter("x > 0")
+frame.write_parquet(sys.argv[1] + "/out")
+print(sp.num_tasks_executed, frame.count(), sum(row["x"] for row in frame.take_all()))
+sp.shutdown()
+"""
+
+
+def script(text: str, *args: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", text, *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_re_run_executes_no_task_and_an_edited_one_does(tmp_path: Path) -> None:
+    first = script(SCRIPT.format(scale=2), str(tmp_path)).split()
+    again = script(SCRIPT.format(scale=2), str(tmp_path)).split()
+    edited = script(SCRIPT.format(scale=3), str(tmp_path)).split()
+    assert int(first[0]) > 0 and first[1:] == ["99", "9900"]
+    assert again == ["0", "99", "9900"]
+    assert int(edited[0]) > 0 and edited[1:] == ["99", "14850"]
+
+
+def die_until(folder: Path, deaths: int) -> Any:
+    """A row function whose process kills itself the first times that it runs."""
+
+    def function(row: dict[str, Any]) -> dict[str, Any]:
+        marks = len(list(folder.iterdir()))
+        if marks < deaths:
+            (folder / str(marks)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    return function
+
+
+def test_a_killed_worker_is_replaced(fresh: Session, tmp_path: Path) -> None:
+    (marks := tmp_path / "marks").mkdir()
+    frame = fresh.from_items(list(range(10))).map(die_until(marks, 5))
+    assert [row["item"] for row in frame.take_all()] == list(range(10))
+    assert len(list(marks.iterdir())) == 5
+
+
+def test_the_sixth_death_ends_the_job(fresh: Session, tmp_path: Path) -> None:
+    (marks := tmp_path / "marks").mkdir()
+    with pytest.raises(WorkerLost, match="failed after 6 retries"):
+        fresh.from_items([1]).map(die_until(marks, 99)).compute()
+
+
+def test_a_users_error_is_not_tried_again(fresh: Session, tmp_path: Path) -> None:
+    (marks := tmp_path / "marks").mkdir()
+
+    def fail(row: dict[str, Any]) -> None:
+        (marks / str(time.time_ns())).touch()
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fresh.from_items([1]).map(fail).compute()
+    assert len(list(marks.iterdir())) == 1
+    fresh.shutdown()
+    ctx = fresh.runtime_ctx
+    assert "failure" in Path(ctx.job_status_path).read_text()
+    assert os.path.exists(ctx.staging_root)  # kept to look at
+
+
+def test_idle_workers_may_die_too(fresh: Session) -> None:
+    assert fresh.from_items([1]).map("item").count() == 1
+    executor = fresh._job.executor
+    assert isinstance(executor, LocalExecutor)
+    for pid in executor.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert fresh.from_items([1, 2]).map("item + 1 as item").count() == 2
+
+
+def test_success_removes_what_only_a_running_job_needs(fresh: Session, tmp_path: Path) -> None:
+    fresh.from_items([1]).map("item").write_parquet(str(tmp_path / "out"))
+    fresh.shutdown()
+    fresh.shutdown()
+    ctx = fresh.runtime_ctx
+    assert "success" in Path(ctx.job_status_path).read_text()
+    for root in (ctx.queue_root, ctx.staging_root, ctx.temp_root, ctx.results_root):
+        assert not os.path.exists(root)
+    with pytest.raises(ConfigError, match="shut down"):
+        fresh.from_items([1]).count()
+    assert (
+        len(list((tmp_path / "out").glob("*.parquet"))) == 1
+    )  # no link into the job's folder died
+
+
+def test_writing_again_replaces_and_strangers_stay(sp: Session, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sp.from_items([1, 2]).write_parquet(str(out))
+    (out / "README").write_text("mine")
+    (out / "sub").mkdir()
+    (out / "sub" / "f").write_text("mine too")
+    sp.from_items([3]).write_parquet(str(out))
+    assert sp.read_parquet(str(out)).take_all() == [{"item": 3}]
+    assert (out / "README").read_text() == "mine" and (out / "sub" / "f").exists()
+    (out / "foreign.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"foreign\.parquet"):
+        sp.from_items([4]).write_parquet(str(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_failed_write_leaves_the_earlier_result(
+    sp: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    sp.from_items([1]).write_parquet(str(out))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "_place", full)
+    with pytest.raises(OSError, match="No space left"):
+        sp.from_items([2]).write_parquet(str(out))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_job_killed_while_it_writes_leaves_no_output(tmp_path: Path) -> None:
+    text = """
+import os, sys, time
+from whalefall.data import init, storage
+sp = init(data_root=sys.argv[1], cpus=1)
+place = storage._place
+def slow(*args):
+    place(*args)
+    open(sys.argv[1] + "/writing", "w").close()
+    time.sleep(60)
+storage._place = slow
+sp.from_items([1, 2]).repartition(2, by_rows=True).map("item").write_parquet(sys.argv[1] + "/out")
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen([sys.executable, "-c", text, str(tmp_path)], env=env) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "writing").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.kill()
+    assert (tmp_path / "writing").exists() and not (tmp_path / "out").exists()
+
+
+def test_arguments_win_over_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SP_DATA_ROOT", str(tmp_path / "env"))
+    monkeypatch.setenv("SP_JOBID", "from-env")
+    with init(data_root=str(tmp_path / "arg"), cpus=1) as session:
+        assert session.config.job_id == "from-env"
+        assert session.runtime_ctx.job_root.startswith(str(tmp_path / "arg"))
+
+
+def test_a_request_above_the_machine_is_capped(
+    fresh: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame = fresh.from_items([1]).map("item", cpu_limit=64, memory_limit=1 << 50)
+    assert frame.count() == 1
+    assert fresh.from_items([2]).map("item", cpu_limit=64).count() == 1
+    assert sum("asks for 64 CPUs" in r.message for r in caplog.records) == 1
