@@ -44,8 +44,8 @@ def expected(q: Any, cache: Any, table: Any, n: int, v_width: int, scale: float)
 def test_paged_mla_agrees_with_float64(
     level: str, heads: int, width: int, v_width: int, dtype: Any
 ) -> None:
-    if dtype != BF16 and heads == 16:
-        pytest.skip("one head count per group size is enough for the other formats")
+    if dtype != BF16 and heads != 6:
+        pytest.skip("another format differs in how a row is loaded: one group size shows it")
     q, cache, tables = problem(heads, width, KEYS, dtype)
     out, lse = paged(q, cache, tables, KEYS, v_width, width**-0.5)
     for t, n in enumerate(KEYS):

@@ -20,10 +20,17 @@ __all__ = [
     "TYPES",
     "AppendArgs",
     "Cache",
+    "Chosen",
+    "DecodeArgs",
+    "MergeArgs",
     "PagedArgs",
+    "SparseArgs",
     "VarlenArgs",
     "append_entry",
+    "decode_entry",
+    "merge_entry",
     "paged_entry",
+    "sparse_entry",
     "varlen_entry",
 ]
 
@@ -31,7 +38,7 @@ NATIVE = Path(__file__).parent / "native"
 FP8_ROW_BYTES = 656
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "fp8": 3}
 _ROWS = {0: "Fp32Row", 1: "Bf16Row", 2: "Fp16Row", 3: "Bf16Row"}
-Entry = Callable[[int], None]
+Entry = Callable[[int], int]
 
 
 def _fields(text: str) -> list[tuple[str, Any]]:
@@ -55,6 +62,43 @@ class PagedArgs(ctypes.Structure):
         ("cache", Cache),
         *_fields("f:scale lonely_lse; i:q_type out_type cache_type"),
     ]
+
+
+class DecodeArgs(ctypes.Structure):
+    """A batch with one block table and one length each; `wrong_*` say what was refused."""
+
+    _fields_ = [
+        ("paged", PagedArgs),
+        *_fields("p:block_table; n:table_stride table_width; p:lengths; n:batch per_request"),
+        *_fields("n:wrong_request wrong_entry wrong_value; i:causal"),
+    ]
+
+
+class Chosen(ctypes.Structure):
+    """The rows that each token lists in one cache."""
+
+    _fields_ = [
+        ("cache", Cache),
+        *_fields("p:indices; n:index_token topk; p:lengths; n:tokens_per_length"),
+    ]
+
+
+class SparseArgs(ctypes.Structure):
+    """Sparse MLA over one cache or two."""
+
+    _fields_ = [
+        *_fields("p:q; n:q_token q_head; p:out; n:out_token out_head; p:lse max_logits"),
+        *_fields("n:lse_token lse_head; p:sink; n:tokens heads width v_width"),
+        ("main", Chosen),
+        ("extra", Chosen),
+        *_fields("f:scale lonely_lse; i:q_type out_type cache_type"),
+    ]
+
+
+class MergeArgs(ctypes.Structure):
+    """Partial results [parts, rows, width] with their lse [parts, rows]."""
+
+    _fields_ = _fields("p:out lse merged merged_lse; n:parts rows width; f:lonely_lse; i:type")
 
 
 class VarlenArgs(ctypes.Structure):
@@ -83,38 +127,46 @@ def group_rows(heads: int) -> int:
     return heads if heads <= 2 else 4
 
 
-def _entry(source: str, name: str, defines: dict[str, str | int], level: str | None) -> Entry:
-    call = getattr(jit.build(NATIVE / source, defines, level=level), name)
-    call.argtypes, call.restype = [ctypes.c_void_p], None
-    return call  # type: ignore[no-any-return]
-
-
 @functools.cache
-def _paged(cache_type: int, group: int, level: str) -> Entry:
-    defines: dict[str, str | int] = {"WF_ROW": _ROWS[cache_type], "WF_GROUP": group}
-    return _entry("mla_paged.cpp", "wf_paged_attention", defines, level)
+def _entry(source: str, name: str, level: str, row: str = "", group: int = 0) -> Entry:
+    defines: dict[str, str | int] = {}
+    if row:
+        defines["WF_ROW"] = row
+    if group:
+        defines["WF_GROUP"] = group
+    call = getattr(jit.build(NATIVE / source, defines, level=level), name)
+    call.argtypes, call.restype = [ctypes.c_void_p], ctypes.c_int32
+    return call  # type: ignore[no-any-return]
 
 
 def paged_entry(cache_type: int, heads_of_kv: int) -> Entry:
     """`wf_paged_attention` for a cache format and the query heads of a kv head."""
-    return _paged(cache_type, group_rows(heads_of_kv), jit.best_level())
+    row, group = _ROWS[cache_type], group_rows(heads_of_kv)
+    return _entry("mla_paged.cpp", "wf_paged_attention", jit.best_level(), row, group)
 
 
-@functools.cache
-def _varlen(row_type: int, level: str) -> Entry:
-    return _entry("mha_varlen.cpp", "wf_varlen_attention", {"WF_ROW": _ROWS[row_type]}, level)
+def decode_entry(cache_type: int, heads_of_kv: int) -> Entry:
+    """`wf_decode`, which returns 0, or 1 for a bad length, or 2 for a bad block."""
+    row, group = _ROWS[cache_type], group_rows(heads_of_kv)
+    return _entry("mla_paged.cpp", "wf_decode", jit.best_level(), row, group)
+
+
+def sparse_entry(cache_type: int, heads: int) -> Entry:
+    """`wf_sparse_attention` for a cache format and the query heads."""
+    row, group = _ROWS[cache_type], group_rows(heads)
+    return _entry("mla_sparse.cpp", "wf_sparse_attention", jit.best_level(), row, group)
 
 
 def varlen_entry(row_type: int) -> Entry:
     """`wf_varlen_attention` for the format of K and V."""
-    return _varlen(row_type, jit.best_level())
-
-
-@functools.cache
-def _append(level: str) -> Entry:
-    return _entry("cache_append.cpp", "wf_cache_append", {}, level)
+    return _entry("mha_varlen.cpp", "wf_varlen_attention", jit.best_level(), _ROWS[row_type])
 
 
 def append_entry() -> Entry:
     """`wf_cache_append`."""
-    return _append(jit.best_level())
+    return _entry("cache_append.cpp", "wf_cache_append", jit.best_level())
+
+
+def merge_entry() -> Entry:
+    """`wf_merge`."""
+    return _entry("state_merge.cpp", "wf_merge", jit.best_level())

@@ -16,7 +16,6 @@ inline int64_t run_tiles(int64_t keys) {
   while (keys > tiles * kTile * 16) tiles *= 2;
   return tiles;
 }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One query row: where it is read and written (in elements), and how many keys it sees.
 struct Query {

@@ -1,7 +1,10 @@
-// Entry of paged MLA for a row format (WF_ROW: Fp32Row, Fp16Row, or Bf16Row, which reads FP8 too)
+// Entries of paged MLA for a row format (WF_ROW: Fp32Row, Fp16Row, or Bf16Row, which reads FP8 too)
 // and a group size (WF_GROUP: 1, 2 or 4 rows, by the query heads of a kv head).
-#include "mla.h"
+#include "mla_decode.h"
 
 WF_EXPORT void wf_paged_attention(const wf::attention::PagedArgs* args) {
   wf::attention::paged_attention<wf::attention::WF_ROW, WF_GROUP>(*args);
+}
+WF_EXPORT int32_t wf_decode(wf::attention::DecodeArgs* args) {
+  return wf::attention::decode<wf::attention::WF_ROW, WF_GROUP>(*args);
 }

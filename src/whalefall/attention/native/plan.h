@@ -127,17 +127,14 @@ class Runner {
     auto fill = [&](int64_t tile, Tile& t) {
       t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
       source.fill(tile, t);
-      for (int i = t.n; i < t.n + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
+      for (int i = t.n; i < kTile + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
     };
     int64_t first = run * block.run_tiles;
     if (first < end) fill(first, tiles[0]);
     for (int64_t tile = first; tile < end; ++tile) {
       Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
-      Ahead ahead;
-      if (tile + 1 < end) {
-        fill(tile + 1, next);
-        ahead = {&next, source.k_bytes(), source.v_bytes()};
-      }
+      const bool more = tile + 1 < end;
+      if (more) fill(tile + 1, next);
       source.expand(now);
       for (int64_t g = 0; g < groups; ++g) {
         int seen[R], most = 0;
@@ -147,12 +144,14 @@ class Runner {
           most = std::max(most, seen[r]);
         }
         if (most == 0) continue;
+        Ahead ahead;
+        if (more)
+          ahead = {&next, source.k_bytes(), source.v_bytes(), g, std::min<int64_t>(groups, 2)};
         Result target = result(to, g);
         Softmax state = target.softmax(v_steps_);
         attend<Row, R>(now, ahead, seen, q + g * q_floats_, k_steps_, v_steps_,
                        work_.scale() * 1.44269504f, target.o, state);
         target.set(v_steps_, state);
-        ahead.tile = nullptr;  // the first group has fetched it
       }
     }
   }

@@ -1,0 +1,105 @@
+"""The latent cache: appending rows, and the 656-byte FP8 row in numpy.
+
+Source: FlashMLA, the FP8 KV cache of DeepSeek-V3.2 (`tests/quant.py` defines how it is made).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, AppendArgs, append_entry
+from whalefall.attention.operands import cache_operand, int32_operand, query_operand
+from whalefall.dtypes import e4m3_to_float
+from whalefall.errors import ShapeError
+
+__all__ = ["append_latent", "dequantize_kv_cache"]
+
+_LATENT, _ROPE, _TILE = 512, 64, 128
+_HERE = "append_latent"
+
+
+def append_latent(
+    latent: Any,
+    rope: Any,
+    cache: Any,
+    slots: Any,
+    is_fp8_kvcache: bool = False,
+) -> None:
+    """Write new rows (normalised latent, then rope) into a paged cache, rounding to its format.
+
+    Args:
+        latent: [T, kv_lora]; rope: [T, rope]; float32, bfloat16 or float16, of one dtype.
+        cache: [blocks, page, 1, kv_lora + rope], or [blocks, page, 1, 656] bytes with
+            `is_fp8_kvcache` (kv_lora 512, rope 64): codes, a power of two for each 128 columns.
+        slots: [T] int32: block * page + offset of each row; -1 writes nothing.
+    Raises: ShapeError, DtypeError.
+    """
+    parts = [
+        query_operand(_HERE, n, a, "T, width") for n, a in (("latent", latent), ("rope", rope))
+    ]
+    (left, _), (right, _) = parts
+    tokens, width = left.shape[0], left.shape[1] + right.shape[1]
+    if right.shape[0] != tokens or left.dtype != right.dtype:
+        raise ShapeError(
+            f"{_HERE}: latent is {left.dtype} {list(left.shape)} and rope {right.dtype} "
+            f"{list(right.shape)}, wanted as many rows of one dtype"
+        )
+    if is_fp8_kvcache and left.shape[1] != _LATENT:
+        raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {_LATENT} in FP8")
+    pages, kind, kv_heads = cache_operand(_HERE, "cache", cache, is_fp8_kvcache, width)
+    if kv_heads != 1:
+        raise ShapeError(f"{_HERE}: cache has {kv_heads} kv heads, wanted 1")
+    seen, kept = int32_operand(_HERE, "slots", slots, (tokens,))
+    slot = np.ctypeslib.as_array((ctypes.c_int32 * tokens).from_address(seen.address)).copy()
+    rows = pages.blocks * pages.page
+    if tokens and (slot.max() >= rows or slot.min() < -1):
+        wrong = int(np.argmax((slot >= rows) | (slot < -1)))
+        raise ShapeError(
+            f"{_HERE}: slots[{wrong}] is {slot[wrong]}, wanted -1 to {rows - 1} = blocks * page - 1"
+        )
+    chosen = np.flatnonzero(slot >= 0)
+    # One table that names every block: a slot is then a position in it.
+    table = np.arange(pages.blocks, dtype=np.int32)
+    tables = np.full(1, table.ctypes.data, np.uint64).repeat(tokens)
+    entry = append_entry()
+    size = 4 if left.dtype == "float32" else 2
+    for start, end in _stretches(chosen):
+        args = AppendArgs(
+            left.address + start * left.strides[0] * size,
+            right.address + start * right.strides[0] * size,
+            *(left.strides[0], left.shape[1], right.strides[0], right.shape[1]),
+            *(TYPES[left.dtype], kind, tables.ctypes.data, slot[start:].ctypes.data),
+            *(end - start, pages),
+        )
+        entry(ctypes.addressof(args))
+    del parts, kept
+
+
+def _stretches(chosen: Any) -> list[tuple[int, int]]:
+    """Ascending indices as half-open intervals."""
+    if len(chosen) == 0:
+        return []
+    cuts = np.flatnonzero(np.diff(chosen) != 1) + 1
+    parts = np.split(chosen, cuts)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def dequantize_kv_cache(rows: Any) -> Any:
+    """What rows of 656 bytes mean: [..., 656] uint8 → [..., 576] bfloat16 (products in fp32).
+
+    Source: FlashMLA, the V3.2 layout.
+    """
+    data = np.ascontiguousarray(rows).view(np.uint8)
+    if data.shape[-1] != FP8_ROW_BYTES:
+        raise ShapeError(
+            f"dequantize_kv_cache: rows of {data.shape[-1]} bytes, wanted {FP8_ROW_BYTES}"
+        )
+    end = _LATENT + 4 * _LATENT // _TILE
+    scale = np.ascontiguousarray(data[..., _LATENT:end]).view(np.float32)
+    values = e4m3_to_float(data[..., :_LATENT]) * np.repeat(scale, _TILE, axis=-1)
+    rope = np.ascontiguousarray(data[..., end:]).view(ml_dtypes.bfloat16)
+    return np.concatenate([values.astype(ml_dtypes.bfloat16), rope], axis=-1)

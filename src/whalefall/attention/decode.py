@@ -1,0 +1,220 @@
+"""MLA decode over a paged latent cache, dense or sparse: FlashMLA's main function.
+
+In: queries of a batch, a cache in pages, a block table or indices. Out: values and log-sum-exp.
+`reference.py` defines a row's result; work is cut by each row's own number of keys, so that a
+request's bits do not depend on the batch.
+Source: FlashMLA `flash_mla_with_kvcache`; DeepSeek-V2 paper, 2.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+from whalefall.attention.metadata import check_metadata
+from whalefall.attention.native_calls import (
+    TYPES,
+    Chosen,
+    DecodeArgs,
+    PagedArgs,
+    SparseArgs,
+    decode_entry,
+    sparse_entry,
+)
+from whalefall.attention.operands import (
+    cache_operand,
+    int32_operand,
+    query_operand,
+    sink_operand,
+    width_of_values,
+)
+from whalefall.dtypes import View, empty_like, view
+from whalefall.errors import ConfigError, ShapeError
+
+__all__ = ["flash_mla_with_kvcache"]
+
+_HERE = "flash_mla_with_kvcache"
+
+
+def flash_mla_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Any = None,
+    attn_sink: Any = None,
+    extra_k_cache: Any = None,
+    extra_indices_in_kvcache: Any = None,
+    topk_length: Any = None,
+    extra_topk_length: Any = None,
+) -> tuple[Any, Any]:
+    """Attention of a few query tokens a request over latent rows, K whole, V their first columns.
+
+    Args:
+        q: [b, s_q, h_q, d] bfloat16, float16 or float32.
+        k_cache: [blocks, page, h_kv, d], any page size; with `is_fp8_kvcache` [blocks, page, 1,
+            656] bytes. Query head i reads kv head i // (h_q / h_kv).
+        block_table: [b, n] int32, dense only: the blocks of each request; entries that a length
+            does not reach may hold anything.
+        cache_seqlens: [b] int32, dense only: keys of each request. Rows behind may hold anything.
+        head_dim_v: columns of the values.
+        tile_scheduler_metadata, num_splits: what `get_mla_metadata` gave; without influence.
+        softmax_scale: None: d ** -0.5.
+        causal: dense only: token t of s_q sees the keys up to length - s_q + t.
+        indices: [b, s_q, topk] int32, makes the call sparse: block * page + offset of each key;
+            whatever is out of range is none.
+        attn_sink: [h_q] float32: a key without value, its score in natural units; not in lse.
+        extra_k_cache, extra_indices_in_kvcache: sparse only: a second set of keys.
+        topk_length, extra_topk_length: [b] int32, sparse only: how many indices count.
+    Returns: out [b, s_q, h_q, head_dim_v] in q's dtype, lse [b, h_q, s_q] float32 (natural log).
+        A row without keys: out 0, lse +inf.
+    Raises: ShapeError, DtypeError, ConfigError.
+    Source: FlashMLA `flash_mla_with_kvcache`.
+    """
+    check_metadata(_HERE, tile_scheduler_metadata, num_splits)
+    seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
+    width_of_values(_HERE, head_dim_v, seen.shape[3])
+    if not isinstance(softmax_scale, (int, float, type(None))) or isinstance(softmax_scale, bool):
+        raise ConfigError(
+            f"{_HERE}: softmax_scale is {softmax_scale!r}, wanted a number or None; causal is "
+            "the ninth argument"
+        )
+    scale = seen.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    b, s_q, h_q, _ = seen.shape
+    out = empty_like(q, (b, s_q, h_q, head_dim_v), seen.dtype)
+    lse = empty_like(q, (b, s_q, h_q), "float32")
+    result = (out, lse.swapaxes(1, 2))
+    sink = sink_operand(_HERE, attn_sink, h_q)
+    if indices is None:
+        _refuse_sparse_arguments(
+            extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
+        )
+        _dense(
+            *(seen, k_cache, block_table, cache_seqlens, head_dim_v, scale, bool(causal)),
+            *(is_fp8_kvcache, sink, out, lse),
+        )
+    else:
+        if causal:
+            raise ConfigError(
+                f"{_HERE}: causal with indices; leave it out, indices choose the keys"
+            )
+        _sparse(
+            *(seen, head_dim_v, scale, is_fp8_kvcache, sink, out, lse),
+            (k_cache, indices, topk_length),
+            (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
+        )
+    del kept
+    return result
+
+
+def _refuse_sparse_arguments(*given: Any) -> None:
+    names = ("extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ConfigError(f"{_HERE}: {name} without indices; it belongs to sparse attention")
+
+
+def _dense(
+    q: View,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    v_width: int,
+    scale: float,
+    causal: bool,
+    fp8: bool,
+    sink: int | None,
+    out: Any,
+    lse: Any,
+) -> None:
+    b, s_q, h_q, width = q.shape
+    cache, kind, kv_heads = cache_operand(_HERE, "k_cache", k_cache, fp8, width)
+    if h_q % kv_heads:
+        raise ShapeError(f"{_HERE}: {h_q} query heads, wanted a multiple of {kv_heads} kv heads")
+    table, table_kept = int32_operand(_HERE, "block_table", block_table, (b, None))
+    lengths, lengths_kept = int32_operand(_HERE, "cache_seqlens", cache_seqlens, (b,))
+    heads = (h_q * v_width, v_width)
+    args = DecodeArgs(
+        PagedArgs(
+            *(q.address, q.strides[1], q.strides[2], view(out).address, *heads),
+            *(view(lse).address, h_q, 1, sink, None, None, b * s_q, h_q, kv_heads),
+            *(width, v_width, cache, scale, math.inf, TYPES[q.dtype], TYPES[q.dtype], kind),
+        ),
+        *(table.address, table.strides[0], table.shape[1], lengths.address, b, s_q, 0, 0, 0),
+        causal,
+    )
+    if b * s_q * h_q == 0:
+        return
+    refusal = decode_entry(kind, h_q // kv_heads)(ctypes.addressof(args))
+    del table_kept, lengths_kept
+    if refusal == 1:
+        raise ShapeError(
+            f"{_HERE}: cache_seqlens[{args.wrong_request}] is {args.wrong_value}, wanted 0 to "
+            f"{table.shape[1] * cache.page} = {table.shape[1]} blocks of {cache.page} keys"
+        )
+    if refusal == 2:
+        raise ShapeError(
+            f"{_HERE}: block_table[{args.wrong_request}, {args.wrong_entry}] is "
+            f"{args.wrong_value}, wanted 0 to {cache.blocks - 1}: the length reaches this entry"
+        )
+
+
+def _sparse(
+    q: View,
+    v_width: int,
+    scale: float,
+    fp8: bool,
+    sink: int | None,
+    out: Any,
+    lse: Any,
+    main: tuple[Any, Any, Any],
+    extra: tuple[Any, Any, Any],
+) -> None:
+    b, s_q, h_q, width = q.shape
+    if (extra[0] is None) != (extra[1] is None):
+        raise ConfigError(
+            f"{_HERE}: extra_k_cache and extra_indices_in_kvcache come together or not at all"
+        )
+    first, kind, kept = _chosen(main, ("k_cache", "indices", "topk_length"), fp8, q)
+    second = Chosen()
+    if extra[0] is not None:
+        names = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
+        second, other, kept_too = _chosen(extra, names, fp8, q)
+        if other != kind:
+            raise ConfigError(f"{_HERE}: extra_k_cache has another dtype than k_cache")
+        kept = (kept, kept_too)
+    elif extra[2] is not None:
+        raise ConfigError(f"{_HERE}: extra_topk_length without extra_k_cache")
+    args = SparseArgs(
+        *(q.address, q.strides[1], q.strides[2], view(out).address, h_q * v_width, v_width),
+        *(view(lse).address, None, h_q, 1, sink, b * s_q, h_q, width, v_width, first, second),
+        *(scale, math.inf, TYPES[q.dtype], TYPES[q.dtype], kind),
+    )
+    if b * s_q * h_q:
+        sparse_entry(kind, h_q)(ctypes.addressof(args))
+    del kept
+
+
+def _chosen(
+    given: tuple[Any, Any, Any], names: tuple[str, str, str], fp8: bool, q: View
+) -> tuple[Chosen, int, Any]:
+    b, s_q, _, width = q.shape
+    cache, kind, kv_heads = cache_operand(_HERE, names[0], given[0], fp8, width)
+    if kv_heads != 1:
+        raise ShapeError(f"{_HERE}: {names[0]} has {kv_heads} kv heads, wanted 1 with indices")
+    indices, kept = int32_operand(_HERE, names[1], given[1], (b, s_q, None))
+    lengths, lengths_kept = None, None
+    if given[2] is not None:
+        seen, lengths_kept = int32_operand(_HERE, names[2], given[2], (b,))
+        lengths = seen.address
+    chosen = Chosen(
+        *(cache, indices.address, indices.strides[1], indices.shape[2], lengths, max(1, s_q))
+    )
+    return chosen, kind, (kept, lengths_kept)

@@ -1,0 +1,49 @@
+"""The scheduling object that FlashMLA's callers pass along; results do not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from whalefall.errors import DtypeError
+
+__all__ = ["FlashMLASchedMeta", "check_metadata", "get_mla_metadata"]
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """Stands for the schedule that a GPU kernel would keep between calls.
+
+    Attributes:
+        tile_scheduler_metadata: always None here: work is shared out anew in each call, in cuts
+            that are fixed for each request.
+        num_splits: always None.
+    """
+
+    tile_scheduler_metadata: Any = None
+    num_splits: Any = None
+    config: Any = None
+    have_initialized: bool = False
+
+
+def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
+    """A schedule object and None, to be passed on to `flash_mla_with_kvcache`.
+
+    Args:
+        args, kwargs: accepted and ignored, as the original does.
+    Source: FlashMLA `get_mla_metadata`.
+    """
+    return FlashMLASchedMeta(), None
+
+
+def check_metadata(where: str, metadata: Any, num_splits: Any) -> None:
+    """Accepts both habits: the object with None, or the two int tensors of older releases."""
+    if metadata is None or (isinstance(metadata, FlashMLASchedMeta) and num_splits is None):
+        return
+    if hasattr(metadata, "shape") and hasattr(num_splits, "shape"):
+        return
+    raise DtypeError(
+        f"{where}: tile_scheduler_metadata is a {type(metadata).__name__} and num_splits a "
+        f"{type(num_splits).__name__}; pass on what get_mla_metadata() gave: an object and None, "
+        "or two int32 tensors"
+    )

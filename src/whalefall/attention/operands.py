@@ -1,0 +1,116 @@
+"""Checks of the room's arguments: each refusal names the function, the argument and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, Cache
+from whalefall.dtypes import View, as_numpy, restore, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
+
+__all__ = ["cache_operand", "int32_operand", "query_operand", "sink_operand", "width_of_values"]
+
+_FP8 = ("float8_e4m3fn", "uint8", "int8")
+FP8_WIDTH = 576  # columns of a 656-byte row
+
+
+def query_operand(where: str, name: str, q: Any, axes: str) -> tuple[View, Any]:
+    """A float array whose last axis has stride 1 and whose leading axes collapse to tokens.
+
+    Returns: its view, and what must stay alive while it is used (a copy where `q` has gaps).
+    """
+    seen = view(q, f"{where}: {name}")
+    if seen.dtype not in TYPES:
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
+    if len(seen.shape) != len(axes.split(",")):
+        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]")
+    collapses = len(seen.shape) < 4 or seen.strides[0] == seen.shape[1] * seen.strides[1]
+    if (seen.strides[-1] == 1 or seen.shape[-1] == 1) and (collapses or seen.shape[0] == 1):
+        return seen, q
+    copy = restore(np.ascontiguousarray(as_numpy(q)), q)
+    return view(copy), copy
+
+
+def int32_operand(
+    where: str, name: str, array: Any, shape: tuple[int | None, ...]
+) -> tuple[View, Any]:
+    """An int32 array [shape] with its last axis contiguous and rows evenly spaced."""
+    seen = view(array, f"{where}: {name}")
+    if seen.dtype != "int32":
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted int32; convert it")
+    fits = len(seen.shape) == len(shape) and all(
+        want is None or got == want for got, want in zip(seen.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ["any" if want is None else want for want in shape]
+        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}")
+    rows = (
+        len(shape) < 3 or seen.shape[0] == 1 or seen.strides[0] == seen.shape[1] * seen.strides[1]
+    )
+    if rows and (seen.strides[-1] == 1 or seen.shape[-1] <= 1):
+        return seen, array
+    copy = np.ascontiguousarray(as_numpy(array))
+    return view(copy), copy
+
+
+def sink_operand(where: str, sink: Any, heads: int) -> int | None:
+    """The address of a contiguous float32 [heads], or None."""
+    if sink is None:
+        return None
+    seen = view(sink, f"{where}: attn_sink")
+    if seen.dtype != "float32" or seen.shape != (heads,) or not seen.contiguous:
+        raise ShapeError(
+            f"{where}: attn_sink is {seen.dtype} {list(seen.shape)}, wanted contiguous float32 "
+            f"[{heads}], one for each query head"
+        )
+    return seen.address
+
+
+def cache_operand(
+    where: str, name: str, cache: Any, fp8: bool, width: int
+) -> tuple[Cache, int, int]:
+    """A paged cache [blocks, page, kv heads, width].
+
+    Args:
+        fp8: whether its rows are of 656 bytes.
+        width: of a query, which the rows must have.
+    Returns: the native struct, the format's code, the number of kv heads.
+    """
+    seen = view(cache, f"{where}: {name}")
+    if len(seen.shape) != 4:
+        raise ShapeError(
+            f"{where}: {name} has shape {list(seen.shape)}, wanted [blocks, page, kv heads, width]"
+        )
+    blocks, page, kv_heads, last = seen.shape
+    if fp8 != (seen.dtype in _FP8):
+        raise DtypeError(
+            f"{where}: {name} is {seen.dtype} and is_fp8_kvcache is {fp8}; wanted "
+            + (f"one of {', '.join(_FP8)}" if fp8 else "bfloat16, float16 or float32")
+        )
+    if not fp8 and seen.dtype not in TYPES:
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
+    wanted, of = (FP8_ROW_BYTES, "bytes of an FP8 row") if fp8 else (width, "width of q")
+    if last != wanted or (fp8 and width != FP8_WIDTH):
+        raise ShapeError(
+            f"{where}: {name} has rows of {last} and q has {width} columns, wanted rows of "
+            f"{wanted}, the {of}" + (f", and q of {FP8_WIDTH}" if fp8 else "")
+        )
+    if seen.strides[-1] != 1 and last > 1:
+        raise ShapeError(f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1")
+    if page < 1 or kv_heads < 1:
+        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted no axis of 0")
+    size = 1 if fp8 else {"float32": 4}.get(seen.dtype, 2)
+    strides = [s * size for s in seen.strides[:3]]
+    code = TYPES["fp8"] if fp8 else TYPES[seen.dtype]
+    return Cache(seen.address, *strides, blocks, page), code, kv_heads
+
+
+def width_of_values(where: str, head_dim_v: int, width: int) -> int:
+    """`head_dim_v`, checked: values are a row's first columns."""
+    if not 0 < head_dim_v <= width:
+        raise ConfigError(
+            f"{where}: head_dim_v is {head_dim_v}, wanted 1 to {width}, the width of q"
+        )
+    return head_dim_v

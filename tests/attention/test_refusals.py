@@ -1,0 +1,122 @@
+"""What the public functions refuse: one line that names function, argument, value and remedy."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.attention.problems import BF16
+
+from whalefall import attention
+from whalefall.errors import ConfigError, DtypeError, ShapeError, WhalefallError
+
+SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text(encoding="utf-8"))
+
+
+def test_the_public_names() -> None:
+    assert attention.__all__ == [
+        "FlashMLASchedMeta",
+        "append_latent",
+        "dequantize_kv_cache",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_kvpacked_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "flash_mla_sparse_fwd",
+        "flash_mla_with_kvcache",
+        "get_mla_metadata",
+        "merge_partials",
+    ]
+
+
+@pytest.mark.parametrize("name", SIGNATURES["functions"])
+def test_signatures_are_the_originals(name: str) -> None:
+    parameters = inspect.signature(getattr(attention, name)).parameters.values()
+    ours = [
+        [p.name, p.kind.name.lower(), "required" if p.default is p.empty else p.default]
+        for p in parameters
+    ]
+    for parameter in ours:
+        if parameter[1].startswith("var_"):
+            parameter[2] = "required"
+    assert ours == SIGNATURES["functions"][name]
+
+
+def decode(**change: Any) -> Any:
+    given: dict[str, Any] = {
+        "q": np.zeros((2, 1, 4, 96), BF16),
+        "k_cache": np.zeros((8, 16, 1, 96), BF16),
+        "block_table": np.zeros((2, 3), np.int32),
+        "cache_seqlens": np.array([20, 48], np.int32),
+        "head_dim_v": 64,
+        "tile_scheduler_metadata": None,
+    }
+    return attention.flash_mla_with_kvcache(**{**given, **change})
+
+
+INDEX = np.zeros((2, 1, 4), np.int32)
+REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
+    ({"q": np.zeros((2, 4, 96), BF16)}, ShapeError, r"q has shape \[2, 4, 96\], wanted \[b, s_q"),
+    ({"q": np.zeros((2, 1, 4, 96), np.int32)}, DtypeError, "q is int32, wanted bfloat16"),
+    ({"k_cache": np.zeros((8, 16, 1, 95), BF16)}, ShapeError, "rows of 95 and q has 96 columns"),
+    ({"k_cache": np.zeros((8, 16, 3, 96), BF16)}, ShapeError, "4 query heads, wanted a multiple"),
+    ({"k_cache": np.zeros((8, 16, 96), BF16)}, ShapeError, r"wanted \[blocks, page, kv heads"),
+    ({"k_cache": np.zeros((8, 16, 1, 96), np.uint8)}, DtypeError, "uint8 and is_fp8_kvcache is Fa"),
+    ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True; wanted one of"),
+    ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted 1 to 96"),
+    ({"head_dim_v": 0}, ConfigError, "head_dim_v is 0"),
+    ({"softmax_scale": True}, ConfigError, "softmax_scale is True, wanted a number"),
+    ({"block_table": np.zeros((2, 3), np.int64)}, DtypeError, "block_table is int64, wanted int32"),
+    ({"block_table": np.zeros((3, 3), np.int32)}, ShapeError, r"has shape \[3, 3\], wanted \[2"),
+    ({"block_table": np.full((2, 3), 8, np.int32)}, ShapeError, r"block_table\[0, 0\] is 8, wante"),
+    ({"block_table": np.full((2, 3), -1, np.int32)}, ShapeError, "is -1, wanted 0 to 7"),
+    ({"cache_seqlens": np.array([1, 49], np.int32)}, ShapeError, r"seqlens\[1\] is 49, wanted 0 t"),
+    ({"cache_seqlens": np.array([-1, 4], np.int32)}, ShapeError, r"cache_seqlens\[0\] is -1"),
+    ({"cache_seqlens": [1, 2]}, DtypeError, "cache_seqlens: a list, wanted a numpy array"),
+    ({"attn_sink": np.zeros(3, np.float32)}, ShapeError, r"attn_sink is float32 \[3\], wanted"),
+    ({"tile_scheduler_metadata": "x"}, DtypeError, "is a str and num_splits a NoneType"),
+    ({"topk_length": np.zeros(2, np.int32)}, ConfigError, "topk_length without indices"),
+    ({"indices": INDEX, "causal": True}, ConfigError, "causal with indices"),
+    ({"indices": INDEX[:1]}, ShapeError, r"indices has shape \[1, 1, 4\], wanted \[2, 1, 'any'\]"),
+    ({"indices": INDEX, "extra_k_cache": np.zeros((1, 1, 1, 96), BF16)}, ConfigError, "together"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), REFUSALS)
+def test_decode_refuses(change: dict[str, Any], error: type[WhalefallError], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        decode(**change)
+    assert str(caught.value).startswith("flash_mla_with_kvcache: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_others_refuse() -> None:
+    q = np.zeros((4, 2, 32), np.float32)
+    cu = np.array([0, 4], np.int32)
+    varlen = attention.flash_attn_varlen_func
+    with pytest.raises(ConfigError, match=r"dropout_p is 0\.5, wanted 0"):
+        varlen(q, q, q, cu, cu, 4, 4, dropout_p=0.5)
+    for starts in ([0, 5], [1, 4], [0, 3, 2]):
+        with pytest.raises(ShapeError, match="wanted it to start at 0"):
+            varlen(q, q, q, np.array(starts, np.int32), cu, 4, 4)
+    with pytest.raises(ShapeError, match=r"wanted \[Tk, h_kv, 32\]"):
+        varlen(q, q[..., :16], q, cu, cu, 4, 4)
+    with pytest.raises(ShapeError, match=r"kv is float32 \[4, 2, 32\], wanted float32 \[s_kv, 1"):
+        attention.flash_mla_sparse_fwd(q, q, np.zeros((4, 1, 1), np.int32), 1.0, 16)
+    cache = np.zeros((2, 4, 1, 48), np.float32)
+    with pytest.raises(ShapeError, match=r"slots\[1\] is 9, wanted -1 to 7"):
+        attention.append_latent(q[:, 0], q[:, 1, :16], cache, np.array([0, 9, 0, 0], np.int32))
+    with pytest.raises(ShapeError, match=r"wanted \[parts, rows …, d_v\]"):
+        attention.merge_partials(q, np.zeros((4, 3), np.float32))
+
+
+def test_nothing_to_do_is_fine() -> None:
+    out, lse = decode(
+        q=np.zeros((0, 1, 4, 96), BF16), block_table=np.zeros((0, 3), np.int32),
+        cache_seqlens=np.zeros(0, np.int32),
+    )  # fmt: skip
+    assert out.shape == (0, 1, 4, 64) and lse.shape == (0, 4, 1)
+    assert decode(cache_seqlens=np.zeros(2, np.int32))[1].min() == np.inf

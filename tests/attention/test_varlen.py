@@ -1,0 +1,120 @@
+"""flash_attn_varlen_func and its packed forms, merging, and appending to a cache."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.attention.closeness import assert_close
+from tests.attention.problems import BF16
+
+from whalefall.attention import (
+    append_latent,
+    dequantize_kv_cache,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_mla_sparse_fwd,
+    merge_partials,
+)
+from whalefall.attention.reference import attention
+
+
+def starts(lengths: list[int]) -> Any:
+    return np.cumsum([0, *lengths]).astype(np.int32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("d", "d_v", "h", "h_kv"), [(128, 128, 4, 4), (192, 128, 8, 2)])
+def test_the_originals_tolerances(
+    level: str, d: int, d_v: int, h: int, h_kv: int, causal: bool
+) -> None:
+    rng = np.random.default_rng(d)
+    lengths = [150, 33]
+    cu, scale = starts(lengths), (d + 100) ** -0.5
+    q = rng.standard_normal((183, h, d)).astype(BF16)
+    k, v = (rng.standard_normal((183, h_kv, n)).astype(BF16) for n in (d, d_v))
+    out, lse = flash_attn_varlen_func(q, k, v, cu, cu, 150, 150, softmax_scale=scale, causal=causal)
+    assert out.dtype == BF16 and lse.strides == (4, 4 * 183)
+    want, want_lse = np.zeros((183, h, d_v)), np.zeros((183, h))
+    for begin, end in itertools.pairwise(cu):
+        for t in range(begin, end):
+            rows = slice(begin, t + 1 if causal else end)
+            for i in range(h):
+                kv = i // (h // h_kv)
+                (want[t, i],), _, (want_lse[t, i],) = attention(
+                    q[t, i : i + 1], k[rows, kv], v[rows, kv], scale
+                )
+    assert_close(out, want, 1e-3, 8.01 / 128, 7e-6)
+    assert_close(lse, want_lse, 1e-6, 2.01 / 65536, 1e-7)
+
+
+def test_packed_forms_are_slices(level: str) -> None:
+    rng = np.random.default_rng(1)
+    cu = starts([40, 7])
+    qkv = rng.standard_normal((47, 2, 2 * 48 + 32)).astype(BF16)
+    q, k, v = qkv[..., :48], qkv[..., 48:96], qkv[..., 96:]
+    want = flash_attn_varlen_func(q, k, v, cu, cu, 40, 40, causal=True)
+    packed = flash_attn_varlen_qkvpacked_func(qkv, cu, 40, 48, causal=True)
+    half = flash_attn_varlen_kvpacked_func(q, qkv[..., 48:], cu, cu, 40, 40, 48, causal=True)
+    for got in (packed, half):
+        assert (got[0] == want[0]).all() and (got[1] == want[1]).all()
+
+
+def test_equal_lengths_need_no_starts(level: str) -> None:
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal((20, 2, 32)).astype(np.float32)
+    want = flash_attn_varlen_func(q, q, q, starts([10, 10]), starts([10, 10]), 10, 10)
+    got = flash_attn_varlen_func(
+        q, q, q, np.zeros(3, np.int32), np.zeros(3, np.int32), 10, 10, is_varlen=False
+    )
+    assert (got[0] == want[0]).all()
+
+
+def test_a_sequence_without_keys_is_zero_with_lse_minus_infinity(level: str) -> None:
+    q, none = np.ones((3, 1, 16), np.float32), np.ones((0, 1, 16), np.float32)
+    out, lse = flash_attn_varlen_func(q, none, none, starts([3]), starts([0]), 3, 0)
+    assert (out == 0).all() and (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_parts_merge_to_the_whole(level: str, dtype: Any) -> None:
+    rng = np.random.default_rng(3)
+    q, kv = (rng.standard_normal((n, 1, 64)).astype(dtype) for n in (5, 90))
+    index = np.tile(np.arange(90, dtype=np.int32), (5, 1, 1))
+    whole, _, whole_lse = flash_mla_sparse_fwd(q, kv, index, 0.1, 40)
+    cuts = [(0, 13), (13, 13), (13, 90)]
+    parts = [flash_mla_sparse_fwd(q, kv, index[:, :, a:b].copy(), 0.1, 40) for a, b in cuts]
+    lse = np.stack([p[2] for p in parts])
+    lse[1] = -np.inf if dtype == BF16 else np.inf  # both habits of saying: no keys
+    out, merged = merge_partials(np.stack([p[0] for p in parts]), lse)
+    # bf16: half a unit in the last place (2^-8) in the parts, the result and the whole each
+    error = 2e-6 if dtype == np.float32 else 1.5 * 2.0**-8
+    assert np.abs(out.astype(np.float64) - whole.astype(np.float64)).max() < error
+    assert np.abs(merged - whole_lse).max() < 2e-6
+    lonely, none = merge_partials(
+        np.full((2, 3, 4), np.nan, np.float32), np.full((2, 3), np.inf, "f4")
+    )
+    assert (lonely == 0).all() and (none == np.inf).all()
+
+
+def test_append_writes_named_slots_and_skips_minus_one(level: str) -> None:
+    rng = np.random.default_rng(4)
+    latent = rng.standard_normal((4, 512)).astype(BF16)
+    rope = rng.standard_normal((4, 64)).astype(BF16)
+    slots = np.array([5, 6, -1, 40], np.int32)
+    cache = np.zeros((3, 16, 1, 576), BF16)
+    append_latent(latent, rope, cache, slots)
+    flat = cache.reshape(48, 576)
+    for i, slot in [(0, 5), (1, 6), (3, 40)]:
+        assert (flat[slot] == np.concatenate([latent[i], rope[i]])).all()
+    assert (flat.astype(np.float32) != 0).any(axis=1).sum() == 3
+    quantised = np.zeros((3, 16, 1, 656), np.uint8)
+    append_latent(latent, rope, quantised, slots, is_fp8_kvcache=True)
+    near = dequantize_kv_cache(quantised).reshape(48, 576).astype(np.float32)
+    # e4m3 has 3 mantissa bits, its smallest step is 2^-9 of a tile's scale
+    error = np.abs(near[5, :512] - latent[0].astype(np.float32))
+    assert (error <= np.abs(latent[0].astype(np.float32)) / 16 + 2.0**-9 * 2.0**-6).all()
+    assert (near[5, 512:] == rope[0]).all()
