@@ -105,6 +105,7 @@ def run(server: socket.socket, engine: object, settings: Settings) -> None:
     from whalefall.serve.app import create_app
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    server.listen(2048)
     address = server.getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     typer.echo(f"whalefall serves {settings.model_name} at http://{host}:{address[1]}")
@@ -114,7 +115,6 @@ def run(server: socket.socket, engine: object, settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=30,
     )
-    server.listen(2048)
     uvicorn.Server(config).run(sockets=[server])
 
 
