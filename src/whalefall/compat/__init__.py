@@ -17,6 +17,8 @@ from types import ModuleType
 __all__ = ["MODULES", "install", "uninstall"]
 
 MODULES = {
+    "flash_mla": "whalefall.compat.flash_mla",
+    "flash_mla.flash_mla_interface": "whalefall.compat.flash_mla",
     "smallpond": "whalefall.compat.smallpond",
     "smallpond.common": "whalefall.compat.smallpond.common",
     "smallpond.contrib": "whalefall.compat.smallpond.contrib",
