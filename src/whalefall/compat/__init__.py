@@ -17,6 +17,15 @@ from types import ModuleType
 __all__ = ["MODULES", "install", "uninstall"]
 
 MODULES = {
+    "deep_gemm": "whalefall.compat.deep_gemm",
+    "deep_gemm.layout": "whalefall.compat.deep_gemm.layout",
+    "deep_gemm.math": "whalefall.gemm.casts",
+    "deep_gemm.testing": "whalefall.compat.deep_gemm.testing",
+    "deep_gemm.testing.numeric": "whalefall.compat.deep_gemm.testing",
+    "deep_gemm.testing.utils": "whalefall.compat.deep_gemm.testing",
+    "deep_gemm.utils": "whalefall.compat.deep_gemm.utils",
+    "deep_gemm.utils.layout": "whalefall.compat.deep_gemm.layout",
+    "deep_gemm.utils.math": "whalefall.gemm.casts",
     "flash_mla": "whalefall.compat.flash_mla",
     "flash_mla.flash_mla_interface": "whalefall.compat.flash_mla",
     "smallpond": "whalefall.compat.smallpond",

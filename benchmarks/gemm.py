@@ -1,0 +1,262 @@
+"""Products against the machine's limits and torch, in one run: `whalefall bench gemm [--quick]`.
+
+Weights rotate through enough memory to come from DRAM; reads and multiply-adds are measured beside
+each row. Threads are pinned, one a core, so that the scheduler's moves are not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from whalefall import gemm, jit
+from whalefall.gemm.linear import expert_structs, weight_struct
+from whalefall.gemm.native_calls import Input, LinearCall, Output, library
+from whalefall.jit import machine
+from whalefall.testing.benchmark import Row, interleave, save
+
+E4M3 = ml_dtypes.float8_e4m3fn
+RNG = np.random.default_rng(0)
+AVX2 = jit.best_level() in ("any", "avx2")
+
+
+def pin_threads() -> None:
+    """The calling thread and the pool's workers, one a core."""
+    before = set(os.listdir("/proc/self/task"))
+    machine.fma_peak(1)
+    workers = sorted(int(t) for t in set(os.listdir("/proc/self/task")) - before)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[0]})
+    for worker, core in zip(workers, cores[1:], strict=False):
+        os.sched_setaffinity(worker, {core})
+
+
+def huge(size: int) -> Any:
+    """Bytes on huge pages, random valid E4M3 codes."""
+    area = mmap.mmap(-1, -(-size // (1 << 21)) << 21)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(area, np.uint8)[:size]
+    codes = RNG.integers(0, 256, 1 << 20).astype(np.uint8)
+    codes[(codes & 127) == 127] = 1
+    memory[:] = np.resize(codes, size)
+    return memory
+
+
+def limits_rows(memory: Any, quick: bool) -> list[Row]:
+    """FP8 weights times 1 to 8 rows, as shares of what memory and FMA allow."""
+    rows = []
+    reader = machine._library()
+    peak = machine.fma_peak()
+    shapes = [(2048, 7168), (7168, 2048), (1408, 2048)]
+    for n, k in shapes[:1] if quick else shapes:
+        weights = [
+            memory[i : i + n * k].reshape(n, k).view(E4M3)
+            for i in range(0, memory.size - n * k + 1, n * k)
+        ]
+        scale = np.full((-(-n // 128), -(-k // 128)), 0.01, np.float32)
+        for m in (1, 2, 4, 8):
+            x, y = RNG.standard_normal((m, k)).astype(np.float32), np.empty((m, n), np.float32)
+            calls = [linear_call(w, scale, x, y) for w in weights]
+
+            def ours(calls: Any = calls) -> None:
+                run = library().wf_linear
+                for call in calls:
+                    run(ctypes.addressof(call))
+
+            def read() -> None:
+                reader.wf_read(memory.ctypes.data, memory.size)
+
+            took = interleave({"ours": ours, "read": read}, rounds=7)
+            speed = len(weights) * n * k / took["ours"].median_s / 1e9
+            bandwidth = memory.size / took["read"].median_s / 1e9
+            ceiling = min(bandwidth, 28.0) if AVX2 else bandwidth
+            if m > 2:
+                ceiling = min(bandwidth, peak / (2 * m) / 1e9)
+            target = {1: 0.80, 2: 0.65}.get(m, 0.45) if AVX2 else {1: 0.85, 2: 0.85}.get(m, 0.6)
+            against = "read bandwidth" if m <= 2 else "min(read, FMA peak / 2M)"
+            rows.append(
+                row(f"FP8 {n}x{k} x {m} rows, from DRAM", against, target, speed, ceiling, "GB/s")
+            )
+    return rows
+
+
+def row(what: str, against: str, target: float, ours: float, theirs: float, unit: str) -> Row:
+    ratio = ours / theirs
+    return Row(what, against, f">= {target:g}x", ours, theirs, unit, ratio, ratio >= target)
+
+
+def linear_call(w: Any, scale: Any, x: Any, y: Any, form: int = 0) -> LinearCall:
+    m, k = x.shape
+    return LinearCall(
+        weight_struct(w, scale, "bench"),
+        Input(x.ctypes.data, k, 0, 0),
+        Output(y.ctypes.data, y.shape[1], None, None, 0, 0),
+        m,
+        form,
+        0,
+    )
+
+
+def torch_rows(memory: Any) -> list[Row]:
+    """The same products against torch's linear layers of the same shape."""
+    n, k, rows = 2048, 7168, []
+    weights = [
+        memory[i : i + n * k].reshape(n, k).view(E4M3)
+        for i in range(0, memory.size - n * k + 1, n * k)
+    ][:6]
+    scale = np.full((16, 56), 0.01, np.float32)
+    dense = {
+        "fp32": [torch.randn(n, k) for _ in range(3)],
+        "bf16": [torch.randn(n, k, dtype=torch.bfloat16) for _ in range(3)],
+    }
+    for m in (1, 4, 8):
+        x, y = RNG.standard_normal((m, k)).astype(np.float32), np.empty((m, n), np.float32)
+        calls = [linear_call(w, scale, x, y) for w in weights]
+        inputs = {"fp32": torch.from_numpy(x), "bf16": torch.from_numpy(x).bfloat16()}
+
+        def ours(calls: Any = calls) -> None:
+            for call in calls:
+                library().wf_linear(ctypes.addressof(call))
+
+        contenders: dict[str, Callable[[], object]] = {"ours": ours}
+        for name, tensors in dense.items():
+            contenders[name] = lambda t=tensors, i=inputs[name]: [
+                torch.nn.functional.linear(i, w) for w in t
+            ]
+        took = interleave(contenders, rounds=7)
+        mine = len(weights) * n * k * 2 * m / took["ours"].median_s / 1e9
+        for name, target in (("fp32", 3.0), ("bf16", 1.6)):
+            theirs = 3 * n * k * 2 * m / took[name].median_s / 1e9
+            what = f"FP8 {n}x{k} x {m} rows"
+            rows.append(row(what, f"torch {name} linear", target, mine, theirs, "GFLOP/s"))
+    return rows
+
+
+def gemm_rows(quick: bool) -> list[Row]:
+    """`fp8_gemm_nt` and the many form against the FMA peak measured beside them."""
+    rows = []
+    shapes = [(512, 7168, 2048), (512, 2048, 7168), (1024, 2048, 2048), (4096, 576, 2048)]
+    for m, n, k in shapes[:1] if quick else shapes:
+        x = RNG.standard_normal((m, k)).astype(np.float32)
+        a = gemm.per_token_cast_to_fp8(x, False)
+        b = gemm.per_block_cast_to_fp8(RNG.standard_normal((n, k)).astype(np.float32), False)
+        d, y = np.empty((m, n), ml_dtypes.bfloat16), np.empty((m, n), np.float32)
+        contenders: dict[str, Callable[[], object]] = {
+            "gemm": lambda a=a, b=b, d=d: gemm.fp8_gemm_nt(a, b, d),
+            "linear": lambda x=x, b=b, y=y: gemm.fp8_linear(x, *b, "many", out=y),
+        }
+        peaks: list[float] = []
+        contenders["peak"] = lambda p=peaks: p.append(machine.fma_peak(3))
+        took = interleave(contenders, rounds=7)
+        peak = sorted(peaks)[len(peaks) // 2] / 1e9
+        for name, words in (("gemm", "fp8_gemm_nt"), ("linear", "fp8_linear many")):
+            speed = 2 * m * n * k / took[name].median_s / 1e9
+            what = f"{words} M {m}, N {n}, K {k}"
+            rows.append(row(what, "fp32 FMA peak", 0.75, speed, peak, "GFLOP/s"))
+    return rows
+
+
+def grouped_rows() -> list[Row]:
+    """64 experts, 512 tokens, top-6: gate-up-SiLU-down against a Python loop of torch matmuls."""
+    hidden, width, experts, tokens, topk = 2048, 1408, 64, 512, 6
+    store = huge(experts * 3 * hidden * width).reshape(experts, 3, -1).view(E4M3)
+    s1 = np.full((11, 16), 0.01, np.float32)
+    s2 = np.full((16, 11), 0.01, np.float32)
+    weights = [
+        gemm.ExpertWeights(
+            e[0].reshape(width, hidden), e[1].reshape(width, hidden), e[2].reshape(hidden, width),
+            s1, s1, s2,
+        )
+        for e in store
+    ]  # fmt: skip
+    structs = expert_structs(weights)
+    x = (RNG.standard_normal((tokens, hidden)) * 0.01).astype(np.float32)
+    idx = np.stack([RNG.permutation(experts)[:topk] for _ in range(tokens)]).astype(np.int32)
+    out = np.empty((tokens, topk, hidden), ml_dtypes.bfloat16)
+    torch_weights = [
+        [torch.randn(a, b, dtype=torch.bfloat16) * 0.02 for a, b in shapes]
+        for shapes in [((width, hidden), (width, hidden), (hidden, width))] * experts
+    ]
+    tx, tidx = torch.from_numpy(x).bfloat16(), torch.from_numpy(idx.astype(np.int64))
+
+    def loop() -> None:
+        result = torch.zeros_like(tx)
+        for e, (w1, w3, w2) in enumerate(torch_weights):
+            rows, _ = torch.where(tidx == e)
+            h = torch.nn.functional.silu(tx[rows] @ w1.T) * (tx[rows] @ w3.T)
+            result.index_add_(0, rows, h @ w2.T)
+
+    def ours() -> None:
+        gemm.fused_experts(x, structs, idx, "many", out=out)
+
+    took = interleave({"ours": ours, "torch": loop}, rounds=3)
+    flops = 6 * tokens * topk * hidden * width / 1e9
+    return [
+        row(
+            "64 experts, 512 tokens, top-6 (gate, up, SiLU, down)", "torch bf16 loop", 5.0,
+            flops / took["ours"].median_s, flops / took["torch"].median_s, "GFLOP/s",
+        )
+    ]  # fmt: skip
+
+
+def overhead_rows() -> list[Row]:
+    """What a call costs beside its work, through the public function and by struct."""
+    w, s = np.zeros((1, 1), E4M3), np.ones((1, 1), np.float32)
+    x, y = np.ones((1, 1), np.float32), np.empty((1, 1), np.float32)
+    call = linear_call(w, s, x, y)
+    address, run = ctypes.addressof(call), library().wf_linear
+
+    def per_call(function: Callable[[], object]) -> float:
+        best = 1e9
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(2000):
+                function()
+            best = min(best, (time.perf_counter() - start) / 2000)
+        return best * 1e6
+
+    public = per_call(lambda: gemm.fp8_linear(x, w, s, "few", out=y))
+    struct = per_call(lambda: run(address))
+    return [
+        Row("call of fp8_linear, 1x1x1", "5 us", "<= 5 us", public, 5.0, "us", 5 / public,
+            public <= 5),
+        Row("call by struct pointer, 1x1x1", "5 us", "<= 5 us", struct, 5.0, "us", 5 / struct,
+            struct <= 5),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one shape of each kind")
+    parser.add_argument("--only", default="", help="limits, torch, gemm, grouped, overhead")
+    options = parser.parse_args()
+    torch.set_num_threads(jit.get_num_threads())
+    pin_threads()
+    memory = huge((120 if options.quick else 240) << 20)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "limits": lambda: limits_rows(memory, options.quick),
+        "torch": lambda: torch_rows(memory),
+        "gemm": lambda: gemm_rows(options.quick),
+        "grouped": grouped_rows,
+        "overhead": overhead_rows,
+    }
+    chosen = [name for name in parts if options.only in ("", name)]
+    rows = [line for name in chosen for line in parts[name]()]
+    if options.only:
+        for line in rows:
+            print(f"{line.what}: {line.ours:.3g} {line.unit}, {line.against}: {line.ratio:.2f}")
+        return
+    save("gemm", rows, {"torch": torch.__version__, "numpy": np.__version__})
+
+
+if __name__ == "__main__":
+    main()
