@@ -25,8 +25,7 @@ class Times:
         f: forward of a chunk at a stage.
         b: full backward.
         w: its weight-gradient part; the input-gradient part is b − w.
-        fb: overlapped forward and backward; None: their sum, or, where stages differ, half of each
-            pair's sum at the two stages.
+        fb: overlapped forward and backward; a function gets both stages; None: their sum.
         communication: of one message between ranks.
         parts: of the parts of the inference schedules, compute and communication, by kind.
     """
@@ -34,16 +33,19 @@ class Times:
     f: Cost = 1.0
     b: Cost = 2.0
     w: Cost = 1.0
-    fb: float | None = None
+    fb: float | Callable[[int, int], float] | None = None
     communication: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, action: Action) -> float:
         """The duration of a compute action."""
         if action.kind == "FB":
+            second = action.second or action.task
+            if callable(self.fb):
+                return self.fb(action.task.stage, second.stage)
             if self.fb is not None:
                 return self.fb
-            return _at(self.f, action.task) + _at(self.b, action.second or action.task)
+            return _at(self.f, action.task) + _at(self.b, second)
         if action.kind in self.parts:
             return self.parts[action.kind]
         if action.kind == "I":

@@ -12,9 +12,13 @@ from whalefall.errors import ConfigError
 from whalefall.plan import published
 from whalefall.plan.fleet import Fleet, published_fleet
 from whalefall.plan.ledger import Prices, Traffic, WhatIf, ledger, night_share
+from whalefall.plan.pipeline import pipeline
 from whalefall.plan.report import chart_svg, day_report, table_rows
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+app.command()(pipeline)
 
 
 @app.callback()
