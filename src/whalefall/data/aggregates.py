@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from whalefall.data.dataset import identifier
 
-__all__ = ["TwoPhase", "two_phase"]
+__all__ = ["TwoPhase", "expression", "two_phase"]
 
 CALL = re.compile(r"\s*(sum|count|min|max|avg)\s*\((.*)\)\s*$", re.I | re.S)
 KEY = re.compile(r'\s*(?:(.+?)\s+as\s+)?("[^"]+"|[A-Za-z_]\w*)\s*$', re.I | re.S)
@@ -57,6 +57,12 @@ def two_phase(keys: Sequence[str], aggregates: Mapping[str, str]) -> TwoPhase | 
         names,
         f"select {', '.join(after)} from {{0}} group by all",
     )
+
+
+def expression(key: str) -> str:
+    """A key without its `as name`."""
+    match = KEY.match(key)
+    return key if match is None else match.group(1) or match.group(2)
 
 
 def _simple(argument: str) -> bool:

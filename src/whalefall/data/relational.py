@@ -145,11 +145,11 @@ class GroupBy:
         if count is None or count == 1:
             made: DataFrame = self.frame._one_query(query)
             return made
-        from whalefall.data.aggregates import two_phase
+        from whalefall.data.aggregates import expression, two_phase
 
         split = two_phase(self.keys, aggregates)
         session, node = self.frame.session, self.frame.plan
-        keys, final = self.keys, query
+        keys, final = [expression(key) for key in self.keys], query
         if split is not None:
             # a hot key leaves each producer as one row, so it cannot overload its partition
             node = SqlEngineNode(session._ctx, (node,), split.partial)
@@ -159,7 +159,7 @@ class GroupBy:
 
 
 def _items(value: str | Sequence[str], where: str) -> list[str]:
-    items = [value] if isinstance(value, str) else list(value)
+    items = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
         raise PlanError(f"{where}: got {value!r}, wanted SQL text or a list of it")
     return items
