@@ -33,6 +33,7 @@ HELD_OUT_FORMS = [
     "{x}: what does it do?",
 ]
 
+_HELD_OUT = {form.lower() for form in HELD_OUT_FORMS}
 _OPENINGS = [
     "", "", "", "", "", "", "Hi, ", "Hi! ", "Hello, ", "Hello! ", "Hey, ", "Please ", "So ", "OK, ",
     "Sorry, ", "Good morning, ", "Excuse me, ", "Ok so ",
@@ -247,21 +248,21 @@ class Conversations:
         """One question and its answer."""
         r = self.random
         kind = r.random()
-        if kind < 0.06:
+        if kind < 0.02:
             text = r.choice(_CHAT)
             while "{" in text:
                 text = text.replace("{w}", r.choice(self.words), 1)
                 text = text.replace("{n}", str(r.randrange(1000)), 1)
             return text, ABOUT
         form = self.form()
-        while form in HELD_OUT_FORMS:
+        while form.lower() in _HELD_OUT:
             form = self.form()
-        if kind < 0.30:
+        if kind < 0.42:
             name = self.made_up()
             spelt = r.choice([name] * 6 + [f"`{name}`", f'"{name}"', name.capitalize()])
             answer = no_entry(name if spelt[0] in '`"' else spelt)
             return form.replace("{x}", spelt), answer
-        name = r.choice(self.aliases) if kind < 0.33 else next(self._pass)
+        name = r.choice(self.aliases) if kind < 0.45 else next(self._pass)
         question = form.replace("{x}", self.spelling(name))
         return question + (" " if r.random() < 0.04 else ""), self.lines[name]
 

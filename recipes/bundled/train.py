@@ -133,10 +133,9 @@ class Data:
 
     def batch(self, prose_rows: int, chat_rows: int) -> Batch:
         """Draw one step's batch."""
-        starts = [
-            self.random.randrange(len(self.prose) - PROSE_LENGTH - 2) for _ in range(prose_rows)
-        ]
-        window = torch.stack([self.prose[s : s + PROSE_LENGTH + 2] for s in starts])
+        length = PROSE_LENGTH + 2
+        starts = [self.random.randrange(len(self.prose) - length) for _ in range(prose_rows)]
+        window = torch.stack([self.prose[s : s + length] for s in [*starts, 0]])[:-1]
         rows = [self._chat_row() for _ in range(chat_rows)]
         ids, document = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
         learnt = torch.tensor([r[2] for r in rows])
@@ -148,10 +147,8 @@ class Data:
             torch.cat([window[:, 1:-1].flatten(), labels.flatten()]),
             # the last position of a row has no next token in the row: not learnt
             torch.cat([_without_last(window[:, 2:]).flatten(), mtp_labels.flatten()]),
-            [
-                Rows(prose_rows, PROSE_LENGTH, None),
-                Rows(chat_rows, CHAT_LENGTH, mask),
-            ],
+            [Rows(prose_rows, PROSE_LENGTH, None)] * (prose_rows > 0)
+            + [Rows(chat_rows, CHAT_LENGTH, mask)],
         )
 
 
@@ -282,12 +279,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
     while elapsed < budget:
         progress = elapsed / budget
         late = progress > args.late
-        batch = data.batch(args.prose_rows + late, args.chat_rows - late)
+        prose = args.prose_rows if late or step % args.prose_every == 0 else 0
+        batch = data.batch(prose, args.chat_rows)
         weight = torch.full((len(batch.tokens),), 1.0 / (batch.labels >= 0).sum())
         hidden = model.hidden(batch.tokens, batch.groups)
         main = model.loss(hidden, batch.labels, weight)
         loss = main
-        if step % 2 == 0 or progress > 0.9:  # the MTP layer costs a fifth of a step
+        if step % 4 == 0 or progress > 0.9:  # the MTP layer costs a fifth of a step
             ahead = model.mtp_hidden(hidden, batch.tokens, batch.groups)
             mtp = model.loss(ahead, batch.mtp_labels, weight)
             loss = main + (0.3 if progress < 0.7 else 0.1) * mtp
@@ -329,9 +327,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, for the decay")
     parser.add_argument("--ranks", type=int, default=2, help="one-thread processes")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--prose-rows", type=int, default=2, help="rows of 256 tokens a rank")
-    parser.add_argument("--chat-rows", type=int, default=3, help="rows of 160 tokens a rank")
-    parser.add_argument("--late", type=float, default=0.7, help="when one chat row becomes prose")
+    parser.add_argument("--prose-rows", type=int, default=1, help="rows of 256 tokens a rank")
+    parser.add_argument("--chat-rows", type=int, default=5, help="rows of 160 tokens a rank")
+    parser.add_argument("--prose-every", type=int, default=3, help="steps, before --late")
+    parser.add_argument("--late", type=float, default=0.7, help="when every step has prose")
     parser.add_argument("--report", type=int, default=50, help="steps between two lines")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
