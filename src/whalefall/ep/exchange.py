@@ -346,7 +346,7 @@ class Exchange:
             _at(handle.order), _at(handle.order_token), _at(handle.order_start), _at(cursor),
             K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
             _at(handle.in_rank), _at(handle.topk_idx), _at(topk_weights), _at(bias[0]),
-            _at(bias[1]), _at(out), out.dtype == np.float32, _at(out_weights), self.num_hosts,
+            _at(bias[1]), _at(out), out.dtype == np.float32, out.nbytes > BIG_BYTES, _at(out_weights), self.num_hosts,
             self.fabric.host, _at(self.host_of), None,
         )  # fmt: skip
         call.base = self._take_ticks(ticks)

@@ -54,7 +54,7 @@ class CombineCall(ctypes.Structure):
         ("row_weights order order_token order_start cursor", _P),
         ("top_k tokens block base experts_per_rank per_selection zero_copy", _I64),
         ("in_rank topk_idx topk_weights bias0 bias1 out", _P),
-        ("out_fp32", _I64),
+        ("out_fp32 big", _I64),
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),

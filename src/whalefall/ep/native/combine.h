@@ -12,8 +12,6 @@
 
 namespace wf_ep {
 
-constexpr int64_t kStrip = 512;  // elements added up at a time: 2 KiB of fp32 in L1
-
 struct Combine {
   const uint8_t* x;  // rows to give back, hidden elements of bf16 or fp32
   int64_t x_stride, hidden, fp32;
@@ -29,8 +27,8 @@ struct Combine {
   const float* topk_weights;  // [T, K], per selection; null: rows are not added but put out
   const uint16_t* bias[2];    // [T, hidden] bf16 or null
   void* out;                  // [T, hidden], bf16 or (out_fp32) fp32; or rows [T, K, hidden]
-  int64_t out_fp32;
-  float* out_weights;  // [T, K]
+  int64_t out_fp32, big;      // big: write around the caches
+  float* out_weights;         // [T, K]
   // other hosts, in order; null where there is one host
   int64_t num_hosts, host;
   const int32_t* host_of;        // [R]
@@ -69,34 +67,62 @@ inline uint16_t narrow(float f) {
   return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 | 0x40) : rounded);
 }
 
-inline void add(float* acc, const uint8_t* row, int64_t at, int64_t n, bool fp32) {
+// Eight elements at a time; compilers lower these vectors to whatever the level has.
+typedef float F8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef uint16_t H8 __attribute__((vector_size(16)));
+
+inline F8 load8(const uint8_t* row, int64_t at, bool fp32) {
+  F8 out;
   if (fp32) {
-    auto* r = reinterpret_cast<const float*>(row) + at;
-    for (int64_t i = 0; i < n; i++) acc[i] += r[i];
-  } else {
-    auto* r = reinterpret_cast<const uint16_t*>(row) + at;
-    for (int64_t i = 0; i < n; i++) acc[i] += widen(r[i]);
+    memcpy(&out, row + 4 * at, 32);
+    return out;
   }
+  H8 half;
+  memcpy(&half, row + 2 * at, 16);
+  U8 wide = __builtin_convertvector(half, U8) << 16;
+  memcpy(&out, &wide, 32);
+  return out;
 }
 
-inline void add_weighted(float* acc, const uint8_t* row, int64_t at, int64_t n, bool fp32,
-                         float w) {
-  if (fp32) {
-    auto* r = reinterpret_cast<const float*>(row) + at;
-    for (int64_t i = 0; i < n; i++) acc[i] += w * r[i];
-  } else {
-    auto* r = reinterpret_cast<const uint16_t*>(row) + at;
-    for (int64_t i = 0; i < n; i++) acc[i] += w * widen(r[i]);
-  }
+inline H8 narrow8(F8 f) {
+  U8 u;
+  memcpy(&u, &f, 32);
+  U8 rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  I8 nan = (I8)(u & 0x7FFFFFFF) > (I8)(U8{} + 0x7F800000);
+  U8 chosen = ((u >> 16 | 0x40) & (U8)nan) | (rounded & (U8)~nan);
+  return __builtin_convertvector(chosen, H8);
 }
 
-inline void store(void* out, int64_t at, const float* acc, int64_t n, bool fp32) {
+// Two vectors to 16 bf16 (or fp32) at column `at`; kStream writes around the caches.
+template <bool kStream>
+inline void store16(void* out, int64_t at, F8 low, F8 high, bool fp32) {
   if (fp32) {
-    memcpy(static_cast<float*>(out) + at, acc, 4 * n);
-  } else {
-    auto* o = static_cast<uint16_t*>(out) + at;
-    for (int64_t i = 0; i < n; i++) o[i] = narrow(acc[i]);
+    memcpy(static_cast<float*>(out) + at, &low, 32);
+    memcpy(static_cast<float*>(out) + at + 8, &high, 32);
+    return;
   }
+  uint16_t* to = static_cast<uint16_t*>(out) + at;
+#if defined(__AVX2__)
+  auto rounded = [](F8 f) {
+    __m256i u = _mm256_castps_si256((__m256)f);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
+    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps((__m256)f, (__m256)f, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+  };
+  __m256i packed = _mm256_packus_epi32(rounded(low), rounded(high));
+  packed = _mm256_permute4x64_epi64(packed, 0xD8);
+  if (kStream)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), packed);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+#else
+  H8 halves[2] = {narrow8(low), narrow8(high)};
+  memcpy(to, halves, 32);
+#endif
 }
 
 // The rows of one token: pointers in the order in which they are added.
@@ -160,29 +186,98 @@ struct Reader {
   }
 };
 
-inline void add_terms(const Combine& c, const Terms& terms, int64_t t) {
-  float acc[kStrip], part[kStrip];
-  int64_t hosts = c.num_hosts > 1 && !c.per_selection ? c.num_hosts : 1;
-  for (int64_t at = 0; at < c.hidden; at += kStrip) {
-    int64_t n = c.hidden - at < kStrip ? c.hidden - at : kStrip, base = t * c.hidden + at;
-    for (int64_t i = 0; i < n; i++) acc[i] = 0;
-    for (const uint16_t* bias : c.bias)
-      for (int64_t i = 0; bias && i < n; i++) acc[i] += widen(bias[base + i]);
-    if (c.per_selection) {
-      for (int j = 0; j < terms.n; j++)
-        add_weighted(acc, terms.row[j], at, n, c.fp32, terms.weight[j]);
-    } else if (hosts == 1) {
-      for (int j = 0; j < terms.n; j++) add(acc, terms.row[j], at, n, c.fp32);
-    } else {  // each host's sum is rounded as it would be on the wire
-      for (int j = 0; j < terms.n;) {
-        int host = terms.host[j];
-        for (int64_t i = 0; i < n; i++) part[i] = 0;
-        for (; j < terms.n && terms.host[j] == host; j++) add(part, terms.row[j], at, n, c.fp32);
-        for (int64_t i = 0; i < n; i++) acc[i] += c.fp32 ? part[i] : widen(narrow(part[i]));
-      }
-    }
-    store(c.out, base, acc, n, c.out_fp32);
+// out[t] = bias + terms, columns [at, at + 8 * kWide), each held in a register over all terms.
+template <int kWide, bool kWeighted, bool kFp32, bool kByHost, bool kStream>
+inline void add_columns(const Combine& c, const Terms& terms, int64_t t, int64_t at) {
+  F8 acc[kWide], part[kWide];
+  int64_t base = t * c.hidden + at;
+#pragma GCC unroll 8
+  for (int v = 0; v < kWide; v++) acc[v] = F8{} + 0.0f;
+  for (const uint16_t* bias : c.bias) {
+    if (!bias) continue;
+#pragma GCC unroll 8
+    for (int v = 0; v < kWide; v++)
+      acc[v] += load8(reinterpret_cast<const uint8_t*>(bias), base + 8 * v, false);
   }
+  for (int j = 0; j < terms.n; j++) {
+    const uint8_t* row = terms.row[j];
+    if (!kByHost) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide; v++) {
+        F8 value = load8(row, at + 8 * v, kFp32);
+        acc[v] += kWeighted ? value * terms.weight[j] : value;
+      }
+      continue;
+    }
+    bool first = j == 0 || terms.host[j - 1] != terms.host[j];
+    bool last = j + 1 == terms.n || terms.host[j + 1] != terms.host[j];
+#pragma GCC unroll 8
+    for (int v = 0; v < kWide; v++) {
+      F8 value = load8(row, at + 8 * v, kFp32);
+      part[v] = first ? value + 0.0f : part[v] + value;
+      if (!last) continue;  // each host's sum is rounded as it would be on the wire
+      H8 rounded = narrow8(part[v]);
+      acc[v] += kFp32 ? part[v] : load8(reinterpret_cast<const uint8_t*>(&rounded), 0, false);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kWide; v += 2)
+    store16<kStream>(c.out, base + 8 * v, acc[v], acc[v + 1], c.out_fp32);
+}
+
+// The same for the last columns, which fill no vector.
+inline void add_rest(const Combine& c, const Terms& terms, int64_t t, int64_t at, bool by_host) {
+  auto value = [](const uint8_t* row, int64_t i, bool fp32) {
+    float f;
+    memcpy(&f, row + 4 * i, fp32 ? 4 : 0);
+    return fp32 ? f : widen(reinterpret_cast<const uint16_t*>(row)[i]);
+  };
+  for (int64_t i = at; i < c.hidden; i++) {
+    float acc = 0, part = 0;
+    for (const uint16_t* bias : c.bias)
+      if (bias) acc += widen(bias[t * c.hidden + i]);
+    for (int j = 0; j < terms.n; j++) {
+      float row = value(terms.row[j], i, c.fp32);
+      if (!by_host) {
+        acc += c.per_selection ? terms.weight[j] * row : row;
+        continue;
+      }
+      part += row;
+      if (j + 1 < terms.n && terms.host[j + 1] == terms.host[j]) continue;
+      acc += c.fp32 ? part : widen(narrow(part));
+      part = 0;
+    }
+    if (c.out_fp32)
+      static_cast<float*>(c.out)[t * c.hidden + i] = acc;
+    else
+      static_cast<uint16_t*>(c.out)[t * c.hidden + i] = narrow(acc);
+  }
+}
+
+template <bool kWeighted, bool kFp32, bool kByHost>
+inline void add_row(const Combine& c, const Terms& terms, int64_t t) {
+  int64_t at = 0;
+  bool aligned = reinterpret_cast<uintptr_t>(c.out) % 32 == 0 && c.hidden % 16 == 0;
+  if (c.big && aligned && !c.out_fp32)
+    for (; at + 64 <= c.hidden; at += 64)
+      add_columns<8, kWeighted, kFp32, kByHost, true>(c, terms, t, at);
+  for (; at + 64 <= c.hidden; at += 64)
+    add_columns<8, kWeighted, kFp32, kByHost, false>(c, terms, t, at);
+  for (; at + 16 <= c.hidden; at += 16)
+    add_columns<2, kWeighted, kFp32, kByHost, false>(c, terms, t, at);
+  if (at < c.hidden) add_rest(c, terms, t, at, kByHost);
+}
+
+inline void add_terms(const Combine& c, const Terms& terms, int64_t t) {
+  if (c.per_selection)
+    c.fp32 ? add_row<true, true, false>(c, terms, t) : add_row<true, false, false>(c, terms, t);
+  else if (terms.n == 1 && !c.bias[0] && !c.bias[1] && c.fp32 == c.out_fp32)
+    copy_row(static_cast<uint8_t*>(c.out) + t * c.hidden * elem(c), terms.row[0],
+             c.hidden * elem(c), c.big);
+  else if (c.num_hosts > 1)
+    c.fp32 ? add_row<false, true, true>(c, terms, t) : add_row<false, false, true>(c, terms, t);
+  else
+    c.fp32 ? add_row<false, true, false>(c, terms, t) : add_row<false, false, false>(c, terms, t);
 }
 
 inline void add_weights(const Combine& c, const Terms& terms, int64_t t) {
@@ -304,6 +399,7 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
     one.num_hosts = 1;
     one.out = to;
     one.out_fp32 = c.fp32;
+    one.big = 0;
     add_terms(one, terms, 0);
     if (c.row_weights) {
       one.out_weights = reinterpret_cast<float*>(to + c.hidden * elem(c));

@@ -177,6 +177,7 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int6
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
     if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
     if (status) return status;
+    if (c.big) fence_streams();
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));
   }
   return 0;
