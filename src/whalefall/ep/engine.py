@@ -33,7 +33,7 @@ from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 __all__ = ["Engine"]
 
 CHUNK_BYTES = 2 << 20
-SLOTS = 4
+SLOTS = 2
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
 MAX_EXPERTS = 4096
 VERSION = 1
@@ -52,7 +52,7 @@ class Engine:
 
     Args:
         group: who belongs together (`FileGroup`, `TcpGroup`, `torch.TorchGroup`).
-        chunk_bytes: what a rank puts into shared memory at a time; four such slots a rank.
+        chunk_bytes: what a rank puts into shared memory at a time; two such slots a rank.
         low_latency_bytes: address space for the low-latency form; 0: without it. Memory is taken
             only as it is used.
         slot_bytes: address space of a slot; default: enough for the worst case of a chunk.

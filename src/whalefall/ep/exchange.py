@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from whalefall import trace
 from whalefall.ep.arena import Arena
 from whalefall.ep.fabric import Fabric
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
@@ -27,6 +28,7 @@ from whalefall.errors import LimitError, ShapeError
 __all__ = ["Bias", "Exchange", "Pending", "Rows"]
 
 AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
+AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16
 MAX_ROW_BYTES = (1 << 17) - 4 * 256
@@ -142,6 +144,9 @@ class Exchange:
         return heads
 
     def _check_agreement(self, heads: np.ndarray) -> None:
+        agreed = heads[:, AGREED_AT]
+        if (agreed == agreed[self.rank]).all():
+            return
         alive = [r for r in range(self.size) if not self.fabric.masked[r]]
         for name in AGREED:
             values = heads[:, HEADER_FIELDS.index(name)]
@@ -243,11 +248,12 @@ class Exchange:
 
     def _phase(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
         call.stage, call.pull = stage, pull
-        sent = self.links.send_blocks(call, keep) if stage else None
-        status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
-        self.fabric.check(status, "dispatch")
-        if sent is not None:
-            sent()
+        with trace.span("ep.dispatch", "communication", tokens=call.tokens):
+            sent = self.links.send_blocks(call, keep) if stage else None
+            status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
+            self.fabric.check(status, "dispatch")
+            if sent is not None:
+                sent()
 
     def allocate(self, rows: Rows, want: Want, count: int) -> Received:
         """Arrays for `count` received rows."""
@@ -346,8 +352,8 @@ class Exchange:
             _at(handle.order), _at(handle.order_token), _at(handle.order_start), _at(cursor),
             K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
             _at(handle.in_rank), _at(handle.topk_idx), _at(topk_weights), _at(bias[0]),
-            _at(bias[1]), _at(out), out.dtype == np.float32, out.nbytes > BIG_BYTES, _at(out_weights), self.num_hosts,
-            self.fabric.host, _at(self.host_of), None,
+            _at(bias[1]), _at(out), out.dtype == np.float32, out.nbytes > BIG_BYTES,
+            _at(out_weights), self.num_hosts, self.fabric.host, _at(self.host_of), None,
         )  # fmt: skip
         call.base = self._take_ticks(ticks)
         ticks = 1 if self.one_tick else ticks
@@ -379,12 +385,13 @@ class Exchange:
             lib.wf_ep_done(group, call.base + i)
 
         def run() -> None:
-            if self.num_hosts == 1 and waited_ns is None:
-                check(lib.wf_ep_combine(group, where, ticks, most, stride, _at(own)), "combine")
-            else:
-                for i in range(ticks):
-                    stage(i)
-                    finish(i)
+            with trace.span("ep.combine", "communication", tokens=call.tokens):
+                if self.num_hosts == 1 and waited_ns is None:
+                    check(lib.wf_ep_combine(group, where, ticks, most, stride, _at(own)), "combine")
+                else:
+                    for i in range(ticks):
+                        stage(i)
+                        finish(i)
             keep.clear()
 
         return Pending(stage, finish, run, out)

@@ -418,7 +418,9 @@ class Buffer(LowLatency):
                 f"Buffer.dispatch: is_token_in_rank is {list(in_rank.shape)}, wanted "
                 f"[{tokens}, {self.group_size}]"
             )
-        hosts = [in_rank[:, list(h)].any(1).sum() for h in self.runtime.topology.hosts]
+        hosts = [0]  # within one host nobody asks
+        if self._num_hosts > 1:
+            hosts = [in_rank[:, list(h)].any(1).sum() for h in self.runtime.topology.hosts]
         counts = array(per_expert, torch.int32, "num_tokens_per_expert")
         self.runtime.check_experts(len(counts))
         return Layout(in_rank.sum(0, dtype=np.int32), np.array(hosts, np.int32), counts, in_rank)
