@@ -31,6 +31,7 @@ MODULES = {
     "ffrecord.package": "whalefall.record.packed",
     "ffrecord.torch": "whalefall.record.torch",
     "ffrecord.utils": "whalefall.record.shards",
+    "deep_ep": "whalefall.compat.deep_ep",
     "flash_mla": "whalefall.compat.flash_mla",
     "flash_mla.flash_mla_interface": "whalefall.compat.flash_mla",
     "dualpipe": "whalefall.compat.dualpipe",

@@ -16,7 +16,7 @@ from whalefall.errors import ConfigError
 
 __all__ = ["Task"]
 
-_TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
+_TARGET = re.compile(r"\w[\w.]*(:[A-Za-z_]\w*)?")
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ inline void add_columns(const Combine& c, const Terms& terms, int64_t t, int64_t
   F8 acc[kWide], part[kWide];
   int64_t base = t * c.hidden + at;
 #pragma GCC unroll 8
-  for (int v = 0; v < kWide; v++) acc[v] = F8{} + 0.0f;
+  for (int v = 0; v < kWide; v++) acc[v] = part[v] = F8{} + 0.0f;
   for (const uint16_t* bias : c.bias) {
     if (!bias) continue;
 #pragma GCC unroll 8
