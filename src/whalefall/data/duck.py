@@ -50,11 +50,11 @@ def execute(conn: Any, query: str, where: str) -> Any:
 
 def register_remote(conn: Any, files: Iterable[str]) -> None:
     """Let the connection read the fsspec URLs among `files`."""
-    import fsspec
-
-    seen: set[str] = set()
+    seen = {"file"}
     for path in files:
-        protocol = path.split("://", 1)[0] if is_url(path) else ""
-        if protocol and protocol not in seen | {"file"}:
+        protocol = path.split("://", 1)[0] if is_url(path) else "file"
+        if protocol not in seen:
+            import fsspec  # takes longer to import than a small query to run
+
             seen.add(protocol)
             conn.register_filesystem(fsspec.core.url_to_fs(path)[0])

@@ -91,6 +91,8 @@ class Session:
         self._open = True
         self._job = Job(ctx, self._make_executor())
         self._roots: list[Node] = []
+        # its import takes as long as the workers take to come up
+        threading.Thread(target=_import_arrow, daemon=True).start()
         atexit.register(self.shutdown)
 
     def _make_executor(self) -> Executor:
@@ -294,6 +296,10 @@ class Session:
             if not self._job.failed:
                 self._runtime_ctx.cleanup(self.config.remove_output_root)
             logging.getLogger(__name__).info("%s: %s", status, self._runtime_ctx.job_root)
+
+
+def _import_arrow() -> None:
+    import pyarrow.parquet  # noqa: F401
 
 
 def _anchored(paths: str | Iterable[str]) -> list[str]:

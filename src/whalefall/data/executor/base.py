@@ -134,17 +134,18 @@ def _user_modules(task: Task) -> list[types.ModuleType]:
     """Modules, other than installed ones and `__main__`, that define what the task calls."""
     names = {type(task).__module__}
     stack = [getattr(task, "function", None), *getattr(task, "udfs", ())]
+    met: list[Any] = []  # held, so that no id is given out twice
     while stack:
         item = stack.pop()
-        if item is None:
+        if item is None or any(item is other for other in met):
             continue
-        names.add(getattr(item, "__module__", "") or type(item).__module__)
+        met.append(item)
+        names.add(getattr(item, "__module__", None) or type(item).__module__)
         names.add(type(item).__module__)
-        stack += [
-            getattr(item, name, None) for name in ("func", "__func__", "__self__", "function")
-        ]
-        if hasattr(item, "args"):
-            stack += [arg for arg in item.args if callable(arg)]
+        stack += [getattr(item, name, None) for name in ("func", "__func__", "__self__")]
+        if not hasattr(item, "__self__"):  # one of our wrappers around a row function
+            stack.append(vars(item).get("function") if hasattr(item, "__dict__") else None)
+        stack += [arg for arg in getattr(item, "args", ()) if callable(arg)]
     found = [sys.modules[n] for n in names if n in sys.modules]
     return [
         m for m in found

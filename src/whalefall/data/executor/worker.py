@@ -19,7 +19,9 @@ def main(path: str) -> None:
     channel = Connection(sock.detach())
     # what every task needs, while the driver is still planning
     import cloudpickle
-    import duckdb  # noqa: F401
+    import duckdb
+
+    duckdb.connect().execute("select 1").fetchall()
 
     from whalefall.data.executor.base import perform, portable_error
 
