@@ -32,6 +32,10 @@ format: $(VENV)/.test ## rewrite Python and C++ sources in the house format
 bench: $(VENV)/.bench ## measure (ROOM=gemm, …) and renew docs/benchmarks.md
 	@$(PY) -m whalefall bench $(ROOM) $(ARGS)
 
+gpu: ## on a machine with a GPU: every GPU test and timing, with its own python3 (needs torch, Triton)
+	@PYTHONPATH=src:. python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts='--import-mode=importlib' tests/*/test_triton.py $(ARGS)
+	@for f in benchmarks/_gpu*.py; do PYTHONPATH=src:. python3 $$f || exit 1; done
+
 $(VENV)/.python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "whalefall needs Python 3.11 or newer as python3: apt-get install python3"; exit 2; }
 	@python3 -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); echo "this Python has no venv: apt-get install python3-venv"; exit 2; }
@@ -52,4 +56,4 @@ $(VENV)/.bench: $(VENV)/.test
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
-.PHONY: help serve test test-long lint format bench
+.PHONY: help serve test test-long lint format bench gpu

@@ -8,9 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 from tests.attention.closeness import close_decode
 from tests.attention.problems import BF16, Dense, dense, dense_expected, fp8_rows
-
 from whalefall import jit
 from whalefall.attention import dequantize_kv_cache, flash_mla_with_kvcache, get_mla_metadata
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.problems import BF16
 
+from tests.attention.problems import BF16
 from whalefall import attention
 from whalefall.errors import ConfigError, DtypeError, ShapeError, WhalefallError
 

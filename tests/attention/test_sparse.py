@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.attention.closeness import assert_close
 from tests.attention.problems import BF16, fp8_rows, sparse_expected, spoil_unused
-
 from whalefall.attention import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 INVALID = np.array([-(2**31), -123456, -1, 2**31 - 1], np.int64)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.attention.closeness import assert_close
 from tests.attention.problems import BF16
-
 from whalefall.attention import (
     append_latent,
     dequantize_kv_cache,

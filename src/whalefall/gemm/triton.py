@@ -1,0 +1,223 @@
+"""FP8 products and casts on CUDA tensors: dense, grouped contiguous, grouped masked.
+
+One program computes a BLOCK_M x BLOCK_N tile of D; each 128 of K is one FP8 dot into fresh sums
+(wgmma on sm_90a), scaled and added in fp32 registers: the two-level accumulation. Rows of one tile
+belong to one group, as the original's contiguous layout guarantees (128-row alignment).
+Checked in Triton's interpreter and compiled for sm_90a; not run on a GPU.
+Source: DeepGEMM `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_{contiguous,masked}`, `per_token_cast_to_fp8`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from whalefall.errors import DtypeError, ShapeError
+
+__all__ = [
+    "cast_kernel",
+    "e4m3_bits",
+    "fp8_gemm_kernel",
+    "fp8_gemm_nt",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "per_token_cast_to_fp8",
+]
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 128
+DENSE, CONTIGUOUS, MASKED = 0, 1, 2
+
+
+@triton.jit
+def fp8_gemm_kernel(  # type: ignore[no-untyped-def]
+    a, sa, b, sb, d, groups,
+    m, n, k,
+    a_group, a_row, sa_group, sa_row, sa_k, b_group, b_row, sb_group, sb_row, d_group, d_row,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """D = A · Bᵀ with scales sa [m, k / 128] and sb [n / 128, k / 128].
+
+    `groups`: contiguous: int32 [m], the group of each row, -1: zeros; masked: int32 [G], the valid
+    rows of each group (program axis 2); dense: unused.
+    """
+    tile_n, tile_m, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = tile_m * BLOCK_M
+    rows = m
+    group = batch
+    if KIND == 2:
+        rows = tl.load(groups + batch)
+        if first >= rows:
+            return
+    offs_m = first + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    has_m, has_n = offs_m < rows, offs_n < n
+    at_m = offs_m.to(tl.int64)
+    out = d + batch * d_group + at_m[:, None] * d_row + offs_n[None, :]
+    if KIND == 1:
+        group = tl.load(groups + first).to(tl.int64)
+        has_m = has_m & (tl.load(groups + offs_m, mask=has_m, other=-1) >= 0)
+        if group < 0:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            tl.store(
+                out,
+                zeros.to(d.dtype.element_ty),
+                mask=(offs_m < rows)[:, None] & has_n[None, :],
+            )
+            return
+    a_at = a + batch * a_group + at_m[:, None] * a_row + offs_k[None, :]
+    b_at = b + group * b_group + offs_n.to(tl.int64)[:, None] * b_row + offs_k[None, :]
+    sa_at = sa + batch * sa_group + at_m * sa_row
+    sb_at = sb + group * sb_group + (offs_n // 128) * sb_row
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(tl.cdiv(k, BLOCK_K)):
+        has_k = block * BLOCK_K + offs_k < k
+        x = tl.load(a_at, mask=has_m[:, None] & has_k[None, :], other=0.0)
+        w = tl.load(b_at, mask=has_n[:, None] & has_k[None, :], other=0.0)
+        x_scale = tl.load(sa_at + block * sa_k, mask=has_m, other=0.0)
+        w_scale = tl.load(sb_at + block, mask=has_n, other=0.0)
+        total += tl.dot(x, tl.trans(w)) * (x_scale[:, None] * w_scale[None, :])
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    tl.store(out, total.to(d.dtype.element_ty), mask=(offs_m < rows)[:, None] & has_n[None, :])
+
+
+@triton.jit
+def e4m3_bits(v):  # type: ignore[no-untyped-def]
+    """The code of the nearest E4M3 (ties to even) of |v| <= 464, by integers: NaN is 0x7F.
+
+    Not `.to(tl.float8e4nv)`: Triton's interpreter drops the carry into the exponent there.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    small = size.to(tl.float32, bitcast=True) + 16384.0  # whose last bit is 2^-9
+    subnormal = small.to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0x3C800000, subnormal, normal)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def cast_kernel(  # type: ignore[no-untyped-def]
+    x, values, scales, n, x_row, values_row, scales_row,
+    UE8M0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK of one row: scale = max(|x|, 1e-4) / 448, values = x · (1 / scale) in E4M3."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    part = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    size = tl.abs(part)
+    broken = tl.max((size != size).to(tl.int32)) > 0
+    scale = tl.maximum(tl.max(tl.where(size == size, size, 0.0)), 1e-4) / 448.0
+    if UE8M0:
+        bits = scale.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        exponent = tl.minimum(tl.maximum(exponent, 1), 254)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(broken, float("nan"), scale)
+    inverse = 1.0 / scale
+    tl.store(
+        values + row * values_row + columns,
+        e4m3_bits(part * inverse),
+        mask=inside,
+    )
+    tl.store(scales + row * scales_row + block, scale)
+
+
+def _launch(
+    where: str, a: Any, b: Any, d: torch.Tensor, groups: torch.Tensor | None, kind: int
+) -> None:
+    (av, sa), (bv, sb) = a, b
+    for name, values, scales in (("a", av, sa), ("b", bv, sb)):
+        if values.dtype != torch.float8_e4m3fn or scales.dtype != torch.float32:
+            raise DtypeError(
+                f"{where}: {name} is {values.dtype} with {scales.dtype} scales, wanted "
+                "float8_e4m3fn with float32"
+            )
+        if values.stride(-1) != 1:
+            raise ShapeError(f"{where}: {name} has strides {values.stride()}, wanted K-major")
+    m, k = av.shape[-2:]
+    n = bv.shape[-2]
+    if bv.shape[-1] != k or d.shape[-2:] != (m, n) or d.stride(-1) != 1:
+        raise ShapeError(
+            f"{where}: a {list(av.shape)}, b {list(bv.shape)}, d {list(d.shape)}; wanted "
+            "[.., M, K], [.., N, K], [.., M, N] with stride 1 along N"
+        )
+    blocks = triton.cdiv(k, 128)
+    if sa.shape[-2:] != (m, blocks) or sb.shape[-2:] != (triton.cdiv(n, 128), blocks):
+        raise ShapeError(
+            f"{where}: scales {list(sa.shape)} and {list(sb.shape)}, wanted [.., {m}, {blocks}] "
+            f"and [.., {triton.cdiv(n, 128)}, {blocks}]"
+        )
+    if sb.stride(-1) != 1:
+        sb = sb.contiguous()
+    if m == 0 or n == 0:
+        return
+
+    def lead(tensor: torch.Tensor) -> int:
+        return tensor.stride(0) if tensor.dim() == 3 else 0
+
+    batches = av.shape[0] if kind == MASKED else 1
+    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), batches)
+    fp8_gemm_kernel[grid](
+        av, sa, bv, sb, d, groups if groups is not None else sa,
+        m, n, k,
+        lead(av), av.stride(-2), lead(sa), sa.stride(-2), sa.stride(-1),
+        lead(bv), bv.stride(-2), lead(sb), sb.stride(-2), lead(d), d.stride(-2),
+        KIND=kind, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+def fp8_gemm_nt(a: Any, b: Any, d: torch.Tensor) -> None:
+    """D = A · Bᵀ; a: (float8_e4m3fn [M, K], fp32 [M, K / 128]), b: ([N, K], [N / 128, K / 128]).
+
+    Raises: ShapeError, DtypeError.
+    """
+    _launch("fp8_gemm_nt", a, b, d, None, DENSE)
+
+
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Any, b: Any, d: torch.Tensor, grouped_layout: torch.Tensor
+) -> None:
+    """Rows of 128-row tiles times the group of the tile's first row; rows of -1 become 0."""
+    where = "m_grouped_fp8_gemm_nt_contiguous"
+    if grouped_layout.dtype != torch.int32 or grouped_layout.shape != (a[0].shape[0],):
+        raise ShapeError(
+            f"{where}: grouped_layout is {grouped_layout.dtype} {list(grouped_layout.shape)}, "
+            f"wanted int32 [{a[0].shape[0]}]"
+        )
+    _launch(where, a, b, d, grouped_layout, CONTIGUOUS)
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Any, b: Any, d: torch.Tensor, masked_m: torch.Tensor, expected_m: int
+) -> None:
+    """D[g] = A[g] · B[g]ᵀ for the first masked_m[g] rows; `expected_m` changes no result."""
+    where = "m_grouped_fp8_gemm_nt_masked"
+    if masked_m.dtype != torch.int32 or masked_m.shape != (a[0].shape[0],):
+        raise ShapeError(
+            f"{where}: masked_m is {masked_m.dtype} {list(masked_m.shape)}, wanted int32 "
+            f"[{a[0].shape[0]}]"
+        )
+    _launch(where, a, b, d, masked_m, MASKED)
+
+
+def per_token_cast_to_fp8(
+    x: torch.Tensor, use_ue8m0: bool, gran_k: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [m, n] float8_e4m3fn and scales [m, ceil(n / gran_k)] of a CUDA tensor."""
+    m, n = x.shape
+    blocks = triton.cdiv(n, gran_k)
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(m, blocks, dtype=torch.float32, device=x.device)
+    if m and n:
+        cast_kernel[(m, blocks)](
+            x, values.view(torch.uint8), scales, n, x.stride(0), values.stride(0), scales.stride(0),
+            UE8M0=use_ue8m0, BLOCK=gran_k, num_warps=1,
+        )  # fmt: skip
+    return values, scales

@@ -1,0 +1,128 @@
+"""Run as a script: the Triton kernels against float64; in the interpreter, or on a GPU.
+
+`TRITON_INTERPRET=1 python triton_checks.py` computes tiny shapes on the CPU; `python
+triton_checks.py compile` compiles for sm_90a without a GPU and looks at the code.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def operand(rng: np.random.Generator, shape: tuple[int, ...], block: bool, device: str) -> Any:
+    """((values, scales), float64) of random normals."""
+    from whalefall.gemm import per_block_cast_to_fp8, per_token_cast_to_fp8
+    from whalefall.gemm.reference import dequantize
+
+    cast = per_block_cast_to_fp8 if block else per_token_cast_to_fp8
+    flat = [cast(torch.from_numpy(x), False) for x in rng.standard_normal(shape).astype("f4")]
+    values = torch.stack([v for v, _ in flat])
+    scales = torch.stack([s for _, s in flat])
+    exact = dequantize(values, scales, 128 if block else 1, 128)
+    return (values.to(device), scales.to(device)), exact
+
+
+def check(device: str, m: int, n: int, k: int) -> None:
+    """All kernels of gemm/triton.py at one size."""
+    from whalefall import gemm
+    from whalefall.gemm import triton as kernels
+    from whalefall.gemm.reference import calc_diff
+
+    rng = np.random.default_rng(0)
+    (a, sa), exact_a = operand(rng, (2, m, k), False, device)
+    (b, sb), exact_b = operand(rng, (2, n, k), True, device)
+    wanted = exact_a @ exact_b.swapaxes(1, 2)
+
+    d = torch.empty(m, n, dtype=torch.float32, device=device)
+    kernels.fp8_gemm_nt((a[0], sa[0]), (b[0], sb[0]), d)
+    assert calc_diff(d.cpu(), wanted[0]) < 1e-6
+
+    tall = torch.full((2 * 128, n), 7.0, dtype=torch.bfloat16, device=device)
+    rows = torch.zeros(256, k, dtype=torch.float8_e4m3fn, device=device)
+    rows[:m], rows[128 : 128 + m] = a[0], a[1]
+    scales = torch.ones(256, sa.shape[-1], device=device)
+    scales[:m], scales[128 : 128 + m] = sa[0], sa[1]
+    index = torch.full((256,), -1, dtype=torch.int32, device=device)
+    index[:m], index[128 : 128 + m] = 1, 0
+    swapped = (b.flip(0).contiguous(), sb.flip(0).contiguous())
+    kernels.m_grouped_fp8_gemm_nt_contiguous((rows, scales), swapped, tall, index)
+    assert calc_diff(tall[:m].float().cpu(), wanted[0]) < 1e-4
+    assert calc_diff(tall[128 : 128 + m].float().cpu(), wanted[1]) < 1e-4
+    assert bool((tall[index < 0] == 0).all())
+
+    masked = torch.full((2, m, n), 7.0, dtype=torch.float32, device=device)
+    counts = torch.tensor([m - 1, 0], dtype=torch.int32, device=device)
+    kernels.m_grouped_fp8_gemm_nt_masked((a, sa), (b, sb), masked, counts, m)
+    assert calc_diff(masked[0, : m - 1].cpu(), wanted[0, : m - 1]) < 1e-6
+    assert bool((masked[1] == 7).all())
+    assert bool((masked[0, m - 1] == 7).all()) or m % 128 != 0
+
+    x = torch.from_numpy(rng.standard_normal((3, 200)).astype("f4"))
+    x[1, 150] = float("nan")
+    for ue8m0 in (False, True):
+        values, cast_scales = kernels.per_token_cast_to_fp8(x.to(device), ue8m0)
+        exact_values, exact_scales = gemm.per_token_cast_to_fp8(x, ue8m0)
+        ours, exact = values.cpu().float(), exact_values.float()
+        assert torch.equal(torch.nan_to_num(ours, 999), torch.nan_to_num(exact, 999))
+        assert torch.equal(
+            torch.nan_to_num(cast_scales.cpu(), 999), torch.nan_to_num(exact_scales, 999)
+        )
+
+
+def compile_for_hopper() -> None:
+    """Compile every kernel for sm_90a; assert wgmma in the PTX and no spills in the cubin."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from whalefall.gemm import triton as kernels
+
+    names = kernels.fp8_gemm_kernel.arg_names
+    kinds = {"a": "*fp8e4nv", "b": "*fp8e4nv", "sa": "*fp32", "sb": "*fp32", "groups": "*i32"}
+    tools = triton.knobs.nvidia  # from 3.9 on, the newer assembler serves Hopper too
+    newer = getattr(tools, "ptxas_blackwell", None)
+    ptxas = max(
+        (t for t in (tools.ptxas, newer) if t), key=lambda t: [int(x) for x in t.version.split(".")]
+    ).path
+    for kind in (kernels.DENSE, kernels.CONTIGUOUS, kernels.MASKED):
+        constants = {"KIND": kind, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
+        signature = {
+            n: "constexpr" if n in constants else "*bf16" if n == "d" else kinds.get(n, "i32")
+            for n in names
+        }
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants
+        }
+        source = ASTSource(kernels.fp8_gemm_kernel, signature, constants, aligned)
+        built = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3}
+        )
+        ptx = built.asm["ptx"]
+        assert "wgmma.mma_async" in ptx
+        assert "e4m3.e4m3" in ptx
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.ptx"
+            path.write_text(ptx)
+            command = [ptxas, "-v", "-arch=sm_90a", str(path), "-o", str(path) + ".cubin"]
+            words = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        assert "0 bytes spill stores, 0 bytes spill loads" in words, words
+        print(
+            "kind", kind, [line for line in words.splitlines() if "registers" in line][-1].strip()
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["compile"]:
+        compile_for_hopper()
+    elif sys.argv[1:2] == ["gpu"]:
+        check("cuda", *map(int, sys.argv[2:]))
+    else:
+        check("cpu", 5, 130, 200)
+    print("passed")
