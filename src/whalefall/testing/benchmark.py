@@ -98,6 +98,11 @@ def commit(root: Path) -> str:
     return out or "unknown"
 
 
+def shown(argument: str) -> str:
+    """A command's argument as a page may show it: of an absolute path its last part."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = None) -> Path:
     """Write docs/benchmarks/ROOM.json with the machine's description, print it, renew the page.
 
@@ -119,7 +124,7 @@ def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = No
         "isa": facts["isa"],
         "cores": facts["cores"],
         "commit": commit(root),
-        "command": "whalefall " + " ".join(["bench", *sys.argv[0].split()[2:], *sys.argv[1:]]),
+        "command": " ".join(["whalefall", "bench", room, *map(shown, sys.argv[1:])]),
         "versions": dict(versions or {}),
         "rows": [asdict(row) for row in rows],
     }
