@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import Any, TypeVar
 
+from whalefall.comm import crc32c
 from whalefall.fs.core import effects
 from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Procedure, Refused, Unreachable
@@ -43,7 +44,7 @@ class Connection:
         self.pool = Pool(token)
         self.client = uuid.uuid4().hex[:16]
         limits = Limits(retry_s=retry_s)
-        self.core = ClientCore(self.client, limits, time.monotonic, random.randrange)
+        self.core = ClientCore(self.client, limits, time.monotonic, random.randrange, crc32c)
         self.mutex = threading.RLock()
         self.threads = concurrent.futures.ThreadPoolExecutor(PARALLEL, "whalefall-fs")
         routing = self.refresh()

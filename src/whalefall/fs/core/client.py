@@ -66,12 +66,14 @@ class ClientCore:
         client: unique to this process.
         choose: picks one of n (reads spread over replicas).
         clock: seconds, monotonic.
+        checksum: CRC-32C of data.
     """
 
     client: str
     limits: Limits
     clock: Callable[[], float]
     choose: Callable[[int], int]
+    checksum: Callable[[Any], int]
     routing: Routing = field(default_factory=Routing)
     # Chain → channels that are free, the last used first: a new operation fences an old packet.
     free: dict[int, list[int]] = field(default_factory=dict)
@@ -121,13 +123,17 @@ class ClientCore:
         size: int, data: Any,
     ) -> Procedure[UpdateDone]:  # fmt: skip
         began_s, tries, last = self.clock(), 0, "nothing was tried"
+        checksum = self.checksum(data) if kind is Kind.WRITE else -1
         while True:
             tries += 1
             code = Code.TIMED_OUT
             try:
                 chain = self._chain(number)
                 head = self._head(chain)
-                packet = Update(head.target, chain.version, chunk, kind, offset, length, size, tag)
+                packet = Update(
+                    head.target, chain.version, chunk, kind, offset, length, size, tag,
+                    checksum=checksum,
+                )  # fmt: skip
                 answer, _ = yield Call(head.node, packet, data, self.limits.call_s * 2)
                 if isinstance(answer, UpdateDone):
                     return answer

@@ -8,15 +8,17 @@ Source: CRAQ (Terrace & Freedman 2009); 3FS's write path; the deviations are in 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from whalefall.fs.core.chains import Local, Public
+from whalefall.fs.core.chains import Local, Member, Public
 from whalefall.fs.core.effects import (
     Abort,
     Acquire,
     Call,
     Commit,
     Load,
+    Merge,
     Procedure,
     Refused,
     Sleep,
@@ -26,6 +28,7 @@ from whalefall.fs.core.effects import (
 from whalefall.fs.core.messages import (
     ChunkMeta,
     Code,
+    Distrust,
     Kind,
     Query,
     QueryDone,
@@ -50,7 +53,7 @@ def update(node: StorageNode, message: Update, data: Any) -> Procedure[UpdateDon
         key = (message.tag.client, message.tag.channel)
         if key in target.busy:
             raise Refused(Code.CHANNEL_BUSY, f"channel {message.tag.channel} is at work here")
-        remembered = node.recall(target, message.tag, message.version)
+        remembered = node.recall(target, message)
         if remembered is not None:
             return _done(remembered)
         target.busy.add(key)
@@ -73,7 +76,7 @@ def _locked(node: StorageNode, target: Target, message: Update, data: Any) -> Pr
     # The wait for the lock may have been long: the chain may be another, the work done.
     node.admit(message.target, message.chain_version)
     if message.tag is not None:
-        remembered = node.recall(target, message.tag, message.version)
+        remembered = node.recall(target, message)
         if remembered is not None:
             return _done(remembered)
     if message.order is None:
@@ -115,6 +118,10 @@ def _as_follower(
         entry = target.store.entry(message.chunk)
         committed = entry.committed if entry else None
         version = committed.version if committed else 0
+        if committed is None and message.kind is Kind.REMOVE and message.tag is not None:
+            done = Remembered(message.tag, message.version, message.chain_version, 0, 0)
+            yield Merge(target.target, [done])
+            return _done(done)
         if committed is not None and message.version == version:
             return _done(committed)
         if message.version <= version:
@@ -133,6 +140,11 @@ def _apply(
     if node.is_read_tail(target):
         target.tail_marks[chunk] = chain.version
     pending = yield Store(target.target, message, data, version, chain.version)
+    if message.expected not in (-1, pending.checksum):
+        # Nobody may read it: whichever of the two is wrong, it is not committed here.
+        raise Refused(
+            Code.MISMATCH, f"checksum {pending.checksum:08x} here, {message.expected:08x} before"
+        )
     try:
         chain_version = yield from _forward(node, target, message, data, pending)
     except Refused as refusal:
@@ -183,6 +195,8 @@ def _forward(
             successor.target, chain.version, message.chunk, kind, message.offset,
             pending.length if kind is Kind.REPLACE else message.length, message.size, message.tag,
             pending.version, node.next_order(), successor.public is Public.SYNCING,
+            checksum=pending.checksum if kind is Kind.REPLACE else message.checksum,
+            expected=pending.checksum,
         )  # fmt: skip
         try:
             answer, _ = yield Call(successor.node, packet, content, node.limits.call_s)
@@ -198,9 +212,23 @@ def _forward(
                 raise Refused(Code.NO_SPACE, answer.reason)
             else:
                 last = f"target {successor.target}: {answer.code.name}, {answer.reason}"
+                if answer.code is Code.MISMATCH:
+                    yield from _distrust(node, target, message.chunk, pending, packet, successor)
         if node.clock() >= end_s:
             raise Refused(Code.TIMED_OUT, f"after {node.limits.forward_s} s; last: {last}")
         yield Sleep(node.limits.pause_s)
+
+
+def _distrust(
+    node: StorageNode, target: Target, chunk: bytes, pending: ChunkMeta, packet: Update,
+    successor: Member,
+) -> Procedure[None]:  # fmt: skip
+    """The successor made other content of the same update: if ours checks, it must be refilled."""
+    if not pending.removed:
+        yield Load(target.target, chunk, pending=True)  # raises CORRUPT if ours is the bad one
+    message = Distrust(successor.target, packet.chain_version)
+    with contextlib.suppress(Unreachable):
+        yield Call(successor.node, message, b"", node.limits.call_s)
 
 
 def _compare(

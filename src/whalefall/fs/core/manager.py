@@ -218,8 +218,6 @@ class Manager:
             stored = _decode(transaction.get(ROUTING_KEY), Routing)
             if stored == after:
                 return True  # the first try was committed after all
-            if (stored.version if stored else 0) != before.version:
-                return False
             transaction.put(ROUTING_KEY, msgspec.msgpack.encode(after))
             return True
 

@@ -10,7 +10,8 @@ import msgspec
 from whalefall.fs.core.chains import Chain, Local
 
 __all__ = [
-    "ChunkMeta", "Code", "Failed", "Heartbeat", "HeartbeatDone", "Inventory", "Kind", "NodeInfo",
+    "ChunkMeta", "Code", "Distrust", "Failed", "Heartbeat", "HeartbeatDone", "Inventory", "Kind",
+    "NodeInfo",
     "Query", "QueryDone", "Read", "ReadDone", "Remembered", "Routing", "SyncDone", "SyncStart",
     "SyncTags", "Tag", "TargetReport", "Update", "UpdateDone", "Wide", "Done",
 ]  # fmt: skip
@@ -37,6 +38,7 @@ class Code(enum.IntEnum):
     INVALID = 15
     NOT_PRIMARY = 16
     DISK = 17
+    MISMATCH = 18  # this replica made other content of the same update
 
 
 class Kind(enum.IntEnum):
@@ -93,6 +95,8 @@ class Update(Wide, frozen=True):
         order: (boot of the sender's node, counter): a later packet makes an earlier one invalid.
         sync: the receiver is being filled: take version and content as given.
         stamp: commit under this chain version (recovery keeps the one a chunk has).
+        checksum: CRC-32C of the data, or -1.
+        expected: CRC-32C that the sender's whole chunk has after this update, or -1.
     """
 
     target: int
@@ -108,6 +112,7 @@ class Update(Wide, frozen=True):
     sync: bool = False
     stamp: int = 0
     checksum: int = -1
+    expected: int = -1
 
 
 class UpdateDone(Wide, frozen=True):
@@ -195,6 +200,13 @@ class SyncDone(Wide, frozen=True):
     target: int
     chain_version: int
     session: tuple[int, int, int]
+
+
+class Distrust(Wide, frozen=True):
+    """The predecessor, whose content checks, got another checksum from this target: be filled."""
+
+    target: int
+    chain_version: int
 
 
 class NodeInfo(msgspec.Struct, frozen=True, array_like=True):

@@ -23,8 +23,8 @@ from whalefall.fs.core.messages import (
     NodeInfo,
     Remembered,
     Routing,
-    Tag,
     TargetReport,
+    Update,
 )
 
 __all__ = ["Entry", "Limits", "StorageNode", "StoreView", "Target"]
@@ -250,13 +250,17 @@ class StorageNode:
         tail = read_tail(chain) if chain is not None else None
         return tail is not None and tail.target == target.target
 
-    def recall(self, target: Target, tag: Tag, version: int) -> Remembered | None:
+    def recall(self, target: Target, message: Update) -> Remembered | None:
         """The remembered result of an operation that succeeded here before.
 
         Raises: Refused for a packet of an operation that its channel has left behind.
         """
-        last = target.store.remembered(tag.client, tag.channel)
-        if last is None or last.tag.seq < tag.seq:
+        tag = message.tag
+        last = target.store.remembered(tag.client, tag.channel) if tag is not None else None
+        if tag is None or last is None or last.tag.seq < tag.seq:
+            return None
+        if last.tag.seq > tag.seq and message.order is not None:
+            # The predecessor finishes what it stored before the client gave up: its version tells.
             return None
         if last.tag.seq > tag.seq:
             raise Refused(
@@ -265,6 +269,8 @@ class StorageNode:
             )
         if last.tag.request != tag.request:
             raise Refused(Code.PROTOCOL, f"operation {tag.seq} names two different requests")
-        if version not in (0, last.version):
-            raise Refused(Code.VERSION_CONFLICT, f"is version {last.version} here, got {version}")
+        if message.version not in (0, last.version):
+            raise Refused(
+                Code.VERSION_CONFLICT, f"is version {last.version} here, got {message.version}"
+            )
         return last

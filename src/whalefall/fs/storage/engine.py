@@ -149,7 +149,7 @@ class ChunkEngine:
         try:
             crcs, whole = native_io.write(descriptor, place.offset, content)
             self.step("data written")
-            if update.checksum >= 0 and update.kind is Kind.WRITE:
+            if update.checksum >= 0 and update.kind in (Kind.WRITE, Kind.REPLACE):
                 whole_is_data = size == update.length
                 found = whole if whole_is_data else native_io.checksum(data)
                 if found != update.checksum:
@@ -209,7 +209,7 @@ class ChunkEngine:
         if not pending.removed:
             new = Record(meta, None, old.pending_at, old.pending_crcs)
         remembered = None
-        if tag is not None:
+        if tag is not None and not self._newer(tag):
             remembered = Remembered(tag, meta.version, chain_version, meta.length, meta.checksum)
         self.step("before commit")
         self._write(chunk, new, [remembered] if remembered else [])
@@ -218,6 +218,10 @@ class ChunkEngine:
             if remembered is not None:
                 self._tags[remembered.tag.client, remembered.tag.channel] = remembered
         self._replace(chunk, new, freed=old.committed_at)
+
+    def _newer(self, tag: Tag) -> bool:
+        last = self._tags.get((tag.client, tag.channel))
+        return last is not None and last.tag.seq > tag.seq
 
     def abort(self, chunk: bytes) -> None:
         """Forget the pending content."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.fs.core import craq, effects, resync
+from whalefall.fs.core import craq, effects, work
 from whalefall.fs.core.chains import Local, Public
 from whalefall.fs.core.effects import Refused, Unreachable
 from whalefall.fs.core.messages import (
@@ -26,14 +26,9 @@ from whalefall.fs.core.messages import (
     Heartbeat,
     HeartbeatDone,
     NodeInfo,
-    Query,
     Read,
     ReadDone,
     Routing,
-    SyncDone,
-    SyncStart,
-    SyncTags,
-    Update,
 )
 from whalefall.fs.core.replica import Limits, StorageNode, Target
 from whalefall.fs.driver import StorageDriver
@@ -125,24 +120,15 @@ class StorageServer:
     def _handle(self, message: Any, payload: memoryview) -> tuple[Any, Sequence[Any]]:
         if isinstance(message, Read):
             return self._read(message)
-        if isinstance(message, Update):
-            return self.driver.run(craq.update(self.node, message, payload)), ()
-        if isinstance(message, SyncTags):
-            return self.driver.run(resync.sync_tags(self.node, message, bytes(payload))), ()
-        with self.driver.mutex:
-            if isinstance(message, Query):
-                return craq.query(self.node, message), ()
-            if isinstance(message, SyncStart):
-                inventory, listed = resync.sync_start(self.node, message)
-                return inventory, (listed,)
-            if isinstance(message, SyncDone):
-                return resync.sync_done(self.node, message), ()
-            if isinstance(message, Routing):
+        if isinstance(message, Routing):
+            with self.driver.mutex:
                 self._apply(message)
-                return Done(), ()
-            if isinstance(message, Call):
+            return Done(), ()
+        if isinstance(message, Call):
+            with self.driver.mutex:
                 return Result(self._administer(message.name, **message.args)), ()
-        raise Refused(Code.PROTOCOL, f"a storage node does not take {type(message).__name__}")
+        reply, data = self.driver.run(work.handle(self.node, message, payload))
+        return reply, (data,)
 
     def _read(self, message: Read) -> tuple[ReadDone, Sequence[Any]]:
         results: list[tuple[int, int, int]] = []
@@ -283,14 +269,10 @@ class StorageServer:
                 self.node.tick()
                 targets = list(self.node.targets.values())
             for target in targets:
-                if target.settling and target.local is Local.UPTODATE:
-                    self._job("settle", target, craq.force_commit(self.node, target))
-                elif resync.needs_sync(self.node, target):
-                    self._job("resync", target, resync.resync(self.node, target))
-                else:
-                    for chunk in craq.leftovers(self.node, target)[:16]:
-                        self._job(f"settle {chunk.hex()}", target,
-                                  craq.settle(self.node, target, chunk))  # fmt: skip
+                with self.driver.mutex:
+                    jobs = work.background(self.node, target)
+                for name, procedure in jobs:
+                    self._job(name, target, procedure)
 
     def _job(self, name: str, target: Target, procedure: Any) -> None:
         key = (name, target.target)

@@ -1,0 +1,265 @@
+"""File-system room: one seeded schedule — what clients do, what fails when, and the final checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.messages import Code, Kind
+from whalefall.fs.simulation.history import Operation, linearizable
+from whalefall.fs.simulation.process import SimClient, SimNode
+from whalefall.fs.simulation.world import Size, Violation, World
+from whalefall.sim import Faults, Simulation
+
+__all__ = ["Outcome", "Violation", "run_schedule"]
+
+SLOT = 4  # bytes of a chunk that one partial write changes
+FAULTS_BEGIN_S, HEAL_S, CALM_S, STOP_S, PATIENCE_S = 0.6, 5.0, 8.5, 9.5, 60.0
+
+
+@dataclass
+class Outcome:
+    """What became of one schedule."""
+
+    seed: int
+    violation: str = ""
+    faults: dict[str, int] = field(default_factory=dict)
+    operations: int = 0
+    unknown: int = 0
+    steps: int = 0
+    messages: int = 0
+    chain_versions: int = 0
+    conflicts: int = 0
+    transcript: list[str] = field(default_factory=list)
+
+
+class Schedule:
+    """The random choices of one run; everything follows from the seed."""
+
+    def __init__(self, seed: int, keep_transcript: bool) -> None:
+        self.sim = Simulation(seed, keep_transcript)
+        chance = self.sim.random
+        size = Size(
+            nodes=chance.choice((3, 3, 4)), replicas=chance.choice((2, 3, 3)),
+            chains=chance.choice((1, 1, 2)), managers=chance.choice((1, 2, 2)),
+            clients=chance.choice((2, 3)), chunks=chance.choice((1, 2)),
+        )  # fmt: skip
+        faults = Faults(
+            loss=chance.choice((0.0, 0.0, 0.02, 0.1)), duplicate=chance.choice((0.0, 0.05, 0.2)),
+            slow=chance.choice((0.0, 0.02, 0.1)), slow_s=chance.choice((0.2, 1.0, 2.5)),
+        )  # fmt: skip
+        self.retry_s = chance.choice((1.5, 8.0))
+        self.removes = chance.random() < 0.5
+        self.kinds = chance.sample(
+            ("crash", "freeze", "cut off", "half cut", "manager", "all", "full"),
+            k=chance.randint(1, 4),
+        )
+        if chance.random() < 0.1:
+            # Two replicas tell which one is wrong only while both are there.
+            self.kinds, faults.loss = ["flip", "full"], 0.0
+        self.world = World(self.sim, size, faults, retry_s=self.retry_s)
+        self.history: list[Operation] = []
+        self.running = 0
+        self.written = 0
+        self.faults: dict[str, int] = {}
+        self.failure = ""
+
+    # ---- faults
+
+    def plan(self) -> None:
+        """Decide when what fails."""
+        at = FAULTS_BEGIN_S
+        while (at := at + self.sim.random.expovariate(1.4)) < HEAL_S:
+            kind = self.sim.random.choice(self.kinds)
+            self.sim.after(at, lambda kind=kind: self.fail(kind))
+        self.sim.after(HEAL_S, self.heal)
+
+    def fail(self, kind: str) -> None:
+        """Let one thing fail."""
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+        chance, world = self.sim.random, self.world
+        node = chance.choice(world.nodes)
+        lasts_s = chance.choice((0.1, 0.5, 1.5, 3.0))
+        self.sim.note(f"FAULT {kind} ({node.name}, {lasts_s} s)")
+        if kind == "crash":
+            self.crash(node, lasts_s)
+        elif kind == "all":
+            for one in world.nodes:
+                self.crash(one, chance.choice((0.1, 0.5, 2.0)))
+        elif kind == "freeze":
+            if node.alive and not node.frozen:
+                node.freeze()
+                self.sim.after(lasts_s, node.thaw)
+        elif kind == "manager":
+            manager = chance.choice(world.managers)
+            if manager.alive and chance.random() < 0.5:
+                manager.crash()
+                self.sim.after(lasts_s, lambda: None if manager.alive else manager.boot())
+            elif manager.alive and not manager.frozen:
+                manager.freeze()
+                self.sim.after(lasts_s, manager.thaw)
+        elif kind in ("cut off", "half cut"):
+            others = [n for n in world.processes if n != node.name]
+            if chance.random() < 0.5:  # from the managers alone: it would still serve clients
+                others = list(world.manager_names)
+            into = kind == "cut off" or chance.random() < 0.5
+            world.network.isolate(node.name, others, into, kind == "cut off" or not into)
+            self.sim.after(lasts_s, world.faults.cut.clear)
+        elif kind == "full":
+            self.fill(node, lasts_s)
+        elif kind == "flip":
+            self.flip()
+
+    def crash(self, node: SimNode, lasts_s: float) -> None:
+        if node.alive:
+            node.crash()
+            self.sim.after(lasts_s, lambda: None if node.alive else node.boot())
+
+    def fill(self, node: SimNode, lasts_s: float) -> None:
+        for store in node.stores.values():
+            store.full = True
+            self.sim.after(lasts_s, lambda store=store: setattr(store, "full", False))
+
+    def flip(self) -> None:
+        """A replica that is not the head will store other bytes than it was given."""
+        chain = self.sim.random.choice(list(self.world.routing.chains.values()))
+        followers = chain.serving()[1:]
+        if followers:
+            member = self.sim.random.choice(followers)
+            self.world.nodes[member.node - 1].stores[member.target].flip = True
+
+    def heal(self) -> None:
+        """From here on nothing fails any more."""
+        self.sim.note("HEAL")
+        world = self.world
+        world.faults.cut.clear()
+        world.faults.loss = world.faults.duplicate = world.faults.slow = 0.0
+        for process in (*world.nodes, *world.managers):
+            if process.frozen:
+                process.thaw()
+            if not process.alive:
+                process.boot()
+        for node in world.nodes:
+            for store in node.stores.values():
+                store.full = store.flip = False
+
+    # ---- clients
+
+    def work(self, client: SimClient) -> None:
+        """One operation of a client, then the next."""
+        if self.sim.now > STOP_S:
+            return
+        chance = self.sim.random
+        chain = chance.randint(1, self.world.size.chains)
+        chunk = f"{chain}.{chance.randint(1, self.world.size.chunks)}".encode()
+        kind = chance.choices(
+            ("write", "whole", "read", "remove"), (40, 8, 40, 8 if self.removes else 0)
+        )[0]
+        op = Operation(client.name, "read", chunk, self.sim.now)
+        done = self._finisher(client, op)
+        self.history.append(op)
+        self.running += 1
+        if kind == "read":
+            client.read(chain, chunk, done)
+            return
+        if kind == "remove":
+            op.kind = "remove"
+            procedure = client.core.update(chain, chunk, Kind.REMOVE, 0, 0, 64, b"")
+        else:
+            op.kind = "write"
+            self.written += 1
+            pieces = 2 if kind == "whole" else 1
+            op.data = b"".join(
+                (self.written * 2 + i).to_bytes(SLOT, "big") for i in range(pieces)
+            )
+            op.offset = 0 if kind == "whole" else SLOT * chance.randint(0, 1)
+            procedure = client.core.update(
+                chain, chunk, Kind.WRITE, op.offset, len(op.data), 64, op.data
+            )
+        client.start(procedure, done)
+
+    def _finisher(self, client: SimClient, op: Operation) -> Callable[[Any], None]:
+        def done(result: Any) -> None:
+            self.running -= 1
+            if isinstance(result, Exception):
+                self.sim.note(f"{op.client} {op.kind} {op.chunk.decode()}: {result}")
+                never = isinstance(result, Refused) and result.code is Code.NO_SPACE
+                if never or op.kind == "read":
+                    self.history.remove(op)
+                if op.called_s > CALM_S and not never:
+                    raise Violation(f"an operation failed long after the last fault: {result}")
+            else:
+                op.returned_s = self.sim.now
+                if op.kind == "read":
+                    op.data = result
+                self.sim.note(f"{op}")
+            client.later(self.sim.random.expovariate(8), lambda: self.work(client))
+
+        return done
+
+    # ---- the run
+
+    def run(self) -> None:
+        """Run to the end and check.
+
+        Raises: Violation.
+        """
+        self.plan()
+        for client in self.world.clients:
+            client.later(self.sim.random.uniform(0.2, 0.5), lambda client=client: self.work(client))
+        self.sim.run(STOP_S)
+        while self.running or not self.world.healthy() or self._pending():
+            if self.sim.now > PATIENCE_S:
+                raise Violation(
+                    f"{PATIENCE_S - HEAL_S:.0f} s after the last fault {self.running} operations "
+                    f"still run; chains: {list(self.world.routing.chains.values())}"
+                )
+            self.sim.run(self.sim.now + 0.25)
+        self.world.check_agreement()
+        self._read_all()
+        for chunk in sorted({op.chunk for op in self.history}):
+            mine = [op for op in self.history if op.chunk == chunk]
+            if not linearizable(mine):
+                raise Violation(f"chunk {chunk.decode()}: what clients saw has no order that fits")
+
+    def _pending(self) -> bool:
+        return any(s.pendings() for n in self.world.nodes for s in n.stores.values())
+
+    def _read_all(self) -> None:
+        """Every replica's content is read once more."""
+        for chain in self.world.routing.chains.values():
+            for member in chain.members:
+                store = self.world.nodes[member.node - 1].stores[member.target]
+                for number in range(1, self.world.size.chunks + 1):
+                    chunk = f"{chain.chain}.{number}".encode()
+                    self.history.append(Operation(
+                        "end", "read", chunk, self.sim.now, 0, store.content(chunk),
+                        self.sim.now + 0.001,
+                    ))  # fmt: skip
+
+
+def run_schedule(seed: int, keep_transcript: bool = False) -> Outcome:
+    """Run one schedule.
+
+    Args:
+        seed: decides cluster size, network, faults, operations and their interleaving.
+        keep_transcript: keep a readable line for each thing that happens.
+    Returns: the outcome; `violation` is empty if every invariant held.
+    """
+    schedule = Schedule(seed, keep_transcript)
+    outcome = Outcome(seed)
+    try:
+        schedule.run()
+    except Violation as violation:
+        outcome.violation = str(violation)
+    outcome.faults = schedule.faults
+    outcome.operations = len(schedule.history)
+    outcome.unknown = sum(op.returned_s == float("inf") for op in schedule.history)
+    outcome.steps = schedule.sim.steps
+    outcome.messages = schedule.world.network.sent
+    outcome.chain_versions = sum(c.version for c in schedule.world.routing.chains.values())
+    outcome.conflicts = schedule.world.conflicts
+    outcome.transcript = schedule.sim.transcript
+    return outcome
