@@ -54,13 +54,8 @@ def compare(local: Mapping[bytes, Entry], remote: Listed, busy: set[Hashable]) -
     for chunk in sorted({*local, *remote}):
         mine = local.get(chunk)
         theirs, their_pending = remote.get(chunk, (None, None))
-        if (
-            their_pending is not None
-            or chunk in busy
-            or mine is None
-            or mine.pending is not None
-            or not same(mine.committed, theirs)
-        ):
+        unsettled = their_pending is not None or chunk in busy
+        if unsettled or mine is None or mine.pending or not same(mine.committed, theirs):
             todo.append(chunk)
     return todo
 

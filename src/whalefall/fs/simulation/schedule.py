@@ -13,10 +13,11 @@ from whalefall.fs.simulation.process import SimClient, SimNode
 from whalefall.fs.simulation.world import Size, Violation, World
 from whalefall.sim import Faults, Simulation
 
-__all__ = ["Outcome", "Violation", "run_schedule"]
+__all__ = ["PROFILES", "Outcome", "Violation", "run_schedule"]
 
 SLOT = 4  # bytes of a chunk that one partial write changes
 FAULTS_BEGIN_S, HEAL_S, CALM_S, STOP_S, PATIENCE_S = 0.6, 5.0, 8.5, 9.5, 60.0
+QUIET_S = 2.0
 
 
 @dataclass
@@ -35,23 +36,39 @@ class Outcome:
     transcript: list[str] = field(default_factory=list)
 
 
-class Schedule:
-    """The random choices of one run; everything follows from the seed."""
+# Where a kind of trouble is rare in mixed schedules, a profile is full of it.
+PROFILES: dict[str, dict[str, Any]] = {
+    "mixed": {},
+    "slow": {"slow": 0.3, "slow_s": 2.0, "duplicate": 0.3, "kinds": ["crash", "half cut"]},
+    "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
+    "churn": {"kinds": ["crash", "freeze"], "removes": True, "chunks": 3, "loss": 0.0},
+}
 
-    def __init__(self, seed: int, keep_transcript: bool) -> None:
+
+class Schedule:
+    """The random choices of one run; everything follows from the seed and the profile."""
+
+    def __init__(self, seed: int, keep_transcript: bool, profile: str) -> None:
+        force = PROFILES[profile]
         self.sim = Simulation(seed, keep_transcript)
         chance = self.sim.random
+
+
+        def pick(name: str, *values: Any) -> Any:
+            drawn = chance.choice(values)
+            return force.get(name, drawn)
+
         size = Size(
-            nodes=chance.choice((3, 3, 4)), replicas=chance.choice((2, 3, 3)),
-            chains=chance.choice((1, 1, 2)), managers=chance.choice((1, 2, 2)),
-            clients=chance.choice((2, 3)), chunks=chance.choice((1, 2)),
+            nodes=pick("nodes", 3, 3, 4), replicas=pick("replicas", 2, 3, 3),
+            chains=pick("chains", 1, 1, 2), managers=pick("managers", 1, 2, 2),
+            clients=pick("clients", 2, 3), chunks=pick("chunks", 1, 2),
         )  # fmt: skip
         faults = Faults(
-            loss=chance.choice((0.0, 0.0, 0.02, 0.1)), duplicate=chance.choice((0.0, 0.05, 0.2)),
-            slow=chance.choice((0.0, 0.02, 0.1)), slow_s=chance.choice((0.2, 1.0, 2.5)),
+            loss=pick("loss", 0.0, 0.0, 0.02, 0.1), duplicate=pick("duplicate", 0.0, 0.05, 0.2),
+            slow=pick("slow", 0.0, 0.02, 0.1), slow_s=pick("slow_s", 0.2, 1.0, 2.5),
         )  # fmt: skip
         self.retry_s = chance.choice((1.5, 8.0))
-        self.removes = chance.random() < 0.5
+        self.removes = pick("removes", False, True)
         self.kinds = chance.sample(
             ("crash", "freeze", "cut off", "half cut", "manager", "all", "full"),
             k=chance.randint(1, 4),
@@ -59,6 +76,7 @@ class Schedule:
         if chance.random() < 0.1:
             # Two replicas tell which one is wrong only while both are there.
             self.kinds, faults.loss = ["flip", "full"], 0.0
+        self.kinds = force.get("kinds", self.kinds)
         self.world = World(self.sim, size, faults, retry_s=self.retry_s)
         self.history: list[Operation] = []
         self.running = 0
@@ -100,12 +118,12 @@ class Schedule:
             elif manager.alive and not manager.frozen:
                 manager.freeze()
                 self.sim.after(lasts_s, manager.thaw)
-        elif kind in ("cut off", "half cut"):
+        elif kind in ("cut off", "half cut", "manager cut"):
             others = [n for n in world.processes if n != node.name]
-            if chance.random() < 0.5:  # from the managers alone: it would still serve clients
-                others = list(world.manager_names)
+            if kind == "manager cut" or chance.random() < 0.5:
+                others = list(world.manager_names)  # it would still serve clients
             into = kind == "cut off" or chance.random() < 0.5
-            world.network.isolate(node.name, others, into, kind == "cut off" or not into)
+            world.network.isolate(node.name, others, into, kind != "half cut" or not into)
             self.sim.after(lasts_s, world.faults.cut.clear)
         elif kind == "full":
             self.fill(node, lasts_s)
@@ -153,10 +171,13 @@ class Schedule:
             return
         chance = self.sim.random
         chain = chance.randint(1, self.world.size.chains)
-        chunk = f"{chain}.{chance.randint(1, self.world.size.chunks)}".encode()
+        number = chance.randint(1, self.world.size.chunks)
+        chunk = f"{chain}.{number}".encode()
         kind = chance.choices(
             ("write", "whole", "read", "remove"), (40, 8, 40, 8 if self.removes else 0)
         )[0]
+        if number == 1 and self.sim.now > QUIET_S and chance.random() < 0.9:
+            kind = "read"  # what is seldom written must be right too
         op = Operation(client.name, "read", chunk, self.sim.now)
         done = self._finisher(client, op)
         self.history.append(op)
@@ -240,15 +261,16 @@ class Schedule:
                     ))  # fmt: skip
 
 
-def run_schedule(seed: int, keep_transcript: bool = False) -> Outcome:
+def run_schedule(seed: int, keep_transcript: bool = False, profile: str = "mixed") -> Outcome:
     """Run one schedule.
 
     Args:
         seed: decides cluster size, network, faults, operations and their interleaving.
         keep_transcript: keep a readable line for each thing that happens.
+        profile: what trouble there is most of (`PROFILES`).
     Returns: the outcome; `violation` is empty if every invariant held.
     """
-    schedule = Schedule(seed, keep_transcript)
+    schedule = Schedule(seed, keep_transcript, profile)
     outcome = Outcome(seed)
     try:
         schedule.run()
