@@ -4,6 +4,6 @@ Managers, storage nodes and clients are the very cores that the servers run. `ru
 runs one schedule and checks the invariants; the same seed gives the same run.
 """
 
-from whalefall.fs.simulation.schedule import Outcome, Violation, run_schedule
+from whalefall.fs.simulation.schedule import PROFILES, Outcome, Violation, run_schedule
 
-__all__ = ["Outcome", "Violation", "run_schedule"]
+__all__ = ["PROFILES", "Outcome", "Violation", "run_schedule"]

@@ -83,11 +83,18 @@ class SimProcess:
 
     def start(self, procedure: Any, done: Callable[[Any], None]) -> None:
         """Run a procedure; `done` gets its result, or the exception that ended it."""
-        self._step(procedure, None, None, done)
+        self._step(self.life, procedure, None, None, done)
 
     def _step(
-        self, procedure: Any, value: Any, error: Exception | None, done: Callable[[Any], None]
+        self,
+        life: int,
+        procedure: Any,
+        value: Any,
+        error: Exception | None,
+        done: Callable[[Any], None],
     ) -> None:
+        if life != self.life:
+            return  # a dead life's procedure, woken as its locks were cleaned up
         try:
             effect = procedure.send(value) if error is None else procedure.throw(error)
         except StopIteration as stop:
@@ -99,9 +106,9 @@ class SimProcess:
 
         def resume(result: Any) -> None:
             if isinstance(result, Exception):
-                self._step(procedure, None, result, done)
+                self._step(life, procedure, None, result, done)
             else:
-                self._step(procedure, result, None, done)
+                self._step(life, procedure, result, None, done)
 
         self.perform(effect, resume)
 
