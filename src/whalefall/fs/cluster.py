@@ -23,6 +23,7 @@ from whalefall.fs.tokens import publish_token
 from whalefall.launch import Group, Task
 
 if TYPE_CHECKING:
+    from whalefall.fs.client.filesystem import FileSystemClient
     from whalefall.fs.fsspec import WhalefallFileSystem
 
 __all__ = ["LocalCluster", "place_chains"]
@@ -88,6 +89,7 @@ class LocalCluster:
         self.port = port or self._remembered_port()
         self.group: Group | None = None
         self._connection: Connection | None = None
+        self._clients: list[FileSystemClient] = []
 
     def _remembered_port(self) -> int:
         path = self.path / "port"
@@ -265,13 +267,18 @@ class LocalCluster:
         """The cluster as an fsspec file system."""
         from whalefall.fs.fsspec import WhalefallFileSystem
 
-        return WhalefallFileSystem(
+        made = WhalefallFileSystem(
             host=self.host, port=self.port, token=self.token.decode(), skip_instance_cache=True,
             **options,
         )  # fmt: skip
+        self._clients.append(made.client)
+        return made
 
     def stop(self) -> None:
         """End all processes; what was acknowledged is on disk."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
         if self._connection is not None:
             self._connection.close()
             self._connection = None

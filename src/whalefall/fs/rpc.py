@@ -126,6 +126,7 @@ class Pool:
         self._kind = any_message()
         self._idle: dict[tuple[str, int], list[Channel]] = {}
         self._mutex = threading.Lock()
+        self._closed = False
 
     def call(
         self, address: tuple[str, int], message: Any, data: Any = b"", timeout_s: float = 5.0,
@@ -153,7 +154,10 @@ class Pool:
             how = "" if fresh else " (connection kept from before)"
             raise Unreachable(f"{address[0]}:{address[1]}: {error}{how}") from None
         with self._mutex:
-            self._idle.setdefault(address, []).append(channel)
+            if not self._closed:
+                self._idle.setdefault(address, []).append(channel)
+                return answer
+        channel.close()
         return answer
 
     def _receive(self, channel: Channel, into: Sequence[Any] | None) -> tuple[Any, memoryview]:
@@ -176,9 +180,14 @@ class Pool:
             channel.close()
 
     def close(self) -> None:
-        """Drop all connections."""
+        """Drop all connections, those at work once they are done."""
+        self._closed = True
         for address in list(self._idle):
             self.forget(address)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):  # made whole
+            self.close()
 
 
 def receive_into(channel: Channel, views: list[memoryview]) -> None:

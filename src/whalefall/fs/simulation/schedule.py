@@ -206,10 +206,11 @@ class Schedule:
             self.running -= 1
             if isinstance(result, Exception):
                 self.sim.note(f"{op.client} {op.kind} {op.chunk.decode()}: {result}")
-                never = isinstance(result, Refused) and result.code is Code.NO_SPACE
-                if never or op.kind == "read":
+                # Even a full disk's refusal is no promise: a packet of an earlier try may be late.
+                full = isinstance(result, Refused) and result.code is Code.NO_SPACE
+                if op.kind == "read":
                     self.history.remove(op)
-                if op.called_s > CALM_S and not never:
+                if op.called_s > CALM_S and not full:
                     raise Violation(f"an operation failed long after the last fault: {result}")
             else:
                 op.returned_s = self.sim.now

@@ -1,0 +1,261 @@
+"""The chunk engine on a real disk: copy-on-write, crashes at every point, rot, full disks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fs.mutations import Mutation, broken
+from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.messages import Code, Kind, Tag, Update
+from whalefall.fs.storage import native_io
+from whalefall.fs.storage.engine import ChunkEngine
+from whalefall.fs.storage.slots import Slots
+
+CHUNK = b"\0" * 15 + b"\1"
+STEPS = ("data written", "pending recorded", "before commit", "committed", "aborted")
+
+
+def tag(seq: int) -> Tag:
+    return Tag("client", 1, seq, seq)
+
+
+def update(kind: Kind, offset: int, length: int, seq: int = 1, checksum: int = -1) -> Update:
+    return Update(1, 1, CHUNK, kind, offset, length, 1 << 20, tag(seq), checksum=checksum)
+
+
+def put(engine: ChunkEngine, data: bytes, offset: int = 0, seq: int = 1) -> None:
+    """Write and commit."""
+    entry = engine.entry(CHUNK)
+    version = (entry.committed.version if entry and entry.committed else 0) + 1
+    engine.store(update(Kind.WRITE, offset, len(data), seq), data, version, 1)
+    engine.commit(CHUNK, 1, tag(seq))
+
+
+def reopened(engine: ChunkEngine) -> ChunkEngine:
+    engine.close()
+    return ChunkEngine(engine.folder)
+
+
+def test_checksum_is_crc32c_and_blocks_combine_to_the_whole() -> None:
+    assert native_io.checksum(b"123456789") == 0xE3069283  # the polynomial's check value
+    for size in (0, 1, 7, 65535, 65536, 65537, 200_001):
+        data = os.urandom(size)
+        crcs, whole = native_io.write(-1, 0, data)
+        assert whole == native_io.checksum(data)
+        assert len(crcs) == 4 * -(-size // native_io.BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("level", ["any", "avx2"])
+def test_both_code_paths_give_the_same_checksum(level: str) -> None:
+    from whalefall.jit import build, levels
+
+    if level not in levels():
+        pytest.skip(f"this machine has no {level}")
+    source = Path(native_io.__file__).parent / "native" / "chunkio.cpp"
+    native = build(source, level=level)
+    native.wf_fs_crc32c.restype = native_io.ctypes.c_uint32
+    data = bytes(range(256)) * 300
+    start, size = native_io.address(data)
+    native.wf_fs_crc32c.argtypes = [native_io.ctypes.c_void_p, native_io.ctypes.c_int64]
+    assert native.wf_fs_crc32c(start, size) == native_io.checksum(data)
+
+
+def test_every_kind_of_update_does_what_it_says(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"a" * 100_000)
+    put(engine, b"bcd", 50, 2)
+    put(engine, b"end", 100_010, 3)  # a gap
+    wanted = bytearray(b"a" * 100_000 + bytes(10) + b"end")
+    wanted[50:53] = b"bcd"
+    assert engine.load(CHUNK, False) == wanted
+    for kind, length, result in (
+        (Kind.EXTEND, 10, bytes(wanted)),
+        (Kind.TRUNCATE, 60, bytes(wanted[:60])),
+        (Kind.EXTEND, 70, bytes(wanted[:60]) + bytes(10)),
+    ):
+        engine.store(update(kind, 0, length, 9), b"", 9, 1)
+        engine.commit(CHUNK, 1, None)
+        assert engine.load(CHUNK, False) == result
+    engine.store(update(Kind.REMOVE, 0, 0, 10), b"", 10, 1)
+    assert engine.load(CHUNK, False)  # until it is committed
+    engine.commit(CHUNK, 1, tag(10))
+    assert engine.entry(CHUNK) is None and reopened(engine).entry(CHUNK) is None
+
+
+def test_pending_content_is_not_seen_until_committed(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"one")
+    engine.store(update(Kind.WRITE, 0, 3, 2), b"two", 2, 1)
+    assert engine.load(CHUNK, False) == b"one" and engine.load(CHUNK, True) == b"two"
+    engine = reopened(engine)
+    assert engine.pendings() == [CHUNK]
+    engine.commit(CHUNK, 4, tag(2))
+    engine = reopened(engine)
+    assert engine.load(CHUNK, False) == b"two"
+    entry, known = engine.entry(CHUNK), engine.remembered("client", 1)
+    assert entry is not None and entry.committed is not None and known is not None
+    assert (entry.committed.version, entry.committed.chain_version) == (2, 4)
+    assert (known.tag.seq, known.version) == (2, 2)
+
+
+def test_an_older_operation_does_not_hide_a_newer_one(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"new", seq=5)
+    put(engine, b"old", seq=3)
+    known = engine.remembered("client", 1)
+    assert known is not None and known.tag.seq == 5
+
+
+def aborting_leaves_no_trace(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"one")
+    engine.store(update(Kind.WRITE, 0, 3, 2), b"two", 2, 1)
+    engine.abort(CHUNK)
+    try:
+        assert engine.pendings() == []
+        engine = reopened(engine)
+        assert engine.pendings() == [] and engine.load(CHUNK, False) == b"one"
+    finally:
+        engine.close()
+
+
+def test_aborting_leaves_no_trace(tmp_path: Path) -> None:
+    aborting_leaves_no_trace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("self._replace(chunk, kept, freed=old.pending_at)", "pass"),
+        ("self._write(chunk, kept)", "pass"),
+    ],
+)
+def test_mutation_22_is_caught_on_disk_and_in_memory(tmp_path: Path, old: str, new: str) -> None:
+    mutation = Mutation(22, "abort by halves", ((ChunkEngine, "abort", old, new),), 0)
+    with broken(mutation), pytest.raises(AssertionError):
+        aborting_leaves_no_trace(tmp_path)
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def crash_at(point: str, number: int) -> Callable[[str], None]:
+    """A step function that ends the process the n-th time it comes to a point."""
+    left = [number]
+
+    def step(name: str) -> None:
+        if name == point:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Crash
+
+    return step
+
+
+@pytest.mark.parametrize("point", STEPS)
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("scribble", [False, True])
+def test_a_crash_at_any_point_leaves_the_old_or_the_new(
+    tmp_path: Path, point: str, number: int, scribble: bool
+) -> None:
+    """`scribble`: what was not acknowledged as stored is torn as well, as by a power cut."""
+    engine = ChunkEngine(tmp_path, crash_at(point, number))
+    acknowledged, tried, in_doubt = b"", b"", False
+    try:
+        for seq in range(1, 7):
+            tried = bytes([seq]) * (70_000 + seq)
+            engine.store(update(Kind.WRITE, 0, len(tried), seq), tried, seq, 1)
+            if seq == 4:
+                engine.abort(CHUNK)
+                continue
+            in_doubt = True
+            engine.commit(CHUNK, 1, tag(seq))
+            acknowledged, in_doubt = tried, False
+    except Crash:
+        pass
+    engine.close()
+    if scribble:
+        tear_free_slots(engine)
+    engine = ChunkEngine(tmp_path)
+    entry = engine.entry(CHUNK)
+    content = bytes(engine.load(CHUNK, False)) if entry and entry.committed else b""
+    assert content == acknowledged or (in_doubt and content == tried)
+    if entry is not None and entry.pending is not None:
+        assert engine.load(CHUNK, True) == tried  # whole, so that it may be committed
+    put(engine, b"and on it goes", seq=99)
+    assert engine.load(CHUNK, False)[:14] == b"and on it goes"
+    engine.close()
+
+
+def tear_free_slots(engine: ChunkEngine) -> None:
+    """Overwrite every slot that no record refers to."""
+    again = ChunkEngine(engine.folder)
+    used = {p for r in again.entries().values() for p in (r.committed_at, r.pending_at) if p}
+    again.close()
+    for path in engine.folder.glob("slots.*"):
+        size_class = int(path.suffix[1:])
+        slots = -(-path.stat().st_size // (1 << size_class))
+        with path.open("r+b") as file:
+            for slot in range(slots):
+                if all((p.size_class, p.slot) != (size_class, slot) for p in used):
+                    file.seek(slot << size_class)
+                    file.write(b"torn" * 1000)
+
+
+def test_a_flipped_byte_is_found_and_mended(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    data = os.urandom(300_000)
+    put(engine, data)
+    entry = engine.entry(CHUNK)
+    assert entry is not None and entry.committed_at is not None
+    path = tmp_path / f"slots.{entry.committed_at.size_class}"
+    with path.open("r+b") as file:
+        file.seek(entry.committed_at.offset + 200_000)
+        file.write(bytes([data[200_000] ^ 1]))
+    with pytest.raises(Refused, match="does not match its checksum"):
+        engine.load(CHUNK, False)
+    with pytest.raises(Refused):  # a partial write must not build on rot
+        engine.store(update(Kind.WRITE, 5, 3, 2), b"abc", 2, 1)
+    assert not engine.mend(CHUNK, data[:-1] + b"x")
+    assert engine.mend(CHUNK, data) and engine.load(CHUNK, False) == data
+    assert reopened(engine).load(CHUNK, False) == data
+
+
+def test_data_changed_on_the_way_is_refused(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    wrong = native_io.checksum(b"other")
+    with pytest.raises(Refused) as refusal:
+        engine.store(update(Kind.WRITE, 0, 4, checksum=wrong), b"data", 1, 1)
+    assert refusal.value.code is Code.CORRUPT and engine.entry(CHUNK) is None
+
+
+def test_a_full_disk_refuses_and_keeps_what_is_there(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"kept")
+    engine.reserve_bytes = 1 << 60
+    with pytest.raises(Refused) as refusal:
+        put(engine, b"lost", seq=2)
+    assert refusal.value.code is Code.NO_SPACE
+    assert engine.load(CHUNK, False) == b"kept" and engine.pendings() == []
+
+
+def test_sizes_are_checked(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    with pytest.raises(Refused, match="bytes up to 1048577 in a chunk of 1048576"):
+        engine.store(update(Kind.WRITE, 1 << 20, 1), b"x", 1, 1)
+
+
+def test_a_slot_is_not_used_again_while_somebody_reads_it(tmp_path: Path) -> None:
+    slots = Slots(tmp_path, [])
+    first = slots.take(1000)
+    pin = slots.begin_read()
+    slots.give_back(first)
+    assert slots.take(1000) != first
+    slots.end_read(pin)
+    assert slots.take(1000) == first
+    assert slots.used_bytes == 2 * (64 << 10)

@@ -1,0 +1,194 @@
+"""Real processes and real signals: whatever was acknowledged is there, and nothing stale is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from whalefall.fs import LocalCluster, StorageError
+from whalefall.fs.core.messages import Code, Read, ReadDone
+from whalefall.fs.rpc import Pool
+
+pytestmark = pytest.mark.ranks
+LEASE_S = 2.0
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 40.0) -> None:
+    """Wait for a condition."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, f"after {timeout_s} s still not: {what}"
+        time.sleep(0.05)
+
+
+class Writers:
+    """Threads that write files for as long as they live, and keep the hash of each that was taken.
+
+    Each file is overwritten once, so that a stale replica would show.
+    """
+
+    def __init__(self, cluster: LocalCluster, threads: int = 2) -> None:
+        self.cluster, self.stop = cluster, threading.Event()
+        self.acknowledged: dict[str, str] = {}
+        self.errors: list[str] = []
+        self.threads = [threading.Thread(target=self.run, args=(i,)) for i in range(threads)]
+
+    def run(self, number: int) -> None:
+        fs = self.cluster.filesystem()
+        count = 0
+        while not self.stop.is_set():
+            path = f"/load/{number}/{count // 2}"
+            data = os.urandom(100_000 + count)
+            try:
+                fs.pipe_file(path, data)
+                self.acknowledged[path] = hashlib.sha256(data).hexdigest()
+            except OSError as error:
+                self.errors.append(str(error))
+            count += 1
+
+    def __enter__(self) -> Writers:
+        for thread in self.threads:
+            thread.start()
+        until(lambda: len(self.acknowledged) >= 2, "some files written")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def check(self) -> None:
+        """Every acknowledged byte is there."""
+        fs = self.cluster.filesystem()
+        assert not self.errors, self.errors[:3]
+        for path, wanted in self.acknowledged.items():
+            assert hashlib.sha256(fs.cat_file(path)).hexdigest() == wanted, path
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_kill_9_of_every_kind_of_process_loses_nothing(tmp_path: Path, rounds: int) -> None:
+    with LocalCluster(tmp_path, nodes=3, replicas=3, meta=2, lease_s=LEASE_S) as cluster:
+        with Writers(cluster) as writers:
+            for turn in range(rounds):
+                for victim in (turn % 3 + 1, "manager", "meta-1"):
+                    before = len(writers.acknowledged)
+                    cluster.kill(victim)
+                    time.sleep(0.3)
+                    cluster.restart(victim)
+                    until(lambda b=before: len(writers.acknowledged) > b, "writes go on")  # type: ignore[misc]
+                    cluster.wait_healthy(60)
+        assert len(writers.acknowledged) > 3
+        writers.check()
+
+
+def test_reads_and_writes_go_on_soon_after_a_node_is_gone(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, nodes=3, replicas=2, chains=3, lease_s=LEASE_S) as cluster:
+        fs = cluster.filesystem()
+        data = os.urandom(3 << 20)
+        fs.pipe_file("/f", data)
+        began_s = time.monotonic()
+        cluster.kill(1)
+        assert fs.cat_file("/f") == data
+        assert time.monotonic() - began_s < LEASE_S + 2
+        fs.pipe_file("/f", data[::-1])
+        # The writer waits for the manager to call the node dead, and a little for a busy machine.
+        assert time.monotonic() - began_s < LEASE_S + 6
+        assert fs.cat_file("/f") == data[::-1]
+
+
+def test_a_stopped_node_that_wakes_up_serves_nothing_old(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, nodes=3, replicas=3, chains=1, lease_s=LEASE_S) as cluster:
+        fs = cluster.filesystem()
+        fs.pipe_file("/f", b"old" * 1000)
+        inode = fs.client.stat("/f")
+        connection = cluster.connection()
+        # An open file: the chunk is overwritten in place, not replaced by another file.
+        chain = next(iter(connection.core.routing.chains.values()))
+        stopped = chain.members[2]
+        info = connection.core.routing.nodes[stopped.node]
+        pool = Pool(cluster.token)
+        from whalefall.fs.core.layout import chunk_id
+
+        chunk = chunk_id(inode.id, 0)
+        question = Read(stopped.target, chain.version, [(chunk, 0, 3)])
+        reply, data = pool.call((info.host, info.port), question, b"", 5)
+        assert isinstance(reply, ReadDone) and bytes(data) == b"old"
+        cluster.signal(stopped.node, signal.SIGSTOP)
+        fs.client.write(inode, 0, b"new")  # returns once the manager has taken the node out
+        cluster.signal(stopped.node, signal.SIGCONT)
+        # Ask it at once, and again until it is back, as a client with old routing would.
+        end_s = time.monotonic() + 1.5
+        while time.monotonic() < end_s:
+            reply, data = pool.call((info.host, info.port), question, b"", 5)
+            assert not isinstance(reply, ReadDone), bytes(data)
+            assert reply.code in (Code.TARGET_OFFLINE, Code.ROUTING_MISMATCH, Code.NOT_READY)
+            time.sleep(0.01)
+        cluster.wait_healthy(40)
+        connection.core.apply_routing(connection.refresh() or connection.core.routing)
+        chain = connection.core.routing.chains[chain.chain]
+        question = Read(stopped.target, chain.version, [(chunk, 0, 3)])
+        reply, data = pool.call((info.host, info.port), question, b"", 5)
+        assert isinstance(reply, ReadDone) and bytes(data) == b"new"
+        pool.close()
+
+
+def test_a_flipped_byte_is_found_by_a_read_and_mended(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, nodes=3, replicas=3, chains=1, lease_s=LEASE_S) as cluster:
+        fs = cluster.filesystem()
+        data = os.urandom(500_000)
+        fs.pipe_file("/f", data)
+        flip(cluster, 2, 1234)
+        for _ in range(12):  # whichever replica answers
+            assert fs.cat_file("/f") == data
+        connection = cluster.connection()
+        connection.node(2, "scrub")
+        until(lambda: connection.node(2, "counters")["repaired"] >= 1, "mended")
+        assert connection.node(2, "counters")["damaged"] >= 1
+        path = next((tmp_path / "storage-2").glob("target-*/slots.*"))
+        assert data[:4096] in path.read_bytes()
+
+
+def flip(cluster: LocalCluster, node: int, place: int) -> None:
+    """Change one byte of a node's only chunk on its disk."""
+    path = next((cluster.path / f"storage-{node}").glob("target-*/slots.*"))
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 0x40]))
+
+
+def test_a_full_disk_refuses_in_words_and_loses_nothing(tmp_path: Path) -> None:
+    # One node's disk has room for little: its reserve is all but 40 MiB of what is free.
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with LocalCluster(
+        tmp_path, nodes=2, replicas=2, chains=1, lease_s=LEASE_S, reserve_bytes=free - (40 << 20)
+    ) as cluster:
+        fs = cluster.filesystem(retry_s=8.0)
+        kept: dict[str, bytes] = {}
+        with pytest.raises(StorageError, match="NO_SPACE"):
+            for number in range(60):
+                data = os.urandom(1 << 20)
+                fs.pipe_file(f"/{number}", data)
+                kept[f"/{number}"] = data
+        assert kept
+        for path, data in kept.items():
+            assert fs.cat_file(path) == data
+        assert set(fs.ls("/", detail=False)) == set(kept)
+
+
+def test_a_cluster_comes_back_with_all_it_had(tmp_path: Path) -> None:
+    data = os.urandom(2_500_000)
+    with LocalCluster(tmp_path, nodes=2, replicas=2, lease_s=LEASE_S) as cluster:
+        cluster.filesystem().pipe_file("/a/b/f", data)
+        url = cluster.url
+    with LocalCluster(tmp_path, nodes=2, replicas=2, lease_s=LEASE_S) as cluster:
+        assert cluster.url == url
+        assert cluster.filesystem().cat_file("/a/b/f") == data
