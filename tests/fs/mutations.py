@@ -42,110 +42,110 @@ MUTATIONS = [
          "if False:"),
         (craq, "_as_follower", "if message.sync != (member.public is Public.SYNCING):",
          "if False:"),
-    ), -1),
+    ), -1, "many"),
     Mutation(2, "acknowledge before the successor has", (
         (craq, "_forward", 'last = f"target {successor.target} on node', "return chain.version\n"
          '            last = f"target {successor.target} on node'),
-    ), -1),
+    ), 0),
     Mutation(3, "commit before the content is down", (
         (craq, "_apply", "yield Store(target.target, message, data, version, chain.version)",
          "yield Unsynced(Store(target.target, message, data, version, chain.version))"),
         (craq, "_commit", "yield Commit(target.target, message.chunk, chain_version, message.tag)",
          "yield Unsynced(Commit(target.target, message.chunk, chain_version, message.tag))"),
-    ), -1),
+    ), 3),
     Mutation(4, "no deduplication", (
         (replica.StorageNode, "recall", "if tag is None or", "if True or tag is None or"),
-    ), -1),
+    ), 0),
     Mutation(5, "deduplication only at the head", (
         (craq, "_commit", "message.chunk, chain_version, message.tag)",
          "message.chunk, chain_version, message.tag if message.order is None else None)"),
-    ), -1),
+    ), 3),
     Mutation(6, "a failure is remembered as final", (
         (craq, "update", "target.busy.discard(key)",
          "None if __import__('sys').exc_info()[0] else target.busy.discard(key)"),
-    ), -1),
+    ), 0),
     Mutation(7, "forward with the old chain version for ever", (
         (craq, "_forward", "successor.target, chain.version, message.chunk",
          "successor.target, pending.chain_version, message.chunk"),
-    ), -1),
+    ), 0),
     Mutation(8, "checksums and versions of two replicas are not compared", (
         (craq, "_apply", "if message.expected not in (-1, pending.checksum):", "if False:"),
         (craq, "_compare", "if theirs != ours:", "if False:"),
-    ), -1),
+    ), 30),
     Mutation(9, "commit under one's own chain version, not the successor's", (
         (craq, "_forward", "return answer.chain_version", "return node.place(target)[0].version"),
-    ), -1, "slow"),
+    ), -1, "many"),
     Mutation(10, "a partial write goes raw to a target that is being filled", (
         (craq, "_forward", "if successor.public is Public.SYNCING and kind is not Kind.REMOVE:",
          "if False:"),
         (craq, "_forward", "expected=pending.checksum,", "expected=-1,"),
         (craq, "_compare", "if theirs != ours:", "if False:"),
-    ), -1),
+    ), 30),
     Mutation(11, "recovery sends without the chunk's lock", (
         (resync, "_send_chunk", "yield Acquire(target.target, chunk)", "pass"),
         (resync, "_send_chunk", "target.locks.release(chunk)", "pass"),
         (resync, "_send_chunk", "if entry is not None and entry.pending is not None:", "if False:"),
-    ), -1),
+    ), 37),
     Mutation(12, "recovery stamps the current chain version", (
         (resync, "_send_chunk", "committed.chain_version if committed else 0", "version"),
-    ), -1),
+    ), 30),
     Mutation(13, "an uncommitted content at the target is not sent again", (
         (resync, "compare", "their_pending is not None or chunk in busy", "chunk in busy"),
-    ), -1),
+    ), 50),
     Mutation(14, "the end of a recovery is believed for another chain version", (
         (resync, "sync_done", "target = _syncing(node, message.target, message.chain_version)",
          "target = node.targets[message.target]"),
         (resync, "sync_done", "if target.session != message.session:", "if False:"),
-    ), -1, "slow"),
+    ), 99, "slow"),
     Mutation(15, "two targets are filled at once", (
         (chains, "next_members", "if serving and not syncing else", "if serving else"),
-    ), -1),
+    ), 1),
     Mutation(16, "all that are dead become the last that served", (
         (chains, "next_members", "        first = chosen[dead[0]]\n"
          "        chosen[dead[0]] = Member(first.target, first.node, Public.LASTSRV)\n",
          "        for place in dead:\n            first = chosen[place]\n"
          "            chosen[place] = Member(first.target, first.node, Public.LASTSRV)\n"),
-    ), -1),
+    ), 9),
     Mutation(17, "what was pending on the last one is dropped", (
         (craq, "force_commit", "yield from settle(node, target, chunk)",
          "yield Abort(target.target, chunk)"),
-    ), -1),
+    ), 130),
     Mutation(18, "an old report of being up to date is believed", (
         (manager.Manager, "_believe", "if report.local is not Local.OFFLINE and", "if False and"),
         (manager.Manager, "heartbeat", "if order <= self.sequence.get(node, (-1, -1)):",
          "if False:"),
-    ), -1, "slow"),
+    ), 16, "slow"),
     Mutation(19, "a target is up to date as soon as its node starts", (
         (replica.StorageNode, "__init__", "Target(number, store) for",
          "Target(number, store, local=Local.UPTODATE) for"),
-    ), -1),
+    ), 40),
     Mutation(20, "a manager writes without looking at its lease", (
         (manager.Manager, "write", "if lease is None or (lease.holder, lease.generation) != "
          "(self.name, self.generation):", "if False:"),
-    ), -1),
+    ), 166),
     Mutation(21, "no target stops itself", (
         (replica.StorageNode, "place", "if self.clock() >= target.lease_until_s:", "if False:"),
-    ), -1, "cut"),
+    ), 1, "cut"),
     Mutation(22, "an aborted content is dropped in memory only", (
         (SimStore, "_abort", "self._pending.pop(chunk, None)", "return"),
-    ), -1),
+    ), 30),
     Mutation(23, "recovery removes a chunk that was made again", (
         (resync, "resync", "todo = compare(",
          "resync_gone.clear(); resync_gone.update({**remote}.keys() - {*target.store.entries()})\n"
          "        todo = compare("),
         (resync, "_send_chunk", "committed = entry.committed if entry else None",
          "committed = entry.committed if entry and chunk not in resync_gone else None"),
-    ), -1, "churn"),
+    ), 86, "churn"),
     Mutation(24, "a target that is not up to date answers reads", (
         (craq, "readable", "if target.local is not Local.UPTODATE or "
          "member.public is not Public.SERVING:", "if False:"),
         (client.ClientCore, "_reader", "serving = chain.serving()",
          "serving = [m for m in chain.members if m.public in (0, 2)]"),
-    ), -1),
+    ), 4),
     Mutation(28, "a new sequence number for every try", (
         (client.ClientCore, "_retry_update", "        tries += 1\n",
          "        tries += 1\n        tag = self._open_tag(number)\n"),
-    ), -1),
+    ), 12),
 ]  # fmt: skip
 
 

@@ -8,9 +8,17 @@ import pytest
 
 from whalefall.errors import ConfigError
 from whalefall.fs.cluster import place_chains
-from whalefall.fs.core.chains import Chain, Local, Member, Public, next_chain, next_members, read_tail
+from whalefall.fs.core.chains import (
+    Chain,
+    Local,
+    Member,
+    Public,
+    next_chain,
+    next_members,
+    read_tail,
+)
 
-S, L, Y, W, O = Public  # noqa: E741
+S, L, Y, W, O = Public
 UP, ON, OFF = Local
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from tests.fs.mutations import Mutation, broken
+
 from whalefall.fs.kv import Conflict, MemoryKV
 from whalefall.fs.meta.core import directories, files
 from whalefall.fs.meta.core.records import ROOT, Context, Inode, InodeKind, MetaError, inod, load
@@ -177,7 +177,7 @@ def test_a_file_never_published_is_collected_when_its_writer_is_gone(fs: Names) 
     fresh = fs("begin", mode=0o644, session="s")
     assert fs("condemn", inode=fresh.id) is None
     fs.now += 1000
-    (key, number), = fs.service.dead_sessions(300.0)
+    ((key, number),) = fs.service.dead_sessions(300.0)
     assert number == fresh.id
     fs.store.transact(lambda t: t.delete(key))
     assert fs("condemn", inode=fresh.id).id == fresh.id

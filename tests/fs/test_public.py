@@ -48,7 +48,7 @@ def test_layout_is_the_same_everywhere() -> None:
     assert shuffled(list(range(8)), 42) == [3, 1, 6, 2, 4, 0, 7, 5]
     assert stripe((5, 6, 7), 2, 1) == (7, 5)
     assert sorted(stripe((1, 2, 3), 8, 7)) == [1, 2, 3]
-    assert chunk_id(258, 3).hex() == "0000" "0000000000000102" "0000" "00000003"
+    assert chunk_id(258, 3).hex() == "00000000000000000102000000000003"
     assert chunk_index(chunk_id(258, 3)) == 3
 
 

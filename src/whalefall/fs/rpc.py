@@ -7,13 +7,16 @@ Replies with data are received straight into the caller's buffers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from whalefall.comm import Channel, Limits, connect, decode, listen
+import msgspec
+
+from whalefall.comm import Channel, CommError, Limits, connect, listen
 from whalefall.comm.frames import PREFIX, lengths
 from whalefall.comm.tokens import prove_server
 from whalefall.errors import WhalefallError
@@ -40,13 +43,14 @@ class Result(Wide, frozen=True):
     value: Any
 
 
-def any_message() -> Any:
-    """The union of all messages, for decoding."""
+@functools.cache
+def any_message() -> msgspec.msgpack.Decoder[Any]:
+    """Decodes every message; made once, before there are threads (msgspec crashes otherwise)."""
     kinds = Wide.__subclasses__()
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
-    return union
+    return msgspec.msgpack.Decoder(union)
 
 
 class Server:
@@ -59,7 +63,7 @@ class Server:
 
     def __init__(self, handler: Handler, token: bytes, host: str, port: int) -> None:
         self._handler, self._token = handler, token
-        self._kind = any_message()
+        any_message()
         self._socket = listen(host, port)
         self.host, self.port = self._socket.getsockname()[:2]
         self._channels: set[Channel] = set()
@@ -87,7 +91,7 @@ class Server:
             prove_server(channel, self._token)
             sock.settimeout(None)
             while True:
-                message, payload = channel.recv(self._kind)
+                message, payload = receive(channel)
                 reply, buffers = self._answer(message, payload)
                 channel.send(reply, *buffers)
         except (WhalefallError, OSError) as error:
@@ -123,7 +127,7 @@ class Pool:
 
     def __init__(self, token: bytes) -> None:
         self._token = token
-        self._kind = any_message()
+        any_message()
         self._idle: dict[tuple[str, int], list[Channel]] = {}
         self._mutex = threading.Lock()
         self._closed = False
@@ -146,7 +150,7 @@ class Pool:
             channel = channel or connect(*address, self._token, timeout_s, LIMITS)
             channel.settimeout(timeout_s)
             channel.send(message, *([data] if len(data) else []))
-            answer = self._receive(channel, into)
+            answer = receive(channel, into)
         except (OSError, WhalefallError) as error:
             if channel is not None:
                 channel.close()
@@ -159,18 +163,6 @@ class Pool:
                 return answer
         channel.close()
         return answer
-
-    def _receive(self, channel: Channel, into: Sequence[Any] | None) -> tuple[Any, memoryview]:
-        header_bytes, payload_bytes = lengths(channel.recv_exactly(PREFIX.size), LIMITS)
-        reply = decode(channel.recv_exactly(header_bytes), self._kind)
-        results = getattr(reply, "results", None)
-        if into is None or results is None:
-            data = memoryview(bytearray(payload_bytes))
-            channel.recv_into(data)
-            return reply, data
-        views = [memoryview(b)[: r[1]] for b, r in zip(into, results, strict=True) if r[1]]
-        receive_into(channel, views)
-        return reply, memoryview(b"")
 
     def forget(self, address: tuple[str, int]) -> None:
         """Drop the idle connections to an address."""
@@ -188,6 +180,26 @@ class Pool:
     def __del__(self) -> None:
         if hasattr(self, "_closed"):  # made whole
             self.close()
+
+
+def receive(channel: Channel, into: Sequence[Any] | None = None) -> tuple[Any, memoryview]:
+    """One message and its payload, which goes into buffers as the message's `results` say.
+
+    Raises: CommError, LimitError for what is no message of ours.
+    """
+    header_bytes, payload_bytes = lengths(channel.recv_exactly(PREFIX.size), LIMITS)
+    try:
+        message = any_message().decode(channel.recv_exactly(header_bytes))
+    except msgspec.MsgspecError as error:
+        raise CommError(f"fs: not one of our messages: {error}") from None
+    results = getattr(message, "results", None)
+    if into is None or results is None:
+        data = memoryview(bytearray(payload_bytes))
+        channel.recv_into(data)
+        return message, data
+    views = [memoryview(b)[: r[1]] for b, r in zip(into, results, strict=True) if r[1]]
+    receive_into(channel, views)
+    return message, memoryview(b"")
 
 
 def receive_into(channel: Channel, views: list[memoryview]) -> None:

@@ -260,4 +260,9 @@ class Manager:
 
 
 def _decode(data: bytes | None, kind: Any) -> Any:
-    return None if data is None else msgspec.msgpack.decode(data, type=kind)
+    return None if data is None else _DECODERS[kind].decode(data)
+
+
+_DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Lease, Routing)
+}

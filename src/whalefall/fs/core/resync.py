@@ -33,7 +33,8 @@ from whalefall.fs.core.replica import Entry, StorageNode, Target
 __all__ = ["compare", "needs_sync", "resync", "sync_done", "sync_start", "sync_tags"]
 
 Listed = dict[bytes, tuple[ChunkMeta | None, ChunkMeta | None]]
-SYNC_CHANNEL = 0
+_LISTED = msgspec.msgpack.Decoder(Listed)
+_TAGS = msgspec.msgpack.Decoder(list[Remembered])
 
 
 def needs_sync(node: StorageNode, target: Target) -> bool:
@@ -85,7 +86,7 @@ def resync(node: StorageNode, target: Target) -> Procedure[int]:
             node, successor.node, SyncStart(there, version, session), b"", 4
         )
         assert isinstance(answer, Inventory)
-        remote = msgspec.msgpack.decode(payload, type=Listed)
+        remote = _LISTED.decode(payload)
         todo = compare(target.store.entries(), remote, target.locks.held())
         for chunk in todo:
             yield from _send_chunk(node, target, version, chunk)
@@ -151,7 +152,7 @@ def sync_start(node: StorageNode, message: SyncStart) -> tuple[Inventory, bytes]
 def sync_tags(node: StorageNode, message: SyncTags, payload: bytes) -> Procedure[Done]:
     """Remember what the predecessor remembers, so that a retry is known here too."""
     target = _syncing(node, message.target, message.chain_version)
-    yield Merge(target.target, msgspec.msgpack.decode(payload, type=list[Remembered]))
+    yield Merge(target.target, _TAGS.decode(payload))
     return Done()
 
 

@@ -50,6 +50,9 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     time: float = 0.0
 
 
+_ANSWER = msgspec.msgpack.Decoder(Answer)
+
+
 @dataclass(frozen=True)
 class Operation:
     """A function of a transaction, and how its arguments are typed."""
@@ -181,9 +184,9 @@ class MetaService:
     ) -> Answer:
         key = b"IDEM" + f"{context.client}/{context.request}".encode()
         if context.request:
-            before = load(t.get(key), Answer)
+            before = t.get(key)
             if before is not None:
-                return before
+                return _ANSWER.decode(before)
         answer = self._run(t, operation, context, keywords)
         if answer.errno:
             t.writes.clear()
@@ -205,7 +208,9 @@ class MetaService:
         def find(t: Transaction) -> list[tuple[bytes, int]]:
             found = []
             for key, value in t.range(*span(b"INOS"), snapshot=True):
-                session = msgspec.msgpack.decode(value, type=Session)
+                session = load(value, Session)
+                if session is None:
+                    continue
                 stamp = load(t.get(b"CLNT" + session.client.encode(), snapshot=True), float)
                 if now - max(stamp or 0.0, session.opened) > silent_s:
                     found.append((key, int.from_bytes(key[4:12], "little")))
@@ -228,4 +233,4 @@ class MetaService:
 
 
 def _time(value: bytes) -> float:
-    return msgspec.msgpack.decode(value, type=Answer).time
+    return _ANSWER.decode(value).time

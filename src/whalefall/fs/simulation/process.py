@@ -6,6 +6,7 @@ A process runs procedures; its effects take virtual time; a crash forgets all of
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from whalefall.comm import crc32c
@@ -264,7 +265,7 @@ class SimNode(SimProcess):
                     procedure.close()
                     continue
                 self.jobs.add(key)
-                self.start(procedure, lambda result, key=key: self._job_done(key, result))
+                self.start(procedure, partial(self._job_done, key))
 
     def _job_done(self, key: tuple[str, int], result: Any) -> None:
         if isinstance(result, Exception):
@@ -380,5 +381,3 @@ class SimClient(SimProcess):
         self.call = call_with_data  # type: ignore[method-assign]
         procedure = self.core.read([piece])
         self.start(procedure, lambda r: done(r if isinstance(r, Exception) else content[0]))
-
-

@@ -1,9 +1,10 @@
-"""File-system room: one seeded schedule — what clients do, what fails when, and the final checks."""
+"""File-system room: one seeded schedule — what clients do, what fails, and the final checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from whalefall.fs.core.effects import Refused
@@ -41,6 +42,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "mixed": {},
     "slow": {"slow": 0.3, "slow_s": 2.0, "duplicate": 0.3, "kinds": ["crash", "half cut"]},
     "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
+    "many": {"kinds": ["crash", "freeze"], "chunks": 8, "slow": 0.3, "slow_s": 0.6},
     "churn": {"kinds": ["crash", "freeze"], "removes": True, "chunks": 3, "loss": 0.0},
 }
 
@@ -52,7 +54,6 @@ class Schedule:
         force = PROFILES[profile]
         self.sim = Simulation(seed, keep_transcript)
         chance = self.sim.random
-
 
         def pick(name: str, *values: Any) -> Any:
             drawn = chance.choice(values)
@@ -91,7 +92,7 @@ class Schedule:
         at = FAULTS_BEGIN_S
         while (at := at + self.sim.random.expovariate(1.4)) < HEAL_S:
             kind = self.sim.random.choice(self.kinds)
-            self.sim.after(at, lambda kind=kind: self.fail(kind))
+            self.sim.after(at, partial(self.fail, kind))
         self.sim.after(HEAL_S, self.heal)
 
     def fail(self, kind: str) -> None:
@@ -138,7 +139,7 @@ class Schedule:
     def fill(self, node: SimNode, lasts_s: float) -> None:
         for store in node.stores.values():
             store.full = True
-            self.sim.after(lasts_s, lambda store=store: setattr(store, "full", False))
+            self.sim.after(lasts_s, partial(setattr, store, "full", False))
 
     def flip(self) -> None:
         """A replica that is not the head will store other bytes than it was given."""
@@ -157,8 +158,12 @@ class Schedule:
         for process in (*world.nodes, *world.managers):
             if process.frozen:
                 process.thaw()
-            if not process.alive:
-                process.boot()
+        for node in world.nodes:
+            if not node.alive:
+                node.boot()
+        for manager in world.managers:
+            if not manager.alive:
+                manager.boot()
         for node in world.nodes:
             for store in node.stores.values():
                 store.full = store.flip = False
@@ -192,9 +197,7 @@ class Schedule:
             op.kind = "write"
             self.written += 1
             pieces = 2 if kind == "whole" else 1
-            op.data = b"".join(
-                (self.written * 2 + i).to_bytes(SLOT, "big") for i in range(pieces)
-            )
+            op.data = b"".join((self.written * 2 + i).to_bytes(SLOT, "big") for i in range(pieces))
             op.offset = 0 if kind == "whole" else SLOT * chance.randint(0, 1)
             procedure = client.core.update(
                 chain, chunk, Kind.WRITE, op.offset, len(op.data), 64, op.data
@@ -230,7 +233,7 @@ class Schedule:
         """
         self.plan()
         for client in self.world.clients:
-            client.later(self.sim.random.uniform(0.2, 0.5), lambda client=client: self.work(client))
+            client.later(self.sim.random.uniform(0.2, 0.5), partial(self.work, client))
         self.sim.run(STOP_S)
         while self.running or not self.world.healthy() or self._pending():
             if self.sim.now > PATIENCE_S:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from whalefall.fs.core.messages import ChunkMeta, Code, Kind, Remembered, Tag, U
 from whalefall.fs.core.replica import Entry
 
 __all__ = ["SimStore", "Unsynced"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,18 @@ class SimStore:
     def crash(self) -> None:
         """Lose what was not synced."""
         for chunk, entry, content, pending in reversed(self._undo):
-            for table, value in (
-                (self._entries, entry), (self._content, content), (self._pending, pending),
-            ):  # fmt: skip
-                if value is None:
-                    table.pop(chunk, None)  # type: ignore[attr-defined]
-                else:
-                    table[chunk] = value  # type: ignore[index]
+            restore(self._entries, chunk, entry)
+            restore(self._content, chunk, content)
+            restore(self._pending, chunk, pending)
         self._undo.clear()
+
+
+def restore(table: dict[bytes, T], chunk: bytes, value: T | None) -> None:
+    """Put back what a table had of a chunk."""
+    if value is None:
+        table.pop(chunk, None)
+    else:
+        table[chunk] = value
 
 
 def apply_write(old: bytes, offset: int, data: bytes) -> bytes:

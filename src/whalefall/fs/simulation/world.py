@@ -1,4 +1,4 @@
-"""File-system room: the simulated cluster — its processes, its one store, what it checks on the way.
+"""File-system room: the simulated cluster — its processes, its store, what it checks on the way.
 
 Checked as it runs: chains change only as they may, routing versions grow one by one, at most one
 manager answers, no operation is committed twice under different versions.
@@ -12,11 +12,10 @@ from typing import Any
 
 import msgspec
 
-from whalefall.fs.core.chains import Chain, Member, Public
+from whalefall.fs.core.chains import Chain, Local, Member, Public
 from whalefall.fs.core.effects import Refused
 from whalefall.fs.core.manager import ROUTING_KEY
 from whalefall.fs.core.messages import Code, NodeInfo, Routing, Tag, Update
-from whalefall.fs.core.chains import Local
 from whalefall.fs.kv import MemoryKV
 from whalefall.fs.simulation.process import SimClient, SimManager, SimNode, SimProcess
 from whalefall.fs.simulation.store import SimStore
@@ -142,7 +141,7 @@ class World:
         if [m.public for m in after.members] != sorted(m.public for m in after.members):
             raise Violation(f"chain {after.chain} is out of order: {states}")
         if bool(counts[Public.SERVING]) == bool(counts[Public.LASTSRV]):
-            raise Violation(f"chain {after.chain}: SERVING and LASTSRV exclude each other: {states}")
+            raise Violation(f"chain {after.chain}: either SERVING or LASTSRV: {states}")
         if len(counts[Public.LASTSRV]) > 1 or len(counts[Public.SYNCING]) > 1:
             raise Violation(f"chain {after.chain}: one LASTSRV, one SYNCING at most: {states}")
         lawful = (Public.SERVING, Public.LASTSRV, Public.SYNCING)
@@ -196,6 +195,6 @@ class World:
                     for chunk, e in store.entries().items() if e.committed is not None
                 }  # fmt: skip
             first = next(iter(views.values()))
-            for target, view in views.items():
+            for view in views.values():
                 if view != first:
                     raise Violation(f"replicas of chain {chain.chain} differ: {views}")

@@ -50,6 +50,10 @@ class Row(msgspec.Struct, array_like=True):
     pending_crcs: bytes
 
 
+_ROW = msgspec.msgpack.Decoder(Row)
+_REMEMBERED = msgspec.msgpack.Decoder(Remembered)
+
+
 class ChunkEngine:
     """One target on disk. Thread-safe; callers hold the chunk's lock while they change it.
 
@@ -75,13 +79,13 @@ class ChunkEngine:
         self._files: dict[bytes, set[bytes]] = {}
         self._tags: dict[tuple[str, int], Remembered] = {}
         for key, value in self._journal.chunks():
-            row = msgspec.msgpack.decode(value, type=Row)
+            row = _ROW.decode(value)
             self._keep(key, Record(
                 row.committed, row.pending, row.committed_at, row.committed_crcs,
                 row.pending_at, row.pending_crcs,
             ))  # fmt: skip
         for value in self._journal.tags():
-            tag = msgspec.msgpack.decode(value, type=Remembered)
+            tag = _REMEMBERED.decode(value)
             self._tags[tag.tag.client, tag.tag.channel] = tag
         places = [p for r in self._records.values() for p in (r.committed_at, r.pending_at) if p]
         self._slots = Slots(folder, places)

@@ -66,8 +66,8 @@ def list_directory(
         begin = dent(inode.id, after) + b"\0"
     found = []
     for key, value in t.range(begin, end, limit, snapshot=True):
-        entry = msgspec.msgpack.decode(value, type=Entry)
-        child = load(t.get(inod(entry.inode), snapshot=True), Inode)
+        entry = load(value, Entry)
+        child = load(t.get(inod(entry.inode), snapshot=True), Inode) if entry else None
         if child is not None:
             found.append((key[12:].decode(), complete(t, child)))
     return found

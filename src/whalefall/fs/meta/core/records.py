@@ -159,7 +159,14 @@ def span(prefix: bytes) -> tuple[bytes, bytes]:
 
 def load(data: bytes | None, kind: type[T]) -> T | None:
     """A stored record, or None."""
-    return None if data is None else msgspec.msgpack.decode(data, type=kind)
+    return None if data is None else _DECODERS[kind].decode(data)
+
+
+# Made once, before there are threads.
+_DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Entry, Garbage, Inode, Session, Times, int, float)
+}
 
 
 def save(t: Transaction, key: bytes, record: Any) -> None:
