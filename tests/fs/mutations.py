@@ -36,13 +36,15 @@ class Mutation:
 
 ADMIT = "    node.admit(message.target, message.chain_version)\n"
 MUTATIONS = [
-    Mutation(1, "no second look at the chain version under the lock", (
+    Mutation(1, "no second look at chain and lease under the lock", (
         (craq, "_locked", ADMIT, ""),
+        (craq, "_as_head", "chain, member = node.place(target)",
+         "chain, member = node.seat(target)"),
         (craq, "_as_head", "if chain.members[0] != member or member.public is not Public.SERVING:",
          "if False:"),
-        (craq, "_as_follower", "if message.sync != (member.public is Public.SYNCING):",
-         "if False:"),
-    ), -1, "many"),
+        (craq, "_apply", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
+        (craq, "_forward", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
+    ), -1),
     Mutation(2, "acknowledge before the successor has", (
         (craq, "_forward", 'last = f"target {successor.target} on node', "return chain.version\n"
          '            last = f"target {successor.target} on node'),
