@@ -12,9 +12,9 @@ from whalefall.fs import LocalCluster, WhalefallFileSystem
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
-    # T = 2 s: the tests share two cores with other processes.
+    # T = 3 s: the tests share two cores with other processes.
     with tempfile.TemporaryDirectory() as folder:
-        with LocalCluster(folder, nodes=3, replicas=3, lease_s=2.0) as started:
+        with LocalCluster(folder, nodes=3, replicas=3, lease_s=3.0) as started:
             yield started
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.fs.mutations import Mutation, broken
 
+from tests.fs.mutations import Mutation, broken
 from whalefall.fs.core.effects import Refused
 from whalefall.fs.core.messages import Code, Kind, Tag, Update
 from whalefall.fs.storage import native_io

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.fs.mutations import Mutation, broken
 
+from tests.fs.mutations import Mutation, broken
 from whalefall.fs.kv import Conflict, MemoryKV
 from whalefall.fs.meta.core import directories, files
 from whalefall.fs.meta.core.records import ROOT, Context, Inode, InodeKind, MetaError, inod, load

@@ -7,8 +7,8 @@ import os
 from collections import Counter
 
 import pytest
-from tests.fs.mutations import MUTATIONS, Mutation, broken
 
+from tests.fs.mutations import MUTATIONS, Mutation, broken
 from whalefall.fs.simulation import PROFILES, Outcome, run_schedule
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.sim import Faults, Network, Simulation

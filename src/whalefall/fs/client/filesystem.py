@@ -6,6 +6,7 @@ Holes read as zeros. A length is reported when a file is synced or closed.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -93,8 +94,12 @@ class FileSystemClient:
         """
         client, number = self.connection.client, next(self._requests)
         who = Who(client, number, self.uid, self.gid, self.groups)
-        answer = self._ask(Call(name, {"who": who, "args": args}))
-        return self._value(msgspec.convert(answer, Answer))
+        call, end_s = Call(name, {"who": who, "args": args}), time.monotonic() + self.retry_s
+        while True:
+            answer = msgspec.convert(self._ask(call), Answer)
+            if answer.errno != errno.EAGAIN or time.monotonic() > end_s:
+                return self._value(answer)
+            time.sleep(0.05)  # a server that has just started does not know the chains yet
 
     def meta_many(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Answer]:
         """Several reading operations in one round trip."""

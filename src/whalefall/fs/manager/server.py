@@ -106,8 +106,7 @@ class ManagerServer:
     def _push(self) -> None:
         routing = self.core.routing
         for info in routing.nodes.values():
-            if info.kind == "storage":
-                threading.Thread(target=self._send, args=(info, routing), daemon=True).start()
+            threading.Thread(target=self._send, args=(info, routing), daemon=True).start()
 
     def _send(self, info: Any, routing: Routing) -> None:
         with contextlib.suppress(Unreachable):  # it will ask with its next heartbeat

@@ -17,7 +17,7 @@ from typing import Any
 from whalefall.errors import WhalefallError
 from whalefall.fs.core.effects import Refused, Unreachable
 from whalefall.fs.core.layout import chunk_id, chunk_index, chunk_prefix
-from whalefall.fs.core.messages import Code, Heartbeat, HeartbeatDone, Kind, NodeInfo, Routing
+from whalefall.fs.core.messages import Code, Done, Heartbeat, HeartbeatDone, Kind, NodeInfo, Routing
 from whalefall.fs.kv import KeyValue, Transaction
 from whalefall.fs.meta.core import files
 from whalefall.fs.meta.core.records import Inode, load_inode
@@ -74,6 +74,10 @@ class MetaServer:
     # ---- calls
 
     def _handle(self, message: Any, payload: memoryview) -> tuple[Any, Sequence[Any]]:
+        if isinstance(message, Routing):
+            if message.version > self.routing.version:
+                self.routing = message
+            return Done(), ()
         if not isinstance(message, Call):
             raise Refused(Code.PROTOCOL, f"a metadata server takes no {type(message).__name__}")
         if message.name == "keep_alive":

@@ -190,7 +190,7 @@ class MetaService:
         answer = self._run(t, operation, context, keywords)
         if answer.errno:
             t.writes.clear()
-        if context.request:
+        if context.request and answer.errno != errno.EAGAIN:
             save(t, key, msgspec.structs.replace(answer, time=context.now))
         return answer
 

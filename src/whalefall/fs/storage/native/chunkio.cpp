@@ -15,7 +15,7 @@ constexpr uint32_t kPoly = 0x82F63B78u;
 
 using Matrix = uint32_t[32];
 
-uint32_t times(const Matrix &matrix, uint32_t vector) {
+uint32_t times(const Matrix& matrix, uint32_t vector) {
   uint32_t sum = 0;
   for (int bit = 0; vector; vector >>= 1, ++bit)
     if (vector & 1) sum ^= matrix[bit];
@@ -51,19 +51,19 @@ struct Powers {
   }
 };
 
-const Powers &powers() {
+const Powers& powers() {
   static const Powers instance;
   return instance;
 }
 
-uint64_t load(const uint8_t *from) {
+uint64_t load(const uint8_t* from) {
   uint64_t value;
   std::memcpy(&value, from, 8);
   return value;
 }
 
 #if defined(__SSE4_2__)
-uint32_t raw(uint32_t crc, const uint8_t *data, size_t size) {
+uint32_t raw(uint32_t crc, const uint8_t* data, size_t size) {
   constexpr size_t kStripe = 2048;  // three independent chains hide crc32's latency of 3 cycles
   uint64_t value = crc;
   while (size >= 3 * kStripe) {
@@ -73,7 +73,7 @@ uint32_t raw(uint32_t crc, const uint8_t *data, size_t size) {
       two = __builtin_ia32_crc32di(two, load(data + kStripe + i));
       three = __builtin_ia32_crc32di(three, load(data + 2 * kStripe + i));
     }
-    const Matrix &by = powers().power[11];
+    const Matrix& by = powers().power[11];
     value = times(by, times(by, static_cast<uint32_t>(one)) ^ static_cast<uint32_t>(two)) ^
             static_cast<uint32_t>(three);
     data += 3 * kStripe;
@@ -84,8 +84,8 @@ uint32_t raw(uint32_t crc, const uint8_t *data, size_t size) {
   return static_cast<uint32_t>(value);
 }
 #else
-uint32_t raw(uint32_t crc, const uint8_t *data, size_t size) {
-  const auto &table = powers().table;
+uint32_t raw(uint32_t crc, const uint8_t* data, size_t size) {
+  const auto& table = powers().table;
   for (; size >= 8; size -= 8, data += 8) {
     const uint64_t x = load(data) ^ crc;
     crc = 0;
@@ -96,9 +96,9 @@ uint32_t raw(uint32_t crc, const uint8_t *data, size_t size) {
 }
 #endif
 
-uint32_t crc32c(const uint8_t *data, size_t size) { return ~raw(~0u, data, size); }
+uint32_t crc32c(const uint8_t* data, size_t size) { return ~raw(~0u, data, size); }
 
-int write_all(int fd, const uint8_t *data, int64_t size, int64_t offset) {
+int write_all(int fd, const uint8_t* data, int64_t size, int64_t offset) {
   while (size) {
     const ssize_t done = pwrite(fd, data, size, offset);
     if (done < 0 && errno == EINTR) continue;
@@ -109,7 +109,7 @@ int write_all(int fd, const uint8_t *data, int64_t size, int64_t offset) {
 }
 
 // Bytes read (fewer only at the end of the file), or -errno.
-int64_t read_all(int fd, uint8_t *data, int64_t size, int64_t offset) {
+int64_t read_all(int fd, uint8_t* data, int64_t size, int64_t offset) {
   int64_t got = 0;
   while (got < size) {
     const ssize_t done = pread(fd, data + got, size - got, offset + got);
@@ -125,13 +125,13 @@ constexpr int kCorrupt = -100000;
 
 // One request: [offset, offset + length) of a chunk of `size` bytes that starts at `place`.
 int read_one(int fd, int64_t place, int64_t size, int64_t offset, int64_t length,
-             const uint32_t *crcs, int64_t block, uint8_t *out, uint8_t *scratch) {
+             const uint32_t* crcs, int64_t block, uint8_t* out, uint8_t* scratch) {
   for (int64_t at = offset; at < offset + length;) {
     const int64_t start = at / block * block;
     const int64_t end = start + block < size ? start + block : size;
     const int64_t take = (end < offset + length ? end : offset + length) - at;
     const bool whole = at == start && take == end - start;
-    uint8_t *target = whole ? out : scratch;
+    uint8_t* target = whole ? out : scratch;
     const int64_t got = read_all(fd, target, end - start, place + start);
     if (got < 0) return static_cast<int>(got);
     if (got < end - start || crc32c(target, end - start) != crcs[start / block]) return kCorrupt;
@@ -145,11 +145,11 @@ int read_one(int fd, int64_t place, int64_t size, int64_t offset, int64_t length
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT uint32_t wf_fs_crc32c(const uint8_t *data, int64_t size) { return crc32c(data, size); }
+EXPORT uint32_t wf_fs_crc32c(const uint8_t* data, int64_t size) { return crc32c(data, size); }
 
 // Returns 0 or errno. crcs: one per block; whole: of everything. fd < 0: only the checksums.
-EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t *data, int64_t size, int64_t block,
-                       uint32_t *crcs, uint32_t *whole) {
+EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size, int64_t block,
+                       uint32_t* crcs, uint32_t* whole) {
   uint32_t all = 0;
   for (int64_t at = 0; at < size; at += block) {
     const int64_t take = size - at < block ? size - at : block;
@@ -162,10 +162,10 @@ EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t *data, int64_t size,
 }
 
 // status[i]: 0, -errno, or -100000 for a checksum that does not match.
-EXPORT void wf_fs_read(int64_t count, const int32_t *fds, const int64_t *places,
-                       const int64_t *sizes, const int64_t *offsets, const int64_t *lengths,
-                       const uint32_t *const *crcs, int64_t block, uint8_t *const *outs,
-                       int32_t *status) {
+EXPORT void wf_fs_read(int64_t count, const int32_t* fds, const int64_t* places,
+                       const int64_t* sizes, const int64_t* offsets, const int64_t* lengths,
+                       const uint32_t* const* crcs, int64_t block, uint8_t* const* outs,
+                       int32_t* status) {
   std::unique_ptr<uint8_t[]> scratch(new uint8_t[block]);
   for (int64_t i = 0; i < count; ++i)
     status[i] = read_one(fds[i], places[i], sizes[i], offsets[i], lengths[i], crcs[i], block,
