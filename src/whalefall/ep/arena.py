@@ -7,6 +7,7 @@ back when the last view of it is gone.
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import weakref
@@ -36,7 +37,7 @@ class Arena:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array with undefined contents, aligned to 64 bytes."""
         dtype = np.dtype(dtype)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < SMALL_BYTES:
             return np.empty(shape, dtype)
         size = _size_class(nbytes)

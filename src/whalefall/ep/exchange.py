@@ -10,6 +10,7 @@ in the communication thread.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -421,7 +422,7 @@ class Exchange:
 
 
 def _row_bytes(array: np.ndarray) -> int:
-    return int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
+    return math.prod(array.shape[1:]) * array.itemsize
 
 
 def _at(array: np.ndarray | None) -> int | None:

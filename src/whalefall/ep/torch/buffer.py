@@ -262,7 +262,9 @@ class Buffer(LowLatency):
                 "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
                 "are needed without a handle; get_dispatch_layout gives them"
             )
-        layout = self._layout(is_token_in_rank, num_tokens_per_expert, len(sent.x))
+        layout = self._layout(
+            is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
+        )
         want = Want(len(layout.per_expert), sent.top_k)
         if num_worst_tokens > 0:
             return self._dispatch_worst(
@@ -411,7 +413,9 @@ class Buffer(LowLatency):
         after_previous()
         return EventOverlap()
 
-    def _layout(self, is_token_in_rank: Tensor, per_expert: Tensor, tokens: int) -> Layout:
+    def _layout(
+        self, is_token_in_rank: Tensor, per_rank: Tensor, per_expert: Tensor, tokens: int
+    ) -> Layout:
         in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank")
         if in_rank.shape != (tokens, self.group_size):
             raise ShapeError(
@@ -423,7 +427,12 @@ class Buffer(LowLatency):
             hosts = [in_rank[:, list(h)].any(1).sum() for h in self.runtime.topology.hosts]
         counts = array(per_expert, torch.int32, "num_tokens_per_expert")
         self.runtime.check_experts(len(counts))
-        return Layout(in_rank.sum(0, dtype=np.int32), np.array(hosts, np.int32), counts, in_rank)
+        ranks = array(per_rank, torch.int32, "num_tokens_per_rank")
+        if len(ranks) != self.group_size:
+            raise ShapeError(
+                f"Buffer.dispatch: num_tokens_per_rank has {len(ranks)}, wanted {self.group_size}"
+            )
+        return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
 
 
 def _sent(
