@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from whalefall import ep
+from whalefall import ep, trace
 from whalefall.ep.torch import combine as differentiable_combine
 from whalefall.ep.torch import dispatch as differentiable_dispatch
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -188,6 +188,24 @@ def check_async_returns_before_the_data_arrive(buffer: ep.Buffer) -> None:
     event.current_stream_wait()
     if buffer.rank != late and buffer.group_size > 1:
         assert returned < 0.25 < time.monotonic() - began
+
+
+def check_the_trace_shows_communication_under_compute(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    trace.start("check", rank=buffer.rank)
+    if buffer.rank == 0:
+        time.sleep(0.2)  # the others' communication waits that long
+    *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
+    with trace.span("gemm", "compute"):
+        time.sleep(0.4)
+    event.current_stream_wait()
+    spans = {e.name: e for e in trace.stop()}
+    moving, computing = spans["ep.dispatch"], spans["gemm"]
+    if buffer.rank:  # they began to compute while they waited for rank 0
+        assert moving.duration_ns > 100e6
+        assert computing.start_ns < moving.start_ns + moving.duration_ns
+        assert moving.start_ns < computing.start_ns + computing.duration_ns
 
 
 def low_latency(buffer: ep.Buffer, x, idx, **more):

@@ -151,6 +151,32 @@ def check_one_row_a_rank(engine: Engine) -> None:
     assert np.array_equal(got_weights, np.where(idx >= 0, weights, 0).astype(np.float32))
 
 
+def check_odd_hidden_sizes_and_no_vectors(engine: Engine) -> None:
+    for hidden in (1, 7, 24, 77):
+        all_ = batches(engine.num_ranks, "holes", hidden=hidden)
+        x, idx, weights = all_[engine.rank]
+        received = engine.dispatch_selections(x, idx, 16)
+        each = 16 // engine.num_ranks
+        results = through_experts(received, engine.rank, each)
+        got = engine.combine_selections(results, received.handle, weights)
+        assert np.array_equal(got, in_one_process(x, idx, weights))
+        received = engine.dispatch(x, idx, 16)
+        got, _ = engine.combine(received.x, received.handle)
+        copies = [len({int(e) // each for e in row if e >= 0}) for row in idx]
+        wanted = x.astype(np.float32) * np.array(copies, np.float32)[:, None]
+        assert np.array_equal(got, wanted.astype(BF16))  # copies ≤ 8 of one bf16: exact, or rounded
+
+
+def check_a_stalled_reader_loses_nothing(engine: Engine) -> None:
+    x = np.arange(300 * 64, dtype=np.float32).reshape(300, 64)
+    idx = np.tile(np.arange(0, 16, 4), (300, 1))
+    if engine.rank == engine.num_ranks - 1:
+        time.sleep(0.3)  # the others fill their slots and wait
+    received = engine.dispatch_selections(x, idx, 16)
+    got = engine.combine_selections(received.x, received.handle)
+    assert np.array_equal(got, np.repeat(x[:, None], 4, 1))
+
+
 def check_the_same_bits_again(engine: Engine) -> None:
     x, idx, weights = batches(engine.num_ranks, "random")[engine.rank]
     results = []

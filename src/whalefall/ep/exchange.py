@@ -70,7 +70,7 @@ class Rows:
     @property
     def packed_bytes(self) -> int:
         """Bytes of a packed row, at most."""
-        return -(-(self.x_bytes + self.scale_bytes + 8 * self.top_k) // 64) * 64
+        return -(-(self.x_bytes + self.scale_bytes + 3 + 8 * self.top_k) // 64) * 64
 
     def fields(self, want: Want, max_rows: int) -> dict[str, int]:
         """A header's fields."""
@@ -339,7 +339,8 @@ class Exchange:
         hidden = x.shape[-1]
         T, fp32 = len(handle.in_rank), x.dtype == np.float32
         K, selection = handle.want.top_k, handle.want.per_selection
-        row = -(-(hidden * x.itemsize + (4 * K if row_weights is not None else 0)) // 64) * 64
+        tail = 4 * K if row_weights is not None else 0
+        row = -(-(-(-hidden * x.itemsize // 4) * 4 + tail) // 64) * 64
         if row > MAX_ROW_BYTES:
             raise LimitError(f"ep: combine: rows of {row} bytes, wanted at most {MAX_ROW_BYTES}")
         spread = K if selection else self.size

@@ -153,7 +153,7 @@ class HostLinks(Links):
 
         def send_all(ranks: np.ndarray, keep: list[Any], channel: comm.Channel) -> None:
             rows = min(call.block, call.tokens)
-            row = -(-(call.x_bytes + call.scale_bytes + 8 * call.top_k) // 64) * 64
+            row = -(-(call.x_bytes + call.scale_bytes + 3 + 8 * call.top_k) // 64) * 64
             room = np.empty(256 + rows * (row + 16), np.uint8)
             try:
                 for i in range(call.ticks):
@@ -258,8 +258,8 @@ class HostLinks(Links):
         self, call: CombineCall, handle: Handle, i: int, most: int, stride: int
     ) -> None:
         """As a proxy: send what this host has for the ranks that it serves, for block i."""
-        row = call.hidden * (4 if call.fp32 else 2) + (4 * call.top_k if call.row_weights else 0)
-        row = -(-row // 64) * 64
+        row = -(-call.hidden * (4 if call.fp32 else 2) // 4) * 4
+        row = -(-(row + (4 * call.top_k if call.row_weights else 0)) // 64) * 64
         for source, (token, mask, idx) in handle.forward.items():
             first, last = np.searchsorted(token, [i * call.block, (i + 1) * call.block])
             rows = int(last - first)

@@ -48,9 +48,11 @@ inline Slot slot_of(uint8_t* memory, int num_ranks, int64_t max_entries) {
 }
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }
+// Where the weights of a row begin.
+inline int64_t weights_at(const Combine& c) { return up(c.hidden * elem(c), 4); }
 inline int64_t tail(const Combine& c) { return c.row_weights ? 4 * c.top_k : 0; }
 inline int64_t staged_bytes(const Combine& c, int64_t stride) {
-  return stride ? stride : up(c.hidden * elem(c) + tail(c), 64);
+  return stride ? stride : up(weights_at(c) + tail(c), 64);
 }
 
 inline float widen(uint16_t b) {
@@ -155,8 +157,7 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
       uint8_t* to = slot.rows + used++ * bytes;
       if (c.zero_copy) continue;
       memcpy(to, c.x + from * c.x_stride, c.hidden * elem(c));
-      if (c.row_weights)
-        memcpy(to + c.hidden * elem(c), c.row_weights + from * c.top_k, 4 * c.top_k);
+      if (c.row_weights) memcpy(to + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
     }
   }
   slot.start[g.num_ranks] = static_cast<uint32_t>(used);
@@ -284,7 +285,7 @@ inline void add_weights(const Combine& c, const Terms& terms, int64_t t) {
   float* out = c.out_weights + t * c.top_k;
   for (int64_t k = 0; k < c.top_k; k++) out[k] = 0;
   for (int j = 0; j < terms.n; j++) {
-    auto* from = reinterpret_cast<const float*>(terms.row[j] + c.hidden * elem(c));
+    auto* from = reinterpret_cast<const float*>(terms.row[j] + weights_at(c));
     for (int64_t k = 0; k < c.top_k; k++) out[k] += from[k];
   }
 }
@@ -300,7 +301,7 @@ inline bool rank_of_expert(const Combine& c, int64_t expert, int* rank) {
 inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_t end,
                          uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
   Reader reader(g, c, g.rank, tick, max_entries, stride);
-  int64_t remote_bytes = up(c.hidden * elem(c) + tail(c), 64), remote_next[64] = {};
+  int64_t remote_bytes = up(weights_at(c) + tail(c), 64), remote_next[64] = {};
   // Own rows carry their weights elsewhere: copy them beside when weights are added.
   alignas(64) static thread_local uint8_t own_copy[1 << 17];
   auto own_row = [&]() -> const uint8_t* {
@@ -308,7 +309,7 @@ inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_
     const uint8_t* row = c.x + from * c.x_stride;
     if (!c.row_weights) return row;
     memcpy(own_copy, row, c.hidden * elem(c));
-    memcpy(own_copy + c.hidden * elem(c), c.row_weights + from * c.top_k, 4 * c.top_k);
+    memcpy(own_copy + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
     return own_copy;
   };
   for (int64_t t = begin; t < end; t++) {
@@ -376,7 +377,7 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
                              int64_t max_entries, int64_t stride, int64_t first, int64_t last,
                              const uint64_t* mask, const int32_t* idx, uint8_t* out) {
   Reader reader(g, c, source, tick, max_entries, stride);
-  int64_t bytes = up(c.hidden * elem(c) + tail(c), 64);
+  int64_t bytes = up(weights_at(c) + tail(c), 64);
   uint8_t* to = out;
   for (int64_t j = first; j < last; j++) {
     if (c.per_selection) {
@@ -402,7 +403,7 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
     one.big = 0;
     add_terms(one, terms, 0);
     if (c.row_weights) {
-      one.out_weights = reinterpret_cast<float*>(to + c.hidden * elem(c));
+      one.out_weights = reinterpret_cast<float*>(to + weights_at(c));
       add_weights(one, terms, 0);
     }
     to += bytes;

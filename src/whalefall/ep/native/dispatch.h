@@ -46,10 +46,11 @@ struct Dispatch {
   int64_t* waited_ns;       // [R] added to: time spent waiting for each source; or null
 };
 
+// Where the ids of a row begin.
+inline int64_t ids_at(const Dispatch& d) { return up(d.x_bytes + d.scale_bytes, 4); }
+
 inline int64_t row_bytes(const Dispatch& d) {
-  return up(d.x_bytes + d.scale_bytes + (d.topk_idx ? 4 * d.top_k : 0) +
-                (d.topk_weights ? 4 * d.top_k : 0),
-            64);
+  return up(ids_at(d) + (d.topk_idx ? 4 * d.top_k : 0) + (d.topk_weights ? 4 * d.top_k : 0), 64);
 }
 
 // Which ranks of a host (given by their ranks in the group) want token t, but for `except`.
@@ -80,7 +81,7 @@ inline int64_t pack(const Group& g, const Dispatch& d, int64_t begin, int64_t en
     memcpy(p, d.x + t * d.x_stride, d.x_bytes);
     p += d.x_bytes;
     if (d.scale_bytes) memcpy(p, d.scale + t * d.scale_bytes, d.scale_bytes);
-    p += d.scale_bytes;
+    p = to + ids_at(d);
     if (d.topk_idx) {
       auto* ids = reinterpret_cast<int32_t*>(p);
       for (int64_t k = 0; k < d.top_k; k++)
@@ -159,7 +160,7 @@ inline bool pull_block(const Group& g, const Dispatch& d, int source, const uint
   const uint8_t* p = block + up(sizeof(Block) + head->rows * sizeof(Meta), 64);
   int32_t* forward = d.forward_token ? d.forward_token[source] : nullptr;
   for (uint32_t i = 0; i < head->rows; i++, p += head->row_bytes) {
-    auto* ids = reinterpret_cast<const int32_t*>(p + d.x_bytes + d.scale_bytes);
+    auto* ids = reinterpret_cast<const int32_t*>(p + ids_at(d));
     auto* weights = reinterpret_cast<const float*>(ids + (d.topk_idx ? d.top_k : 0));
     if (forward) {
       int64_t j = d.forward_cursor[source]++;
