@@ -161,6 +161,8 @@ def test_partial_sql_joins_and_broadcasts(sp: Session) -> None:
     want = [{"id": 1, "a": "x", "b": "p"}, {"id": 2, "a": "y", "b": "q"}]
     assert sp.partial_sql(query, left, right).take(2) == want
     assert sp.partial_sql(query, left.repartition(2, by_rows=True), right).take(2) == want
+    named = "select {0}.id, b from {0} join {1} on {0}.id = {1}.id order by {0}.id"
+    assert sp.partial_sql(named, left, right).count() == 3
     hashed = [f.repartition(2, hash_by="id") for f in (left, right)]
     assert sp.partial_sql(query, *hashed).count() == 3
     unlike = [left.repartition(2, hash_by="id"), right.repartition(3, hash_by="id")]

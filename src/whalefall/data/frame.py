@@ -213,6 +213,14 @@ class DataFrame(RelationalMixin):
             node = SqlEngineNode(ctx, (node,), "select * from {0}")
         return self._next(DataSinkNode(ctx, (node,), to_absolute(path)))
 
+    def write_ffrecord(self, path: str, column: str) -> None:
+        """Write one column's values (BLOB or VARCHAR) as samples, a file a partition; as
+        `write_parquet`, all of them or none.
+        """
+        from whalefall.data.ffrecord import sink_node
+
+        self._next(sink_node(self.session, self.plan, path, column)).compute()
+
     def count(self) -> int:
         """How many rows; from the files' footers where there are any."""
         return sum(dataset.num_rows for dataset in self._run())

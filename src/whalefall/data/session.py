@@ -168,6 +168,18 @@ class Session:
 
         return self._frame(DataSourceNode(self._ctx, JsonDataSet(_anchored(paths), schema=schema)))
 
+    def read_ffrecord(self, paths: str | list[str], check_data: bool = True) -> DataFrame:
+        """Read FFRecord files: rows of `file`, `index`, `sample` (BLOB); a partition a file.
+
+        Args:
+            paths: files, patterns, folders, fsspec URLs.
+            check_data: compare checksums.
+        Raises: MissingError where no file matches.
+        """
+        from whalefall.data.ffrecord import source_node
+
+        return self._frame(source_node(self, paths, check_data))
+
     def from_items(self, items: list[Any]) -> DataFrame:
         """A frame of dicts (one column a key), or of plain values (one column `item`)."""
         import pyarrow as pa

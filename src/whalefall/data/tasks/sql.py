@@ -65,13 +65,12 @@ class SqlEngineTask(Task):
         try:
             for udf in self.udfs:
                 udf.bind(conn)
-            fragments = []
             for dataset in inputs:
                 dataset.require_files()
-                fragments.append(dataset.sql_query_fragment(conn=conn))
+            views = self.create_input_views(conn, inputs)
             for index, template in enumerate(self.queries):
                 names = self.names() | {"query_index": index}
-                query = render(template, fragments, names).strip().rstrip(";").rstrip()
+                query = render(template, views, names).strip().rstrip(";").rstrip()
                 if index + 1 < len(self.queries):
                     execute(conn, query, self.where())
             return [self._copy(conn, query, path)]
