@@ -1,4 +1,4 @@
-"""The GPU kernels: in Triton's interpreter, compiled for sm_90a, and on a GPU where there is one."""
+"""The GPU kernels: in Triton's interpreter, compiled for sm_90a, and on a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -256,8 +256,10 @@ def _form(form: str | None, rows: float, name: str) -> int:
 def _check_selection(
     structs: ctypes.Array[Expert], x: View, topk_idx: Any, idx: View
 ) -> tuple[int, int, int]:
-    hidden = structs[0].w1.cols if len(structs) else -1
-    if len(x.shape) != 2 or (hidden >= 0 and x.shape[1] != hidden) or _gaps(x):
+    if len(structs) == 0:
+        raise ShapeError("fused_experts: no experts, wanted at least one")
+    hidden = structs[0].w1.cols
+    if len(x.shape) != 2 or x.shape[1] != hidden or _gaps(x):
         raise ShapeError(
             f"fused_experts: x has shape {list(x.shape)} and strides {list(x.strides)}, wanted "
             f"[T, H={hidden}] with stride 1 along H"

@@ -4,7 +4,7 @@ One program computes a BLOCK_M x BLOCK_N tile of D; each 128 of K is one FP8 dot
 (wgmma on sm_90a), scaled and added in fp32 registers: the two-level accumulation. Rows of one tile
 belong to one group, as the original's contiguous layout guarantees (128-row alignment).
 Checked in Triton's interpreter and compiled for sm_90a; not run on a GPU.
-Source: DeepGEMM `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_{contiguous,masked}`, `per_token_cast_to_fp8`.
+Source: DeepGEMM `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_*`, `per_token_cast_to_fp8`.
 """
 
 from __future__ import annotations

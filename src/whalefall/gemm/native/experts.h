@@ -86,7 +86,7 @@ inline void FusedExperts::sort(int64_t num_experts, const Selections& selected) 
 inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
                               const Selections& selected, const Input& x, const Output& rows,
                               int form, bool quantize) {
-  if (num_experts == 0 || selected.tokens == 0) return;
+  if (num_experts == 0 || selected.tokens * selected.topk == 0) return;
   int64_t width = experts[0].w1.rows, hidden = experts[0].w1.cols;
   sort(num_experts, selected);
   const int64_t* start = starts_.get<int64_t>(0);

@@ -1,0 +1,56 @@
+"""Units compile at every level there is, also at those this machine cannot run."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from whalefall import gemm, jit
+from whalefall.jit import isa
+from whalefall.jit.compile import _OPTIONS, INCLUDE
+from whalefall.jit.compiler import compiler
+
+NATIVE = Path(gemm.__file__).parent / "native"
+# gemm.cpp is the same code at all levels from avx512 on
+UNITS = [("linear.cpp", "avx512"), ("linear.cpp", "amx"), ("gemm.cpp", "avx512")]
+
+
+@pytest.mark.parametrize(("unit", "level"), [u for u in UNITS if u[1] not in jit.levels()])
+def test_units_compile_at_levels_beyond_this_machine(tmp_path: Path, unit: str, level: str) -> None:
+    command = [*compiler().command, *_OPTIONS, "-O1", "-Werror", *isa.flags(level)]
+    command += [f"-I{INCLUDE}", str(NATIVE / unit), "-o", str(tmp_path / "unit.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_slow_denormals_change_no_bit() -> None:
+    """The decoder for CPUs that trap on subnormals gives what the fast one gives."""
+    import ctypes
+
+    import numpy as np
+
+    from tests.gemm.operands import fp8
+    from whalefall.gemm.linear import weight_struct
+    from whalefall.gemm.native_calls import Input, LinearCall, Output
+
+    rng = np.random.default_rng(0)
+    (weight, scale), _ = fp8(rng, (37, 300), (128, 128))
+    x = rng.standard_normal((5, 300)).astype(np.float32)
+    results = []
+    for flags in ((), ("-DWF_SLOW_DENORMALS",)):
+        library = jit.build(NATIVE / "linear.cpp", flags=(*flags, "-O1") if flags else ())
+        library.wf_linear.argtypes = [ctypes.c_void_p]
+        for m in (1, 2, 5):
+            y = np.zeros((m, 37), np.float32)
+            call = LinearCall(
+                weight_struct(weight, scale, "test"),
+                Input(x.ctypes.data, 300, 0, 0),
+                Output(y.ctypes.data, 37, None, None, 0, 0),
+                m,
+            )
+            library.wf_linear(ctypes.addressof(call))
+            results.append(y)
+    for fast, slow in zip(results[:3], results[3:], strict=True):
+        assert (fast == slow).all()
