@@ -114,22 +114,3 @@ def test_a_forked_child_does_not_repeat_its_parents_events() -> None:
     if child == 0:
         os._exit(len(trace.stop()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_recording_costs_microseconds() -> None:
-    def cost(count: int = 2000) -> float:
-        best = 1.0
-        for _ in range(5):
-            begin = time.perf_counter()
-            for _ in range(count):
-                with trace.span("s", category="compute", chunk=1):
-                    pass
-            best = min(best, (time.perf_counter() - begin) / count)
-        return best
-
-    off = cost()
-    trace.start()
-    on = cost()
-    trace.stop()
-    assert off < 2e-6
-    assert on < 10e-6  # 2 % of half a millisecond, with a factor for busy machines
