@@ -30,12 +30,13 @@ class Whalefall:
     """This package's engine, in this process."""
 
     def __init__(self, path: str) -> None:
+        import whalefall
         from whalefall.engine import Engine, EngineConfig, SamplingParams
 
         self.engine = Engine(path, EngineConfig(kv_cache_bytes=256 << 20, max_batch_tokens=512))
         self.params = SamplingParams
         self.seed = 0
-        self.version = version("whalefall")
+        self.version = whalefall.__version__
 
     def _add(self, name: str, length: int, steps: int) -> None:
         self.seed += 1  # fresh prompts: no prefix hits
