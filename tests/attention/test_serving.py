@@ -227,3 +227,24 @@ def test_fp8_rows_attend_as_their_bf16_expansion(level: str) -> None:
     got = paged(q, cache, tables, keys, 512, 0.05)
     want = paged(q, plain, tables, keys, 512, 0.05)
     assert (got[0] == want[0]).all() and (got[1] == want[1]).all()
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx512bf16"])
+def test_levels_that_this_machine_may_lack_compile(name: str) -> None:
+    from whalefall.attention.native_calls import NATIVE
+    from whalefall.jit import compile as build_module
+
+    if jit.LEVELS[name].rank <= jit.LEVELS[jit.levels()[-1]].rank:
+        pytest.skip("this machine runs it: the other tests do")
+    # Compiled as an object and thrown away: loading it would run initialisers of that level.
+    import subprocess
+
+    from whalefall.jit import isa
+    from whalefall.jit.compiler import compiler
+
+    command = [
+        *compiler().command, *build_module._OPTIONS, *isa.flags(name), "-DWF_ROW=Bf16Row",
+        "-DWF_GROUP=4", f"-I{build_module.INCLUDE}", "-fsyntax-only", str(NATIVE / "mla_paged.cpp"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

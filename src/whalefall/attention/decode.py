@@ -79,6 +79,8 @@ def flash_mla_with_kvcache(
     Source: FlashMLA `flash_mla_with_kvcache`.
     """
     check_metadata(_HERE, tile_scheduler_metadata, num_splits)
+    if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
+        return _on_gpu(locals())
     seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
     width_of_values(_HERE, head_dim_v, seen.shape[3])
     if not isinstance(softmax_scale, (int, float, type(None))) or isinstance(softmax_scale, bool):
@@ -112,6 +114,12 @@ def flash_mla_with_kvcache(
         )
     del kept
     return result
+
+
+def _on_gpu(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    from whalefall.attention.triton import decode_call
+
+    return decode_call(arguments)
 
 
 def _refuse_sparse_arguments(*given: Any) -> None:
