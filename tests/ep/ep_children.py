@@ -226,7 +226,8 @@ def all_checks(
     """Run every check; what went wrong with each ("" for nothing)."""
     outcome = {}
     host = hosts[rank] if hosts else None
-    with Engine(FileGroup(folder, rank, size), chunk_bytes=chunk_bytes, host=host) as engine:
+    group, threads = FileGroup(folder, rank, size), 1 + chunk_bytes // 8192 % 2 * 2
+    with Engine(group, chunk_bytes=chunk_bytes, host=host, num_threads=threads) as engine:
         for name, check in CHECKS.items():
             try:
                 check(engine)

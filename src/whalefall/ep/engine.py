@@ -59,6 +59,7 @@ class Engine:
         timeout_s: how long a living rank may keep the others waiting; a dead one is found at
             once. Default: WHALEFALL_EP_TIMEOUT.
         shrink: low latency goes on without failed ranks instead of raising.
+        num_threads: that copy and add; 0: by load. The bits do not depend on it.
         hidden: where known, checked to be equal on all ranks.
         num_experts: where known, checked to be equal on all ranks.
         host: name of this host; default: WHALEFALL_HOST, else found out.
@@ -78,6 +79,7 @@ class Engine:
         slot_bytes: int = 0,
         timeout_s: float | None = None,
         shrink: bool = False,
+        num_threads: int = 0,
         hidden: int | None = None,
         num_experts: int | None = None,
         host: str | None = None,
@@ -105,6 +107,7 @@ class Engine:
         slot_bytes = max(slot_bytes, chunk_bytes * 8 * max(8, len(mates)))
         plan = Plan(f"{name}-n", SLOTS, slot_bytes, chunk_bytes, mailbox, self.timeout_s)
         self.normal = self._open(plan, one_tick=False)
+        self.normal.num_threads = num_threads
         self.low_latency: Exchange | None = None
         if low_latency_bytes:
             slot_bytes = -(-low_latency_bytes // 8192) * 4096

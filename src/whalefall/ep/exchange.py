@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "ex
 AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16
+THREAD_BYTES = 4 << 20  # what makes another thread worth waking
 MAX_ROW_BYTES = (1 << 17) - 4 * 256
 Bias = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -100,6 +102,8 @@ class Exchange:
         links: connections to other hosts.
         arena: memory for results.
         one_tick: every collective fits one slot (low latency): its halves can be split.
+    Attributes:
+        num_threads: that copy and add; 0: by load (bytes, and cores for each rank of the host).
     """
 
     def __init__(self, fabric: Fabric, links: Links, arena: Arena, one_tick: bool) -> None:
@@ -108,8 +112,16 @@ class Exchange:
         self.num_hosts = len(fabric.topology.hosts)
         self.host_of = np.array([fabric.topology.host_of(r) for r in range(self.size)], np.int32)
         self.lib = library()
+        self.num_threads = 0
         self._tick = 0
         self._count = 0
+
+    def threads(self, nbytes: int) -> int:
+        """Threads for a collective that moves so many bytes here: as asked, else by load."""
+        if self.num_threads:
+            return self.num_threads
+        cores = len(os.sched_getaffinity(0)) // len(self.fabric.locals)
+        return max(1, min(cores, nbytes // THREAD_BYTES))
 
     # ---- counts
 
@@ -285,6 +297,7 @@ class Exchange:
             transposed_rows=want.rows_per_expert, recv_x=_at(received.x),
             recv_scale=_at(received.scale), recv_idx=_at(received.topk_idx),
             recv_weights=_at(received.topk_weights), capacity=len(received.x),
+            threads=self.threads(received.x.nbytes),
         )  # fmt: skip
         return call, [rows, layout, received]
 
@@ -355,7 +368,8 @@ class Exchange:
             K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
             _at(handle.in_rank), _at(handle.topk_idx), _at(topk_weights), _at(bias[0]),
             _at(bias[1]), _at(out), out.dtype == np.float32, out.nbytes > BIG_BYTES,
-            _at(out_weights), self.num_hosts, self.fabric.host, _at(self.host_of), None,
+            self.threads(x.nbytes), _at(out_weights), self.num_hosts, self.fabric.host,
+            _at(self.host_of), None,
         )  # fmt: skip
         call.base = self._take_ticks(ticks)
         ticks = 1 if self.one_tick else ticks

@@ -42,6 +42,7 @@ class DispatchCall(ctypes.Structure):
         ("order_cursor", _P),
         ("capacity", _I64),
         ("forward_token forward_mask forward_idx forward_cursor waited_ns", _P),
+        ("threads", _I64),
     )
 
 
@@ -54,7 +55,7 @@ class CombineCall(ctypes.Structure):
         ("row_weights order order_token order_start cursor", _P),
         ("top_k tokens block base experts_per_rank per_selection zero_copy", _I64),
         ("in_rank topk_idx topk_weights bias0 bias1 out", _P),
-        ("out_fp32 big", _I64),
+        ("out_fp32 big threads", _I64),
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),

@@ -22,13 +22,13 @@ struct Combine {
   int64_t* cursor;             // [R] next entry of each source
   int64_t top_k, tokens, block, base, experts_per_rank, per_selection, zero_copy;
   // the tokens of this rank
-  const uint8_t* in_rank;     // [T, R]
-  const int64_t* topk_idx;    // [T, K], per selection
-  const float* topk_weights;  // [T, K], per selection; null: rows are not added but put out
-  const uint16_t* bias[2];    // [T, hidden] bf16 or null
-  void* out;                  // [T, hidden], bf16 or (out_fp32) fp32; or rows [T, K, hidden]
-  int64_t out_fp32, big;      // big: write around the caches
-  float* out_weights;         // [T, K]
+  const uint8_t* in_rank;          // [T, R]
+  const int64_t* topk_idx;         // [T, K], per selection
+  const float* topk_weights;       // [T, K], per selection; null: rows are not added but put out
+  const uint16_t* bias[2];         // [T, hidden] bf16 or null
+  void* out;                       // [T, hidden], bf16 or (out_fp32) fp32; or rows [T, K, hidden]
+  int64_t out_fp32, big, threads;  // big: write around the caches
+  float* out_weights;              // [T, K]
   // other hosts, in order; null where there is one host
   int64_t num_hosts, host;
   const int32_t* host_of;        // [R]
@@ -297,22 +297,25 @@ inline bool rank_of_expert(const Combine& c, int64_t expert, int* rank) {
   return true;
 }
 
-// Add up this rank's tokens [begin, end). `own_row`: where entries of this rank's own rows lie.
-inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_t end,
-                         uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
+// Add up this rank's tokens [first, end) of a block that begins at `begin`; those before `first`
+// only move the readers on. `own`: this rank's next own entry.
+inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t first, int64_t end,
+                      uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
   Reader reader(g, c, g.rank, tick, max_entries, stride);
   int64_t remote_bytes = up(weights_at(c) + tail(c), 64), remote_next[64] = {};
   // Own rows carry their weights elsewhere: copy them beside when weights are added.
   alignas(64) static thread_local uint8_t own_copy[1 << 17];
+  bool skip = true;
   auto own_row = [&]() -> const uint8_t* {
     int64_t j = (*own)++, from = c.order ? c.order[j] : j;
     const uint8_t* row = c.x + from * c.x_stride;
-    if (!c.row_weights) return row;
+    if (!c.row_weights || skip) return row;
     memcpy(own_copy, row, c.hidden * elem(c));
     memcpy(own_copy + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
     return own_copy;
   };
   for (int64_t t = begin; t < end; t++) {
+    skip = t < first;
     Terms terms;
     auto push = [&](const uint8_t* row, float weight, int host) {
       terms.row[terms.n] = row;
@@ -326,7 +329,7 @@ inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_
       for (int64_t k = 0; k < c.top_k; k++) {
         int rank;
         if (!rank_of_expert(c, c.topk_idx[t * c.top_k + k], &rank)) {
-          if (!c.topk_weights)
+          if (!c.topk_weights && !skip)
             memset(static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c), 0,
                    c.hidden * elem(c));
           continue;
@@ -339,6 +342,7 @@ inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_
         } else {
           row = next_remote(c.host_of[rank]);
         }
+        if (skip) continue;
         if (!c.topk_weights) {
           uint8_t* to = static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c);
           if (row)
@@ -349,7 +353,7 @@ inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_
           push(row, c.topk_weights[t * c.top_k + k], 0);
         }
       }
-      if (c.topk_weights) add_terms(c, terms, t);
+      if (c.topk_weights && !skip) add_terms(c, terms, t);
       continue;
     }
     const uint8_t* wanted = c.in_rank + t * g.num_ranks;
@@ -366,10 +370,10 @@ inline int64_t sum_block(const Group& g, const Combine& c, int64_t begin, int64_
         host_done = host;
       }
     }
+    if (skip) continue;
     add_terms(c, terms, t);
     if (c.out_weights) add_weights(c, terms, t);
   }
-  return 0;
 }
 
 // What a proxy sends for tokens [first, last) of its list: the host's sums, or its rows.

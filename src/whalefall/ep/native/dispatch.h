@@ -44,6 +44,7 @@ struct Dispatch {
   int32_t* const* forward_idx;
   int64_t* forward_cursor;  // [R]
   int64_t* waited_ns;       // [R] added to: time spent waiting for each source; or null
+  int64_t threads;          // of the kernel pool that may help; the bits do not depend on it
 };
 
 // Where the ids of a row begin.

@@ -91,11 +91,50 @@ WF_EXPORT int64_t wf_ep_pack(const Group* g, const Dispatch* d, int64_t begin, i
   return pack(*g, *d, begin, end, ranks, static_cast<int>(n), out);
 }
 
+// Pull one tick from every source: each with cursors of its own, so threads may share them out.
+static int64_t pull_tick(const Group& g, const Dispatch& d, int64_t begin, int64_t end,
+                         uint32_t tick) {
+  std::vector<int64_t> status(g.num_ranks, 0);
+  auto pull = [&](int64_t n) {  // everyone starts with itself, then with another neighbour
+    int s = static_cast<int>((g.rank + n) % g.num_ranks);
+    if (status[s]) return;  // masked
+    bool fits;
+    if (n == 0) {
+      std::vector<int32_t> ids(d.top_k + 1);
+      fits = pull_own(g, d, begin, end, ids.data());
+    } else {
+      fits = pull_block(g, d, s, slot_at(g, s, tick));
+    }
+    if (!fits) status[s] = kNoRoom;
+    if (d.big) fence_streams();
+  };
+  auto arrived = [&](int64_t n) {
+    int s = static_cast<int>((g.rank + n) % g.num_ranks);
+    int64_t began = d.waited_ns ? now_ns() : 0;
+    status[s] = await_rank(g, s, g.stream[s]->staged, tick + 1);
+    if (d.waited_ns) d.waited_ns[s] += now_ns() - began;
+    return status[s] >= 0;
+  };
+  if (d.threads > 1) {
+    for (int64_t n = 1; n < g.num_ranks; n++)
+      if (!arrived(n)) return status[(g.rank + n) % g.num_ranks];
+    wf::parallel_for(g.num_ranks, [&](int64_t n, int) { pull(n); });
+  } else {
+    pull(0);
+    for (int64_t n = 1; n < g.num_ranks; n++) {
+      if (!arrived(n)) return status[(g.rank + n) % g.num_ranks];
+      pull(n);
+    }
+  }
+  for (int64_t one : status)
+    if (one < 0) return one;
+  return 0;
+}
+
 // The data phase of a dispatch, all ticks; d->stage and d->pull choose the halves.
 WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
   const Group& g = *group;
   const Dispatch& d = *dispatch;
-  std::vector<int32_t> ids(d.top_k + 1);
   for (int64_t i = 0; i < d.ticks; i++) {
     uint32_t tick = static_cast<uint32_t>(d.base + i);
     int64_t begin = i * d.block < d.tokens ? i * d.block : d.tokens;
@@ -108,16 +147,7 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
       advance(g.stream[g.rank]->staged, tick + 1);
     }
     if (!d.pull) continue;
-    if (!pull_own(g, d, begin, end, ids.data())) return kNoRoom;
-    for (int n = 1; n < g.num_ranks; n++) {  // everyone starts with another neighbour
-      int s = (g.rank + n) % g.num_ranks;
-      int64_t began = d.waited_ns ? now_ns() : 0;
-      int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1);
-      if (d.waited_ns) d.waited_ns[s] += now_ns() - began;
-      if (status < 0) return status;
-      if (status == 0 && !pull_block(g, d, s, slot_at(g, s, tick))) return kNoRoom;
-    }
-    if (d.big) fence_streams();
+    if (int64_t status = pull_tick(g, d, begin, end, tick)) return status;
     advance(g.control[g.local]->pulled, tick + 1);
   }
   return 0;
@@ -155,8 +185,17 @@ WF_EXPORT int64_t wf_ep_combine_sum(const Group* group, const Combine* combine, 
   const Combine& c = *combine;
   int64_t begin = i * c.block < c.tokens ? i * c.block : c.tokens;
   int64_t end = begin + c.block < c.tokens ? begin + c.block : c.tokens;
-  return sum_block(*group, c, begin, end, static_cast<uint32_t>(c.base + i), max_entries, stride,
-                   own);
+  int64_t parts = c.threads > 1 && end - begin >= 2 * c.threads ? c.threads : 1, last = *own;
+  auto bound = [&](int64_t part) { return begin + (end - begin) * part / parts; };
+  wf::parallel_for(parts, [&](int64_t part, int) {
+    int64_t mine = *own;
+    sum_block(*group, c, begin, bound(part), bound(part + 1), static_cast<uint32_t>(c.base + i),
+              max_entries, stride, &mine);
+    if (c.big) fence_streams();
+    if (part + 1 == parts) last = mine;
+  });
+  *own = last;
+  return 0;
 }
 
 WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combine, int64_t source,
@@ -177,7 +216,6 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int6
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
     if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
     if (status) return status;
-    if (c.big) fence_streams();
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));
   }
   return 0;

@@ -54,6 +54,7 @@ class Buffer(LowLatency):
     """
 
     num_sms: ClassVar[int] = 20
+    _threads: ClassVar[int] = 0  # 0 until someone sets it: chosen by load
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Buffer(LowLatency):
         """
         if new_num_sms < 0 or new_num_sms % 2:
             raise ConfigError(f"set_num_sms: got {new_num_sms}, wanted an even number")
-        Buffer.num_sms = new_num_sms
+        Buffer.num_sms = Buffer._threads = new_num_sms
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -243,6 +244,7 @@ class Buffer(LowLatency):
         self._before(previous_event, async_finish, allocate_on_comm_stream)
         sent, dtypes = _sent(x, topk_idx, topk_weights)
         exchange = self.runtime.normal
+        exchange.num_threads = Buffer._threads
         self._await_announced()
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
@@ -350,6 +352,7 @@ class Buffer(LowLatency):
             weights = array(topk_weights, torch.float32, "topk_weights")
             out_weights = np.empty((T, weights.shape[1]), np.float32)
         out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
+        self.runtime.normal.num_threads = Buffer._threads
         pending = self.runtime.normal.combine(
             given, native, out, row_weights=weights, out_weights=out_weights,
             bias=(biases[0], biases[1] if len(biases) > 1 else None),
