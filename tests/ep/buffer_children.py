@@ -181,13 +181,13 @@ def check_async_returns_before_the_data_arrive(buffer: ep.Buffer) -> None:
     *_, handle, _ = dispatch(buffer, x, idx, weights)
     dist.barrier(group=buffer.group)
     if buffer.rank == late:
-        time.sleep(0.5)
+        time.sleep(1.5)
     began = time.monotonic()
     _got, *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
     returned = time.monotonic() - began
     event.current_stream_wait()
     if buffer.rank != late and buffer.group_size > 1:
-        assert returned < 0.25 < time.monotonic() - began
+        assert returned < 1.0 < time.monotonic() - began
 
 
 def check_the_trace_shows_communication_under_compute(buffer: ep.Buffer) -> None:

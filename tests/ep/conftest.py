@@ -26,7 +26,7 @@ def tasks(
             f"{module}:{function}",
             kwargs={"rank": rank, "size": size, **kwargs},
             path=(HERE,),
-            env={"OMP_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1", "WHALEFALL_EP_TIMEOUT": "60"},
         )
         for rank in range(size)
     ]

@@ -49,7 +49,7 @@ def test_with_shrink_the_others_go_on_without_a_dead_rank(start, tmp_path) -> No
     with launch.Group(tasks) as group:
         for rank in (0, 2, 3):
             member = group.members[f"rank {rank}"]
-            member.process.wait(timeout=60)
+            member.process.wait(timeout=100)
             assert member.exit().code == 0, str(member.exit())
             whole, gone = [[], True], [[1], True]
             assert member.value() == [whole, whole, gone, gone, [1, 0, 0, 0]]

@@ -42,12 +42,12 @@ def test_check_holds_on_every_rank(outcome, group: tuple[int, int, int], check: 
 @pytest.mark.ranks
 @pytest.mark.parametrize("hosts", [None, ["a", "a", "b", "b"], ["a", "b", "b", "b"]], ids=str)
 def test_a_killed_rank_is_named_long_before_the_timeout(start, tmp_path, hosts) -> None:
-    survivors(start, tmp_path, "kill", 30.0, hosts, "rank 1 is dead", within_s=5.0)
+    survivors(start, tmp_path, "kill", 40.0, hosts, "rank 1 is dead", within_s=20.0)
 
 
 @pytest.mark.ranks
 def test_a_stopped_rank_is_named_at_the_timeout(start, tmp_path) -> None:
-    survivors(start, tmp_path, "stop", 1.0, None, "rank 1 was silent for 1.0 s", within_s=4.0)
+    survivors(start, tmp_path, "stop", 1.0, None, "rank 1 was silent for 1.0 s", within_s=15.0)
 
 
 def survivors(
@@ -58,7 +58,7 @@ def survivors(
     names = ("rank 0", "rank 2", "rank 3")
     with launch.Group(tasks) as group:
         for name in names:
-            group.members[name].process.wait(timeout=30)
+            group.members[name].process.wait(timeout=60)
         said = [group.members[name] for name in names]
         for one in said:
             assert one.exit().code == 0, str(one.exit())
@@ -69,7 +69,7 @@ def survivors(
 @pytest.mark.ranks
 def test_shared_memory_is_clean_after_a_crash(start, tmp_path) -> None:
     before = set(Path("/dev/shm").glob("whalefall-ep-*"))
-    survivors(start, tmp_path, "kill", 10.0, None, "rank 1 is dead", within_s=5.0)
+    survivors(start, tmp_path, "kill", 40.0, None, "rank 1 is dead", within_s=20.0)
     assert set(Path("/dev/shm").glob("whalefall-ep-*")) <= before
 
 
