@@ -8,7 +8,8 @@
 namespace eplb {
 
 // Replica counts that make the largest share w / count smallest: each further slot goes to the
-// expert with the largest share (ties: the fewest replicas, then the lowest index). Optimal, since shares only fall.
+// expert with the largest share (ties: the fewest replicas, then the lowest index). Optimal, since
+// shares only fall.
 inline double min_max_share(const double* w, int experts, int slots, int max_count,
                             std::vector<int>& count) {
   count.assign(experts, 1);
@@ -35,14 +36,13 @@ inline double min_max_share(const double* w, int experts, int slots, int max_cou
   return heap.empty() ? capped : std::max(capped, heap.top().first);
 }
 
-// Whether a largest load of `limit` can be refuted. A GPU with a replica of e also holds per_gpu - 1
-// others. Spare slots (those that no expert needs to stay under `limit`) may dilute the lightest
+// Whether a largest load of `limit` can be refuted. A GPU with a replica of e also holds per_gpu -
+// 1 others. Spare slots (those that no expert needs to stay under `limit`) may dilute the lightest
 // experts, so each is counted at its lightest: that understates the others, never overstates.
 inline bool refuted(const double* w, int experts, int slots, int per_gpu, double limit,
                     std::vector<double>& lightest) {
   int64_t needed = 0;
-  for (int e = 0; e < experts; ++e)
-    needed += std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12)));
+  for (int e = 0; e < experts; ++e) needed += std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12)));
   if (needed > slots) return true;
   const int64_t spare = slots - needed;
   lightest.clear();
@@ -62,10 +62,11 @@ inline bool refuted(const double* w, int experts, int slots, int per_gpu, double
   return needed > slots;
 }
 
-// A sharper refutation. Fix v <= limit / 2. A GPU that holds a share above limit - v ("heavy") holds
-// nothing else above v, so (per_gpu - 1) * heavy replicas <= replicas of at most v ("small"). If even
-// the counts that favour small over heavy most, among those that use exactly `slots`, break this, no
-// placement exists. The minimum over counts is bounded below by its Lagrangian, for any price.
+// A sharper refutation. Fix v <= limit / 2. A GPU that holds a share above limit - v ("heavy")
+// holds nothing else above v, so (per_gpu - 1) * heavy replicas <= replicas of at most v ("small").
+// If even the counts that favour small over heavy most, among those that use exactly `slots`, break
+// this, no placement exists. The minimum over counts is bounded below by its Lagrangian, for any
+// price.
 struct Refuter {
   const double* w;
   int experts, slots, per_gpu;
@@ -75,8 +76,8 @@ struct Refuter {
     return int64_t(std::max(1.0, std::ceil(a / b * (1 - 1e-12))));
   }
 
-  // min over counts of (per_gpu - 1) heavy - small + price * (count - slots): convex pieces, so only
-  // their ends matter.
+  // min over counts of (per_gpu - 1) heavy - small + price * (count - slots): convex pieces, so
+  // only their ends matter.
   double dual(double limit, double v, double price, int64_t spare) const {
     double sum = -price * slots;
     for (int e = 0; e < experts; ++e) {

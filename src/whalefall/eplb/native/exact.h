@@ -36,9 +36,8 @@ struct Exact {
     if (count[experts - 1] > gpus) return;
     item.clear();
     for (int e = 0; e < experts; ++e) item.insert(item.end(), count[e], e);
-    std::stable_sort(item.begin(), item.end(), [&](int a, int b) {
-      return weight[a] / count[a] > weight[b] / count[b];
-    });
+    std::stable_sort(item.begin(), item.end(),
+                     [&](int a, int b) { return weight[a] / count[a] > weight[b] / count[b]; });
     std::fill(load.begin(), load.end(), 0.0);
     std::fill(fill.begin(), fill.end(), 0);
     pack(0);
@@ -74,8 +73,16 @@ struct Exact {
   }
 
   Exact(const double* w, int experts, int slots, int gpus, double below)
-      : weight(w), experts(experts), slots(slots), gpus(gpus), per_gpu(slots / gpus), best(below),
-        count(experts), at(slots), load(gpus), fill(gpus) {
+      : weight(w),
+        experts(experts),
+        slots(slots),
+        gpus(gpus),
+        per_gpu(slots / gpus),
+        best(below),
+        count(experts),
+        at(slots),
+        load(gpus),
+        fill(gpus) {
     counts(0, slots);
   }
 };

@@ -16,8 +16,8 @@ namespace {
 using namespace eplb;
 
 constexpr double kClose = 2e-3;  // this close to the bound, a search stops
-constexpr double kFar = 1.003;  // this far from it, other replica counts are tried
-constexpr double kKick = 1.05;  // farther than this, other packings of the same counts cannot help
+constexpr double kFar = 1.003;   // this far from it, other replica counts are tried
+constexpr double kKick = 1.05;   // farther than this, other packings of the same counts cannot help
 constexpr int kCountSteps = 8;
 
 struct Shape {
@@ -122,8 +122,8 @@ void kick(Search& search, std::mt19937& random, double target, int rounds) {
 }
 
 // Replica counts that keep every share at or below `limit`, the spare slots given to the largest
-// shares, or (dilute) to the lightest experts, which makes company for the heavy ones. Empty: too few
-// slots.
+// shares, or (dilute) to the lightest experts, which makes company for the heavy ones. Empty: too
+// few slots.
 std::vector<int> counts_for(const double* w, int experts, int slots, int cap, double limit,
                             bool dilute) {
   std::vector<int> count(experts);
@@ -200,7 +200,8 @@ std::vector<double> weights_of(const std::vector<int>& groups, const double* w, 
 struct Packing {
   const double* weight;
   Shape shape;
-  int per_node, per_group, slots, gpus;  // groups of a node; experts of a group; slots, GPUs of a node
+  int per_node, per_group, slots,
+      gpus;  // groups of a node; experts of a group; slots, GPUs of a node
   std::vector<std::vector<int>> nodes, best_nodes;
   double best = INFINITY;
   int64_t steps = 0;
@@ -210,8 +211,13 @@ struct Packing {
   std::vector<double> group_weight;
 
   Packing(const double* w, const Shape& s)
-      : weight(w), shape(s), per_node(s.groups / s.nodes), per_group(s.experts / s.groups),
-        slots(s.slots / s.nodes), gpus(s.gpus / s.nodes), taken(s.groups, 0),
+      : weight(w),
+        shape(s),
+        per_node(s.groups / s.nodes),
+        per_group(s.experts / s.groups),
+        slots(s.slots / s.nodes),
+        gpus(s.gpus / s.nodes),
+        taken(s.groups, 0),
         group_weight(s.groups, 0.0) {
     for (int e = 0; e < s.experts; ++e) group_weight[e / per_group] += w[e];
   }
@@ -416,9 +422,11 @@ Layer solve_layer(const float* weight, const Shape& s) {
 
 // weight [layers, experts] fp32; phy2log [layers, slots]; load, bound [layers]. With `greedy`, that
 // of the published placement is written too, and the bound is sharpened, which takes longer.
-extern "C" __attribute__((visibility("default"))) void eplb_plan(
-    const float* weight, int layers, int experts, int slots, int groups, int nodes, int gpus,
-    int64_t* phy2log, double* load, double* bound, double* greedy) {
+extern "C" __attribute__((visibility("default"))) void eplb_plan(const float* weight, int layers,
+                                                                 int experts, int slots, int groups,
+                                                                 int nodes, int gpus,
+                                                                 int64_t* phy2log, double* load,
+                                                                 double* bound, double* greedy) {
   const Shape shape{experts, slots, groups, nodes, gpus};
   for (int l = 0; l < layers; ++l) {
     const float* w = weight + size_t(l) * experts;
@@ -460,10 +468,12 @@ extern "C" __attribute__((visibility("default"))) void eplb_improve(
 
 // How an expert's tokens divide among its replicas so that the largest GPU load is as small as the
 // placement allows: each expert in turn levels its GPUs; the sum of squares falls to its minimum,
-// whose loads are the most even there are. share [layers, slots] sums to 1 over an expert's replicas.
-extern "C" __attribute__((visibility("default"))) void eplb_split(
-    const float* weight, int layers, int experts, int slots, int gpus, const int64_t* phy2log,
-    double* share, double* load) {
+// whose loads are the most even there are. share [layers, slots] sums to 1 over an expert's
+// replicas.
+extern "C" __attribute__((visibility("default"))) void eplb_split(const float* weight, int layers,
+                                                                  int experts, int slots, int gpus,
+                                                                  const int64_t* phy2log,
+                                                                  double* share, double* load) {
   const int per_gpu = slots / gpus;
   for (int l = 0; l < layers; ++l) {
     const float* w = weight + size_t(l) * experts;

@@ -25,9 +25,17 @@ struct Search {
   int moved = 0, budget = -1;
 
   Search(const double* w, int experts, int slots, int n_gpus, int domain_gpus)
-      : num_experts(experts), num_slots(slots), num_gpus(n_gpus), per_gpu(slots / n_gpus),
-        domain(domain_gpus), weight(w), slot(slots, -1), count(experts, 0), on(n_gpus * experts, 0),
-        load(n_gpus, 0.0), gpus(experts) {}
+      : num_experts(experts),
+        num_slots(slots),
+        num_gpus(n_gpus),
+        per_gpu(slots / n_gpus),
+        domain(domain_gpus),
+        weight(w),
+        slot(slots, -1),
+        count(experts, 0),
+        on(n_gpus * experts, 0),
+        load(n_gpus, 0.0),
+        gpus(experts) {}
 
   double share(int e) const { return weight[e] / count[e]; }
   int& held(int g, int e) { return on[size_t(g) * num_experts + e]; }
@@ -121,7 +129,8 @@ struct Search {
     for (int b = begin; b < end; ++b) {
       if (count[slot[b]] < 2) continue;
       if (b / per_gpu != g) {  // a further replica elsewhere for one of the experts of g
-        for (int a = g * per_gpu; a < (g + 1) * per_gpu; ++a) try_replace(best, b, slot[a], heaviest);
+        for (int a = g * per_gpu; a < (g + 1) * per_gpu; ++a)
+          try_replace(best, b, slot[a], heaviest);
         continue;
       }
       for (int c = begin; c < end; ++c)  // a slot of g for a lighter expert
