@@ -1,0 +1,244 @@
+"""Pipelines against torch.distributed.pipelining, and against our own simulator.
+
+Same modules, same chunks, same gloo group, in turns. Idle shares are measured with stages that
+sleep, since a small machine has fewer cores than ranks: they show waiting, not speed.
+`whalefall bench pipeline` (`--quick`: fewer rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import socket
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from whalefall import trace
+from whalefall.pipeline import Times, make, simulate
+from whalefall.pipeline.torch import (
+    DualPipe,
+    DualPipeV,
+    Pipeline,
+    WeightGradStore,
+    set_p2p_tensor_dtype,
+    set_p2p_tensor_shapes,
+)
+from whalefall.testing.benchmark import Row, save
+
+WIDTH, ROWS, LAYERS = 256, 32, 4
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "whalefall.pipeline.torch"])
+F_S, I_S, W_S = 0.010, 0.010, 0.006
+
+
+def stage(number: int) -> nn.Module:
+    """A few layers; the same weights wherever it is made."""
+    torch.manual_seed(number)
+    layers: list[nn.Module] = []
+    for _ in range(LAYERS):
+        layers += [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+def batch(chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1000)
+    return torch.randn(chunks * ROWS, WIDTH), torch.randn(chunks * ROWS, WIDTH)
+
+
+def ours(name: str, stages: list[nn.Module], rank: int, size: int, chunks: int) -> Any:
+    """A step with whalefall."""
+    set_p2p_tensor_shapes([(ROWS, WIDTH)])
+    set_p2p_tensor_dtype(torch.float32)
+    pipe = DualPipeV(tuple(stages)) if name == "dualpipev" else Pipeline(stages, name)
+    x, y = batch(chunks)
+    last = 0 if name == "dualpipev" else size - 1
+    inputs, labels = ((x,) if rank == 0 else ()), ([y] if rank == last else [])
+    return lambda: pipe.step(
+        *inputs, num_chunks=chunks, criterion=nn.functional.mse_loss, labels=labels
+    )
+
+
+def theirs(name: str, stages: list[nn.Module], rank: int, size: int, chunks: int) -> Any:
+    """A step with torch.distributed.pipelining."""
+    from torch.distributed import pipelining
+    from torch.distributed.pipelining import schedules
+
+    kinds = {
+        "1f1b": schedules.Schedule1F1B,
+        "interleaved": schedules.ScheduleInterleaved1F1B,
+        "dualpipev": schedules.ScheduleDualPipeV,
+    }
+    numbers = make(name, size, chunks).stages_of(rank)
+    total = make(name, size, chunks).num_stages
+    x, y = batch(chunks)
+    parts = [
+        pipelining.PipelineStage(module, number, total, torch.device("cpu"))
+        for module, number in zip(stages, numbers, strict=True)
+    ]
+    schedule = kinds[name](
+        parts[0] if name == "1f1b" else parts, chunks, loss_fn=nn.functional.mse_loss,
+        scale_grads=False,
+    )  # fmt: skip
+    inputs = (x,) if rank == 0 else ()
+    ends = rank == (0 if name == "dualpipev" else size - 1)
+    more = {"target": y, "losses": []} if ends else {}
+    return lambda: schedule.step(*inputs, **more)
+
+
+def compare(rank: int, size: int, name: str, chunks: int, rounds: int) -> dict[str, Any]:
+    """Step times in turns, and the largest difference of gradients."""
+    numbers = make(name, size, chunks).stages_of(rank)
+    models = [[stage(n) for n in numbers] for _ in range(2)]
+    steps = [ours(name, models[0], rank, size, chunks), theirs(name, models[1], rank, size, chunks)]
+    for step in steps:
+        step()
+    pairs = zip(nn.ModuleList(models[0]).parameters(), nn.ModuleList(models[1]).parameters(),
+                strict=True)  # fmt: skip
+    error = max(float((p.grad - q.grad).abs().max()) for p, q in pairs)
+    samples: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for which, step in enumerate(steps):
+            dist.barrier()
+            begin = time.perf_counter()
+            step()
+            dist.barrier()
+            samples[which].append(time.perf_counter() - begin)
+    return {"ours": statistics.median(samples[0]), "theirs": statistics.median(samples[1]),
+            "error": error}  # fmt: skip
+
+
+class Sleep(torch.autograd.Function):
+    """Sleeps F in forward, I in backward, W when weight gradients are due."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(F_S)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        time.sleep(I_S)
+        if WeightGradStore.enabled:
+            WeightGradStore.put(lambda: time.sleep(W_S))
+        else:
+            time.sleep(W_S)
+        return grad
+
+
+class Sleeper(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Sleep.apply(x.requires_grad_())
+
+
+def idle(rank: int, size: int, name: str, chunks: int) -> dict[str, float]:
+    """Compute time of this rank and step time, from its trace."""
+    set_p2p_tensor_shapes([(ROWS, WIDTH)])
+    set_p2p_tensor_dtype(torch.float32)
+    held = make(name, size, chunks).stages_of(rank)
+    stages = tuple(Sleeper() for _ in held)
+    x, y = batch(chunks)
+    if name == "dualpipe":
+        pipe: Pipeline = DualPipe(stages)
+        half = len(x) // 2
+        inputs, labels = ((x[:half],), [y[half:]]) if rank in (0, size - 1) else ((), [])
+    else:
+        pipe = DualPipeV(stages) if name == "dualpipev" else Pipeline(stages, name)
+        last = 0 if name == "dualpipev" else size - 1
+        inputs, labels = ((x,) if rank == 0 else ()), ([y] if rank == last else [])
+    best = {"idle": 1.0, "start": 0.0, "end": 0.0, "busy": 0.0}
+    for _ in range(2):
+        dist.barrier()
+        trace.start()
+        pipe.step(*inputs, num_chunks=chunks, criterion=nn.functional.mse_loss, labels=labels)
+        runs = [event for event in trace.stop() if event.category == "compute"]
+        best = {
+            "busy": sum(r.duration_ns for r in runs) / 1e9,
+            "start": min(r.start_ns for r in runs) / 1e9,
+            "end": max(r.start_ns + r.duration_ns for r in runs) / 1e9,
+        }
+    return best
+
+
+def on_ranks(function: Any, size: int, *args: Any) -> list[Any]:
+    """`function(rank, size, *args)` on each rank of a gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(size):
+        here, there = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_rank, args=(there, function, rank, size, port, args))
+        process.start()
+        there.close()
+        started.append((process, here))
+    results = [pipe.recv() for _, pipe in started]
+    for process, _ in started:
+        process.join()
+    return results
+
+
+def _rank(
+    out: Connection, function: Any, rank: int, size: int, port: int, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    try:
+        out.send(function(rank, size, *args))
+    finally:
+        dist.destroy_process_group()
+
+
+def against_torch(rounds: int) -> list[Row]:
+    rows = []
+    for name, size in (("1f1b", 2), ("1f1b", 4), ("interleaved", 2), ("dualpipev", 2)):
+        chunks = 4 * size
+        what = f"{name}, {size} ranks, {chunks} chunks of {ROWS} x {WIDTH}, step"
+        peer = f"torch.distributed.pipelining {torch.__version__}"
+        try:
+            found = on_ranks(compare, size, name, chunks, rounds)
+        except EOFError:
+            rows.append(Row(what, peer, "<= theirs", None, None, "ms", None, None, "theirs fails"))
+            continue
+        mine, other = (max(one[who] for one in found) * 1e3 for who in ("ours", "theirs"))
+        error = max(one["error"] for one in found)
+        rows.append(
+            Row(what, peer, "<= theirs", mine, other, "ms", other / mine,
+                mine <= other and error < 1e-5, f"gradients differ by at most {error:.1e}")
+        )  # fmt: skip
+    return rows
+
+
+def against_simulator() -> list[Row]:
+    rows = []
+    for name, size in (("1f1b", 4), ("zb1p", 4), ("dualpipe", 4), ("dualpipev", 2)):
+        chunks = 2 * size + 2
+        found = on_ranks(idle, size, name, chunks)
+        total = max(one["end"] for one in found) - min(one["start"] for one in found)
+        measured = 100 * (1 - sum(one["busy"] for one in found) / (size * total))
+        result = simulate(make(name, size, chunks), Times(F_S, I_S + W_S, W_S))
+        wanted = 100 * sum(result.idle) / (size * result.total)
+        rows.append(
+            Row(f"{name}, {size} ranks, {chunks} chunks, sleeping stages, idle share", "simulator",
+                "within 10 %", measured, wanted, "%", wanted / max(measured, 1e-9),
+                abs(measured - wanted) <= 0.1 * wanted + 1,
+                f"step {total * 1e3:.0f} ms, simulated {result.total * 1e3:.0f}")
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    rows = [*against_simulator(), *against_torch(5 if args.quick else 15)]
+    save("pipeline", rows, {"torch": torch.__version__})
+
+
+if __name__ == "__main__":
+    main()
