@@ -4,14 +4,20 @@ In: stages as modules, a torch.distributed group. Out: steps that give a single 
 """
 
 from whalefall.pipeline.torch.dual import DualPipe, DualPipeV, Pipeline
+from whalefall.pipeline.torch.exchange import BufferExchange, Exchange, Routed
+from whalefall.pipeline.torch.expert_stage import ExpertStage
 from whalefall.pipeline.torch.mirrors import sync_mirrors
 from whalefall.pipeline.torch.p2p import set_p2p_tensor_dtype, set_p2p_tensor_shapes
 from whalefall.pipeline.torch.store import WeightGradStore
 
 __all__ = [
+    "BufferExchange",
     "DualPipe",
     "DualPipeV",
+    "Exchange",
+    "ExpertStage",
     "Pipeline",
+    "Routed",
     "WeightGradStore",
     "set_p2p_tensor_dtype",
     "set_p2p_tensor_shapes",
