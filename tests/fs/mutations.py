@@ -44,7 +44,7 @@ MUTATIONS = [
          "if False:"),
         (craq, "_apply", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
         (craq, "_forward", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
-    ), -1),
+    ), 133),
     Mutation(2, "acknowledge before the successor has", (
         (craq, "_forward", 'last = f"target {successor.target} on node', "return chain.version\n"
          '            last = f"target {successor.target} on node'),
@@ -76,7 +76,7 @@ MUTATIONS = [
     ), 30),
     Mutation(9, "commit under one's own chain version, not the successor's", (
         (craq, "_forward", "return answer.chain_version", "return node.place(target)[0].version"),
-    ), -1, "many"),
+    ), 1, "many"),
     Mutation(10, "a partial write goes raw to a target that is being filled", (
         (craq, "_forward", "if successor.public is Public.SYNCING and kind is not Kind.REMOVE:",
          "if False:"),

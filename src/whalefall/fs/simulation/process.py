@@ -303,6 +303,8 @@ class SimNode(SimProcess):
         def run() -> None:
             try:
                 result = self.stores[effect.target].perform(effect)
+                if isinstance(effect, effects.Commit):
+                    self.world.check_commit(self.node, effect)
             except Refused as refusal:
                 result = refusal
             self.later(self.sim.random.uniform(0.0, 0.004), lambda: resume(result))

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from whalefall.fs.core.chains import Chain, Local, Member, Public
-from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.effects import Commit, Refused
 from whalefall.fs.core.manager import ROUTING_KEY
 from whalefall.fs.core.messages import Code, NodeInfo, Routing, Tag, Update
+from whalefall.fs.core.replica import StorageNode
 from whalefall.fs.kv import MemoryKV
 from whalefall.fs.simulation.process import SimClient, SimManager, SimNode, SimProcess
 from whalefall.fs.simulation.store import SimStore
@@ -164,6 +165,22 @@ class World:
             raise Violation(
                 f"operation {tag.seq} of {tag.client} was applied twice to chunk "
                 f"{chunk.decode()}: as version {before} and {version}"
+            )
+
+    def check_commit(self, node: StorageNode, effect: Commit) -> None:
+        """A content that the successor has too is committed under the same chain version there."""
+        chain, _ = node.seat(node.targets[effect.target])
+        after = chain.successor(effect.target) if chain is not None else None
+        mine = node.targets[effect.target].store.entry(effect.chunk)
+        theirs = None
+        if after is not None:
+            theirs = self.nodes[after.node - 1].stores[after.target].entry(effect.chunk)
+        one = mine.committed if mine else None
+        two = theirs.committed if theirs else None
+        if one and two and one.version == two.version and one.chain_version != two.chain_version:
+            raise Violation(
+                f"chunk {effect.chunk.decode()} version {one.version} is committed under chain "
+                f"version {one.chain_version} here and {two.chain_version} at the successor"
             )
 
     def refused(self, name: str, message: Any, refusal: Refused) -> None:
