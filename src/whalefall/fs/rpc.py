@@ -142,27 +142,51 @@ class Pool:
             into: buffers that the reply's data fills in order, as its `results` say.
         Raises: Unreachable if no answer came in time: the call may have run.
         """
+        return self.finish(address, self.begin(address, message, data, timeout_s), into)
+
+    def begin(
+        self, address: tuple[str, int], message: Any, data: Any = b"", timeout_s: float = 5.0
+    ) -> Channel:
+        """Send one call; hand what this returns to `finish`, in any order.
+
+        Raises: Unreachable.
+        """
         with self._mutex:
             idle = self._idle.setdefault(address, [])
             channel = idle.pop() if idle else None
-        fresh = channel is None
         try:
             channel = channel or connect(*address, self._token, timeout_s, LIMITS)
             channel.settimeout(timeout_s)
             channel.send(message, *([data] if len(data) else []))
+        except (OSError, WhalefallError) as error:
+            raise self._broken(address, channel, error) from None
+        return channel
+
+    def finish(
+        self, address: tuple[str, int], channel: Channel, into: Sequence[Any] | None = None
+    ) -> tuple[Any, memoryview]:
+        """Wait for the answer to a call that was begun.
+
+        Raises: Unreachable if none came in time: the call may have run.
+        """
+        try:
             answer = receive(channel, into)
         except (OSError, WhalefallError) as error:
-            if channel is not None:
-                channel.close()
-            self.forget(address)
-            how = "" if fresh else " (connection kept from before)"
-            raise Unreachable(f"{address[0]}:{address[1]}: {error}{how}") from None
+            raise self._broken(address, channel, error) from None
         with self._mutex:
             if not self._closed:
                 self._idle.setdefault(address, []).append(channel)
                 return answer
         channel.close()
         return answer
+
+    def _broken(
+        self, address: tuple[str, int], channel: Channel | None, error: Exception
+    ) -> Unreachable:
+        if channel is not None:
+            channel.close()
+        self.forget(address)
+        return Unreachable(f"{address[0]}:{address[1]}: {error}")
 
     def forget(self, address: tuple[str, int]) -> None:
         """Drop the idle connections to an address."""

@@ -109,28 +109,43 @@ class Connection:
         if isinstance(effect, effects.Call):
             return self._call(effect)
         if isinstance(effect, effects.Calls):
-            if len(effect.calls) == 1:
-                return [self._outcome(effect.calls[0])]
-            return list(self.threads.map(self._outcome, effect.calls))
+            return self._all(effect.calls)
         if isinstance(effect, effects.Sleep):
             return time.sleep(effect.seconds)
         if isinstance(effect, RefreshRouting):
             return self.refresh()
         raise TypeError(f"no such effect: {effect!r}")
 
-    def _call(self, call: effects.Call) -> tuple[Any, Any]:
-        info = self.core.routing.nodes.get(call.node)
+    def _address(self, node: int) -> tuple[str, int]:
+        info = self.core.routing.nodes.get(node)
         if info is None:
-            raise Unreachable(f"node {call.node} has no address")
-        return self.pool.call(
-            (info.host, info.port), call.message, call.data, call.timeout_s, call.into
-        )
+            raise Unreachable(f"node {node} has no address")
+        return info.host, info.port
 
-    def _outcome(self, call: effects.Call) -> Any:
-        try:
-            return self._call(call)
-        except Unreachable as error:
-            return error
+    def _call(self, call: effects.Call) -> tuple[Any, Any]:
+        address = self._address(call.node)
+        return self.pool.call(address, call.message, call.data, call.timeout_s, call.into)
+
+    def _all(self, calls: tuple[effects.Call, ...]) -> list[Any]:
+        """Send all, then take the answers: the servers work at the same time, without threads."""
+        begun: list[Any] = []
+        for call in calls:
+            try:
+                address = self._address(call.node)
+                channel = self.pool.begin(address, call.message, call.data, call.timeout_s)
+                begun.append((address, channel))
+            except Unreachable as error:
+                begun.append(error)
+        results: list[Any] = []
+        for call, state in zip(calls, begun, strict=True):
+            try:
+                if isinstance(state, Unreachable):
+                    raise state
+                address, channel = state
+                results.append(self.pool.finish(address, channel, call.into))
+            except Unreachable as error:
+                results.append(error)
+        return results
 
     def _drive(self, procedure: Procedure[T], what: str) -> T:
         try:

@@ -6,6 +6,7 @@ stripe's chain i mod length. The shuffle is ours (splitmix64, Fisher-Yates): the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 __all__ = ["chunk_id", "chunk_index", "chunk_prefix", "shuffled", "stripe"]
@@ -46,6 +47,7 @@ def stripe(table: Sequence[int], width: int, number: int) -> tuple[int, ...]:
     return tuple(shuffled(run, number))
 
 
+@functools.lru_cache(1024)
 def chunk_prefix(inode: int) -> bytes:
     """The first 12 bytes of all chunk ids of a file."""
     return b"\0\0" + inode.to_bytes(8, "big") + b"\0\0"

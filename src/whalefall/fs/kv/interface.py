@@ -52,6 +52,7 @@ class Transaction:
         self.read_ranges: list[tuple[bytes, bytes]] = []
         self.writes: dict[bytes, bytes | None] = {}
         self.stamped: list[tuple[bytes, bytes]] = []
+        self._got: dict[bytes, bytes | None] = {}
 
     def get(self, key: bytes, snapshot: bool = False) -> bytes | None:
         """The value of a key, own writes included; a snapshot read never conflicts."""
@@ -59,7 +60,9 @@ class Transaction:
             return self.writes[key]
         if not snapshot:
             self.read_keys.add(key)
-        return self.snapshot.get(key)
+        if key not in self._got:
+            self._got[key] = self.snapshot.get(key)
+        return self._got[key]
 
     def range(
         self, begin: bytes, end: bytes, limit: int = 0, snapshot: bool = False

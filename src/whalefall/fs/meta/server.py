@@ -87,8 +87,7 @@ class MetaServer:
             return Result(self.collect()), ()
         if message.name == "many":
             who = _who(message.args["who"])
-            calls = message.args["calls"]
-            return Result([self.service.call(n, who, a) for n, a in calls]), ()
+            return Result(self.service.call_many(who, message.args["calls"])), ()
         who = _who(message.args["who"])
         return Result(self.service.call(message.name, who, message.args["args"])), ()
 

@@ -159,6 +159,26 @@ class MetaService:
             return self.store.read(lambda t: self._run(t, operation, context, keywords))
         return self.store.transact(lambda t: self._once(t, operation, context, keywords))
 
+    def call_many(self, who: Who, calls: list[tuple[str, dict[str, Any]]]) -> list[Answer]:
+        """Several reading operations, all of one snapshot."""
+        context = Context(who.client, 0, who.uid, who.gid, who.groups, self.clock(), self.new_inode)
+
+        def run(t: Transaction) -> list[Answer]:
+            return [self._read_one(t, context, name, args) for name, args in calls]
+
+        return self.store.read(run)
+
+    def _read_one(
+        self, t: Transaction, context: Context, name: str, args: dict[str, Any]
+    ) -> Answer:
+        operation = OPERATIONS.get(name)
+        if operation is None or operation.writes:
+            return Answer(errno=errno.ENOSYS, path=name, detail="only what reads")
+        try:
+            return self._run(t, operation, context, self._keywords(operation, args))
+        except (msgspec.ValidationError, TypeError) as error:
+            return Answer(errno=errno.EINVAL, path=name, detail=str(error))
+
     def _keywords(self, operation: Operation, args: dict[str, Any]) -> dict[str, Any]:
         args = dict(args)
         if operation.hints.get("layout") is Layout:
