@@ -263,7 +263,7 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("fio") is None:
         raise SystemExit("fs: fio is not here; apt-get install fio")
-    size_mib, rounds = (64, 1) if options.quick else (256, 5)
+    size_mib, rounds = (64, 1) if options.quick else (128, 5)
     version = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
