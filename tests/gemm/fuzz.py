@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -81,6 +82,7 @@ def experts(rng: np.random.Generator, size: Any) -> None:
 
 
 def main(rounds: int, flags: tuple[str, ...]) -> None:
+    os.environ.pop("LD_PRELOAD", None)  # the sanitizer is for this process, not for the compiler
     jit.build = lambda source, *a, **k: build(source, *a, **{**k, "flags": flags})
     rng = np.random.default_rng(0)
 
