@@ -108,7 +108,7 @@ class Job:
         self.results[task.key] = outputs
         if task.kept and all(type(d).__name__ in KINDS for d in outputs):
             note = {"task": task.label, "outputs": [d.describe() for d in outputs]}
-            storage.write_atomic(self._note(task), json.dumps(note))
+            storage.write_atomic(self._note(task), json.dumps(note), sync=False)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop results, so that their tasks run again."""

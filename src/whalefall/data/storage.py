@@ -44,14 +44,19 @@ def fsync_path(path: str) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str, text: str) -> None:
-    """Write a small file: temporary, sync, rename."""
+def write_atomic(path: str, text: str, sync: bool = True) -> None:
+    """Write a small file: temporary, sync, rename.
+
+    Args:
+        sync: False where a crash of the machine may lose it, and a reader minds no broken file.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
