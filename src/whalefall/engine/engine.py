@@ -48,7 +48,7 @@ class EngineConfig:
 
     compute: str = "w8a16"
     kv: str | None = None
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int = 1024
     max_sequences: int = 128
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
