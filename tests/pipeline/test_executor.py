@@ -91,14 +91,14 @@ class Sleeper:
     """Computes and communicates by sleeping, communication in a thread of its own."""
 
     def run(self, action: Action) -> None:
-        time.sleep(0.002)
+        time.sleep(0.015)
 
     def begin(self, action: Action) -> Callable[[], tuple[int, int]]:
         start = time.perf_counter_ns()
         ends: list[int] = []
 
         def travel() -> None:
-            time.sleep(0.001)
+            time.sleep(0.006)
             ends.append(time.perf_counter_ns())
 
         thread = threading.Thread(target=travel)
