@@ -121,15 +121,12 @@ MUTATIONS = [
         (replica.StorageNode, "__init__", "Target(number, store) for",
          "Target(number, store, local=Local.UPTODATE) for"),
     ), 40),
-    Mutation(20, "a manager writes without looking at its lease", (
-        (manager.Manager, "write", "if lease is None or (lease.holder, lease.generation) != "
-         "(self.name, self.generation):", "if False:"),
-    ), 166),
     Mutation(21, "no target stops itself", (
         (replica.StorageNode, "place", "if self.clock() >= target.lease_until_s:", "if False:"),
     ), 1, "cut"),
-    Mutation(22, "an aborted content is dropped in memory only", (
-        (SimStore, "_abort", "self._pending.pop(chunk, None)", "return"),
+    Mutation(22, "an aborted content is dropped by halves: it stays on record", (
+        (SimStore, "_abort", "self._pending.pop(chunk, None)",
+         "self._pending.pop(chunk, None)\n    return"),
     ), 30),
     Mutation(23, "recovery removes a chunk that was made again", (
         (resync, "resync", "todo = compare(",
@@ -149,6 +146,13 @@ MUTATIONS = [
          "        tries += 1\n        tag = self._open_tag(number)\n"),
     ), 12),
 ]  # fmt: skip
+
+
+# Shown by a directed test (test_manager.py): a random schedule seldom stops a manager just there.
+LEASE_MUTATION = Mutation(20, "a manager writes without looking at its lease", (
+        (manager.Manager, "write", "if lease is None or (lease.holder, lease.generation) != "
+         "(self.name, self.generation):", "if False:"),
+    ), 0)  # fmt: skip
 
 
 def changed(function: Any, changes: list[tuple[str, str]]) -> Any:

@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 
-from tests.fs.mutations import MUTATIONS, Mutation, broken
+from tests.fs.mutations import LEASE_MUTATION, MUTATIONS, Mutation, broken
 from whalefall.fs.simulation import PROFILES, Outcome, run_schedule
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.sim import Faults, Network, Simulation
 
-SCHEDULES = {"mixed": 300, "slow": 50, "cut": 50, "churn": 50, "many": 50}
-LONG = {"mixed": 6000, "slow": 1000, "cut": 1000, "churn": 1000, "many": 1000}
+SCHEDULES = {"mixed": 250, "managers": 50, "slow": 50, "cut": 50, "churn": 50, "many": 50}
+LONG = {"mixed": 5000, "managers": 1000, "slow": 1000, "cut": 1000, "churn": 1000, "many": 1000}
 LONG_FROM = 100_000
 
 
@@ -80,6 +80,7 @@ def test_every_mutation_of_the_list_is_there() -> None:
     from tests.fs.test_meta import META_MUTATIONS
 
     numbers = [m.number for m in MUTATIONS] + [m.number for m, _ in META_MUTATIONS]
+    numbers.append(LEASE_MUTATION.number)
     assert sorted(numbers) == list(range(1, 29))
 
 

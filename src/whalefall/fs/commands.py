@@ -368,7 +368,7 @@ def bench(
 @app.command()
 def simulate(
     seed: int = typer.Option(..., help="which schedule"),
-    profile: str = typer.Option("mixed", help="mixed, slow, cut, churn or many"),
+    profile: str = typer.Option("mixed", help="mixed, slow, cut, churn, many or managers"),
     count: int = typer.Option(1, help="run so many schedules from this seed on"),
     as_json: bool = JSON,
 ) -> None:

@@ -43,6 +43,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "slow": {"slow": 0.3, "slow_s": 2.0, "duplicate": 0.3, "kinds": ["crash", "half cut"]},
     "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
     "many": {"kinds": ["crash", "freeze"], "chunks": 8, "slow": 0.3, "slow_s": 0.6},
+    "managers": {"kinds": ["manager", "manager", "crash"], "managers": 2, "chains": 2},
     "churn": {"kinds": ["crash", "freeze"], "removes": True, "chunks": 3, "loss": 0.0},
 }
 

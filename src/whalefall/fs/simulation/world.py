@@ -168,12 +168,12 @@ class World:
             )
 
     def check_commit(self, node: StorageNode, effect: Commit) -> None:
-        """A content that the successor has too is committed under the same chain version there."""
+        """What the serving successor has too is committed there under the same chain version."""
         chain, _ = node.seat(node.targets[effect.target])
         after = chain.successor(effect.target) if chain is not None else None
         mine = node.targets[effect.target].store.entry(effect.chunk)
         theirs = None
-        if after is not None:
+        if after is not None and after.public is Public.SERVING:
             theirs = self.nodes[after.node - 1].stores[after.target].entry(effect.chunk)
         one = mine.committed if mine else None
         two = theirs.committed if theirs else None
