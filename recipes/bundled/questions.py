@@ -257,14 +257,14 @@ class Conversations:
         form = self.form()
         while form.lower() in _HELD_OUT:
             form = self.form()
-        if kind < 0.57:
+        if kind < 0.38:
             if r.random() < 0.4:
                 form = MAIN_FORM
             name = self.made_up()
             spelt = r.choice([name] * 6 + [f"`{name}`", f'"{name}"', name.capitalize()])
             answer = no_entry(name if spelt[0] in '`"' else spelt)
             return form.replace("{x}", spelt), answer
-        name = r.choice(self.aliases) if kind < 0.59 else next(self._pass)
+        name = r.choice(self.aliases) if kind < 0.41 else next(self._pass)
         question = form.replace("{x}", self.spelling(name))
         return question + (" " if r.random() < 0.04 else ""), self.lines[name]
 

@@ -285,7 +285,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         hidden = model.hidden(batch.tokens, batch.groups)
         main = model.loss(hidden, batch.labels, weight)
         loss = main
-        if step % 4 == 0 or progress > 0.9:  # the MTP layer costs a fifth of a step
+        if step % 4 == 0 or progress > 0.98:  # the MTP layer costs a fifth of a step
             ahead = model.mtp_hidden(hidden, batch.tokens, batch.groups)
             mtp = model.loss(ahead, batch.mtp_labels, weight)
             loss = main + (0.3 if progress < 0.7 else 0.1) * mtp

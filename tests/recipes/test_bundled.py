@@ -169,7 +169,7 @@ def test_a_sample_of_commands_is_answered_exactly(recipe):
     )
     wrong = scorer.exact([([], evaluate.ask(evaluate.MAIN_FORM, "tar"), "tar - a tape")])
     torch.set_num_threads(threads)
-    assert score >= 0.9
+    assert score >= 0.85
     assert wrong == 0.0
 
 
