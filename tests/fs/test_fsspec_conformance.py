@@ -85,3 +85,17 @@ class TestPipe(AbstractPipeTests, WhalefallFixtures):
 
 class TestPut(AbstractPutTests, WhalefallFixtures):
     pass
+
+
+def test_a_block_that_fails_leaves_no_half_file(cluster: LocalCluster) -> None:
+    fs = cluster.filesystem()
+
+    def half() -> None:
+        with fs.open("/half", "wb") as file:
+            file.write(b"half")
+            raise KeyError("oops")
+
+    with pytest.raises(KeyError):
+        half()
+    assert not fs.exists("/half")
+    assert fs.client._open == set()

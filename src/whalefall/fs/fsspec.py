@@ -17,6 +17,7 @@ from typing import Any
 from fsspec.registry import register_implementation
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from whalefall.errors import WhalefallError
 from whalefall.fs.client.filesystem import FileSystemClient, Range, parse_url
 from whalefall.fs.errors import FsError, fs_error
 from whalefall.fs.meta.core.records import Inode, InodeKind
@@ -370,10 +371,27 @@ class WhalefallFile(AbstractBufferedFile):
         """Write what is left, end the session."""
         if self.closed:
             return
-        super().close()
+        try:
+            super().close()
+        except BaseException:
+            self._give_up()
+            raise
         if self.mode == "rb" and self.inode is not None:
             with contextlib.suppress(FsError):
                 self.fs.client.close_session(self.inode, self.session)
+
+    def _give_up(self) -> None:
+        """End the session of a file that could not be written whole."""
+        self.closed = True
+        with contextlib.suppress(WhalefallError):
+            self.discard()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        # A block that failed has not written what it meant to: its file gets no name.
+        if kind is not None and self.mode != "rb" and not self.closed:
+            self._give_up()
+        else:
+            self.close()
 
     def __del__(self) -> None:
         # A file that nobody closed is not published: half a file must not look whole.
