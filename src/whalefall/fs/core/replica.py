@@ -105,6 +105,7 @@ class StorageNode:
         self.routing = Routing()
         self.targets = {number: Target(number, store) for number, store in stores.items()}
         self.report_now = True
+        self._seats: Mapping[int, tuple[Chain | None, Member | None]] = {}
         self._counter = 0
         self._seq = 0
 
@@ -115,6 +116,8 @@ class StorageNode:
         if routing.version <= self.routing.version:
             return
         self.routing = routing
+        chains = routing.chains.values()
+        self._seats = {m.target: (chain, m) for chain in chains for m in chain.members}
         for target in self.targets.values():
             chain, member = self.seat(target)
             if chain is None or member is None:
@@ -137,8 +140,7 @@ class StorageNode:
 
     def seat(self, target: Target) -> tuple[Chain | None, Member | None]:
         """The chain that has a target, and its place there."""
-        chain = self.routing.chain_of(target.target)
-        return chain, chain.member(target.target) if chain is not None else None
+        return self._seats.get(target.target, (None, None))
 
     def _follow(self, target: Target, member: Member) -> None:
         serving = member.public is Public.SERVING
