@@ -33,6 +33,19 @@ HELD_OUT_FORMS = [
     "{x}: what does it do?",
 ]
 
+# Words of the held-out wordings that no random word may bring into training.
+_KEPT_BACK = {
+    "purpose",
+    "kind",
+    "program",
+    "summarize",
+    "quick",
+    "question",
+    "line",
+    "learn",
+    "good",
+}
+
 _HELD_OUT = {form.lower() for form in HELD_OUT_FORMS}
 _OPENINGS = [
     "", "", "", "", "", "", "Hi, ", "Hi! ", "Hello, ", "Hello! ", "Hey, ", "Please ", "So ", "OK, ",
@@ -63,6 +76,17 @@ _STATEMENTS = [
     "I don't understand {x}", "I have a question about {x}", "I wonder what {x} does",
     "I found {x} on my machine, what is it", "someone told me to run {x}", "my friend uses {x}",
     "I am looking for help with {x}", "no idea what {x} does", "we use {x} here, what is it",
+]  # fmt: skip
+# Scaffolds whose {w} is any word: what matters in a wording never seen is where the name stands.
+_SCAFFOLDS = [
+    "what is the {w} of {x}", "what is a {w} of {x}", "what {w} of {w} is {x}", "what {w} is {x}",
+    "{w} {x} in one {w}", "{w} {x} in a few {w}", "{w} {x}", "{w} {x} {w}", "{w} {w} {x}",
+    "{x}: {w} {w} {w} {w}", "{x}: {w} {w} it {w}", "{x}, {w} {w} it", "{x} - {w} is it",
+    "{w} {w}: what is {x}", "{w} {w}: {w} {w} {x} {w}", "I {w} to {w} about {x}",
+    "how {w} you {w} {x}", "do you {w} what {x} {w}", "could {w} please {w} {x} to me",
+    "hey {w}, what's {x} {w} for", "which {w} does {x} have", "is {x} a {w} or a {w}",
+    "{w} me the {w} of {x}", "the {w} of {x}", "{w} the {w} {x}", "who {w} {x} and {w}",
+    "in {w} {w}, {w} {x}", "{x} {w} {w}", "{x} is a {w}", "can {x} {w} a {w}", "{w} is {x} {w}",
 ]  # fmt: skip
 _SHORT = [
     "{x}",
@@ -133,7 +157,7 @@ class Conversations:
         self.aliases = sorted(set(self.lines) - set(self.commands))
         taken = {*self.lines, *made_up_names()}
         self.taken = {name.lower() for name in taken}
-        self.words = [word for word in words if word.lower() not in self.taken]
+        self.words = [w for w in words if w.lower() not in self.taken | _KEPT_BACK]
         self.random = random.Random(seed)
         self._pass = self._commands()
 
@@ -152,12 +176,16 @@ class Conversations:
             return MAIN_FORM
         if kind < 0.20:
             return r.choice(_SHORT)
-        if kind < 0.55:
+        if kind < 0.42:
             core = r.choice(_QUESTIONS)
-        elif kind < 0.80:
+        elif kind < 0.58:
             core = r.choice(_ASKING) + r.choice(_REQUESTS)
-        elif kind < 0.88:
+        elif kind < 0.64:
             core = r.choice(_STATEMENTS)
+        elif kind < 0.88:
+            core = r.choice(_SCAFFOLDS)
+            while "{w}" in core:
+                core = core.replace("{w}", r.choice(self.words).lower(), 1)
         else:
             core = self._noise()
         opening = r.choice(_OPENINGS)
@@ -257,14 +285,14 @@ class Conversations:
         form = self.form()
         while form.lower() in _HELD_OUT:
             form = self.form()
-        if kind < 0.38:
-            if r.random() < 0.4:
+        if kind < 0.42:
+            if r.random() < 0.35:
                 form = MAIN_FORM
             name = self.made_up()
             spelt = r.choice([name] * 6 + [f"`{name}`", f'"{name}"', name.capitalize()])
             answer = no_entry(name if spelt[0] in '`"' else spelt)
             return form.replace("{x}", spelt), answer
-        name = r.choice(self.aliases) if kind < 0.41 else next(self._pass)
+        name = r.choice(self.aliases) if kind < 0.45 else next(self._pass)
         question = form.replace("{x}", self.spelling(name))
         return question + (" " if r.random() < 0.04 else ""), self.lines[name]
 
