@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,9 @@ def test_commands(
     for listing, count in (("nodes", 4), ("chains", 3), ("targets", 9)):
         assert len(json.loads(command(capsys, listing, url, "--json")[1])) == count
         assert command(capsys, listing, url)[0] == 0
-    assert json.loads(command(capsys, "df", url, "--json")[1])["used_bytes"] > 0
+    deadline = time.monotonic() + 20  # the nodes tell with their next heartbeat
+    while not json.loads(command(capsys, "df", url, "--json")[1])["used_bytes"]:
+        assert time.monotonic() < deadline
     assert "repaired 0" in command(capsys, "scrub", url)[1]
     assert command(capsys, "rm", "-r", f"{url}/cli")[0] == 0
     assert command(capsys, "gc", url)[0] == 0

@@ -8,6 +8,7 @@ Little-endian. Both lengths are checked against `Limits` before any memory is ta
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -67,13 +68,25 @@ def lengths(prefix: Buffer, limits: Limits) -> tuple[int, int]:
     return header, payload
 
 
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+_building = threading.Lock()
+
+
+def _decoder(kind: type[H]) -> msgspec.msgpack.Decoder[H]:
+    if kind not in _decoders:
+        # msgspec was seen to crash where threads read a type's annotations for the first time at once.
+        with _building:
+            _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
+    return _decoders[kind]
+
+
 def decode(body: Buffer, kind: type[H]) -> H:
     """The header as a `kind` (a msgspec Struct, dict, …), its fields and types checked.
 
     Raises: CommError if it does not fit.
     """
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        return _decoder(kind).decode(body)
     except msgspec.MsgspecError as error:
         raise CommError(f"comm: a header that is no {kind}: {error}") from None
 

@@ -165,7 +165,7 @@ def list_targets(url: str = URL, as_json: bool = JSON) -> None:
 
 @app.command()
 def df(url: str = URL, as_json: bool = JSON) -> None:
-    """Space: used and free, after replication."""
+    """Space: used and free, after replication, as the nodes' last heartbeats said."""
     fs, _ = _client(url)
     chains = fs.client.connection.manager("status")["chains"]
     used = sum(max((t["used_bytes"] for t in c["targets"]), default=0) for c in chains)
