@@ -74,7 +74,7 @@ _building = threading.Lock()
 
 def _decoder(kind: type[H]) -> msgspec.msgpack.Decoder[H]:
     if kind not in _decoders:
-        # msgspec was seen to crash where threads read a type's annotations for the first time at once.
+        # msgspec was seen to crash where threads first read one type at the same time.
         with _building:
             _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
     return _decoders[kind]
