@@ -23,7 +23,7 @@ from whalefall.ep.connect import host_name, open_links
 from whalefall.ep.exchange import Bias, Exchange, Pending, Rows
 from whalefall.ep.fabric import Fabric, Lock, Plan
 from whalefall.ep.group import Group
-from whalefall.ep.handle import Handle, Layout, Received, Want
+from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.ep.topology import Topology
@@ -208,11 +208,22 @@ class Engine:
             `per_expert` [El] rows of each group; `handle` for `combine_selections`.
         Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
         """
+        return _run(self._selections(x, topk_idx, num_experts))
+
+    def begin_dispatch_selections(
+        self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int
+    ) -> tuple[Received, Event]:
+        """`dispatch_selections` in the communication thread: `x` of the result is there once the
+        event is done; counts are known at once, so it returns when every rank has called it."""
+        pending = self._selections(x, topk_idx, num_experts)
+        return pending.result, self.submit(pending)
+
+    def _selections(self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int) -> Pending:
         self._check_rows(x, topk_idx, "dispatch_selections")
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
         rows = Rows(_rows(x), None, np.ascontiguousarray(topk_idx))
-        return _run(self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k, True)))
+        return self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k, True))
 
     def combine_selections(
         self,
@@ -233,6 +244,25 @@ class Engine:
             weights [T, K, H] of the rows' dtype, in top-k order, 0 where topk_idx is −1.
         Raises: ShapeError, DtypeError; RankFailure naming the rank that failed.
         """
+        out, pending = self._sums(rows, handle, topk_weights, out)
+        pending.run()
+        return out
+
+    def begin_combine_selections(
+        self, rows: np.ndarray, handle: Handle, topk_weights: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Event]:
+        """`combine_selections` in the communication thread; the result is there once the event is
+        done."""
+        out, pending = self._sums(rows, handle, topk_weights, None)
+        return out, self.submit(pending)
+
+    def _sums(
+        self,
+        rows: np.ndarray,
+        handle: Handle,
+        topk_weights: np.ndarray | None,
+        out: np.ndarray | None,
+    ) -> tuple[np.ndarray, Pending]:
         if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
         T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
@@ -248,8 +278,7 @@ class Engine:
         out = self.arena.empty(shape, dtype) if out is None else out
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         self.worker.drain()
-        self.normal.combine(_rows(rows), handle, out, topk_weights=weights).run()
-        return out
+        return out, self.normal.combine(_rows(rows), handle, out, topk_weights=weights)
 
     # ---- one row a token and rank
 
@@ -325,12 +354,20 @@ class Engine:
 
         Raises: RankFailure naming the rank that failed.
         """
+        self.gather(0)
+
+    def gather(self, number: int) -> np.ndarray:
+        """Every rank's `number` (0 … 2³¹ − 1): [R] int64; collective, a barrier that tells.
+
+        Raises: RankFailure naming the rank that failed.
+        """
         self.worker.drain()
         empty = Layout(
             np.zeros(self.num_ranks, np.int32), np.zeros(len(self.topology.hosts), np.int32),
             np.zeros(0, np.int32), np.zeros((0, self.num_ranks), bool),
         )  # fmt: skip
-        self.normal.collect(self.normal.post({"kind": 2}, empty))
+        heads = self.normal.collect(self.normal.post({"kind": 2, "tokens": number}, empty))
+        return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
 
     @property
     def bytes_sent_to_other_hosts(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,15 @@ __all__ = ["Event", "Worker"]
 
 
 class Event:
-    """Done or not; an error of the work is raised to whoever waits."""
+    """Done or not; an error of the work is raised to whoever waits.
+
+    Attributes:
+        took_ns: when the work began and ended, in `time.perf_counter_ns`.
+    """
 
     def __init__(self) -> None:
         self._flag = threading.Event()
+        self.took_ns = (0, 0)
         self._error: BaseException | None = None
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -69,8 +75,10 @@ class Worker:
     def _run(self) -> None:
         while (item := self._calls.get()) is not None:
             call, event = item
+            start = time.perf_counter_ns()
             try:
                 call()
+                event.took_ns = (start, time.perf_counter_ns())
                 event.finish()
             except BaseException as error:
                 event.finish(error)

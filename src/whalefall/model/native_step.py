@@ -89,6 +89,7 @@ class _Batch(ctypes.Structure):
         ("kv_bf16", _I),
         ("form", _I),
         ("logits", _P),
+        ("workspace", _P),
     )
 
 
@@ -222,14 +223,29 @@ class NativeStep:
         """
         self.expert_load = np.zeros((config.num_layers, max(config.num_experts, 1)), np.int64)
         self._library = jit.build(Path(__file__).parent / "native" / "step.cpp")
-        self._library.wf_step.argtypes = [_P, _P]
-        self._library.wf_step.restype = _N
+        self._library.wf_step.argtypes = self._library.wf_step_workspace.argtypes = [_P, _P]
+        self._library.wf_step_part.argtypes = [_P, _P, _P]
+        for entry in ("wf_step", "wf_step_workspace", "wf_step_part"):
+            getattr(self._library, entry).restype = _N
         self._config = config
         self._builder = _Builder(config, self.expert_load)
         self._model = self._builder.model(weights, compute, max_positions)
 
     def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
         """See `step.Step`. Raises: WhalefallError where a layer's router meets a NaN."""
+        native, keep = self._batch(batch, kv)
+        status = self._library.wf_step(ctypes.addressof(self._model), ctypes.addressof(native))
+        self._check(status)
+        return keep[0]
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise WhalefallError(
+                f"model: NaN reached the router of layer {-1 - status}; is the checkpoint intact?"
+            )
+
+    def _batch(self, batch: StepBatch, kv: np.ndarray) -> tuple[_Batch, list[np.ndarray]]:
+        """The native batch, and what it points to: the logits first."""
         kind = _ATTENTION_TYPES[kv.dtype]
         self._model.attention = _address(paged_entry(kind, self._config.num_heads))
         logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
@@ -251,9 +267,75 @@ class NativeStep:
             form=FORMS["many" if batch.in_prompt else "few"],
             logits=logits.ctypes.data,
         )
-        status = self._library.wf_step(ctypes.addressof(self._model), ctypes.addressof(native))
-        if status:
-            raise WhalefallError(
-                f"model: NaN reached the router of layer {-1 - status}; is the checkpoint intact?"
-            )
-        return logits
+        return native, [logits, tables]
+
+    def parts(self, batch: StepBatch, kv: np.ndarray) -> StepParts:
+        """The step of `batch` in pieces, for whoever moves tokens between them."""
+        return StepParts(self, batch, kv)
+
+
+class _PartCall(ctypes.Structure):
+    _fields_ = (
+        ("part", _I),
+        ("unused", _I),
+        ("layer", _N),
+        *((name, _P) for name in ("routed", "normed", "index", "weight")),
+    )
+
+
+_PARTS = ("EMBED", "ATTN-0", "ATTN-1", "SHARED", "FINISH", "LOGITS")
+
+
+class StepParts:
+    """One batch's step, piece by piece: EMBED; for each layer ATTN-0, ATTN-1, SHARED, FINISH; then
+    LOGITS. Several may be under way at once, each with a workspace of its own.
+
+    Attributes:
+        logits: [R, vocab] fp32, filled by LOGITS.
+        normed: [T, hidden] fp32, what the experts of the layer take; after ATTN-1.
+        index: [T, top_k] int64, the experts that the gate chose; after ATTN-1.
+        weight: [T, top_k] fp32, their weights; after ATTN-1.
+    """
+
+    def __init__(self, step: NativeStep, batch: StepBatch, kv: np.ndarray) -> None:
+        self._step, config = step, step._config
+        self._native, self._keep = step._batch(batch, kv)
+        self._keep += [batch.tokens, batch.positions, batch.block_tables, batch.logit_rows]
+        self.logits = self._keep[0]
+        model, address = ctypes.addressof(step._model), ctypes.addressof(self._native)
+        floats = step._library.wf_step_workspace(model, address)
+        self._workspace = np.empty(max(1, floats) + 16, np.float32)
+        start = self._workspace.ctypes.data
+        self._native.workspace = start + -start % 64
+        self._addresses = model, address
+        self.count = len(batch.tokens)
+        top_k = config.num_experts_per_tok
+        self.normed = np.empty((0, config.hidden_size), np.float32)
+        self.index = np.empty((0, top_k), np.int64)
+        self.weight = np.empty((0, top_k), np.float32)
+
+    def run(self, part: str, layer: int = 0, routed: np.ndarray | None = None) -> None:
+        """Compute a piece.
+
+        Args:
+            part: its name.
+            layer: which layer's.
+            routed: for FINISH of a layer with experts, [T, hidden] fp32: their rows' weighted sum.
+        Raises: WhalefallError where the layer's router meets a NaN.
+        """
+        if not self.count:
+            return
+        call = _PartCall(part=_PARTS.index(part), layer=layer)
+        if routed is not None:
+            call.routed = routed.ctypes.data
+        status = self._step._library.wf_step_part(*self._addresses, ctypes.addressof(call))
+        self._step._check(status)
+        if part == "ATTN-1" and self._step._config.is_moe(layer):
+            self.normed = self._array(call.normed, ctypes.c_float, self.normed.shape[1])
+            self.index = self._array(call.index, ctypes.c_int64, self.index.shape[1])
+            self.weight = self._array(call.weight, ctypes.c_float, self.index.shape[1])
+
+    def _array(self, address: int, kind: Any, columns: int) -> np.ndarray:
+        length = self.count * columns
+        flat = np.ctypeslib.as_array((kind * length).from_address(address))
+        return flat.reshape(self.count, columns)

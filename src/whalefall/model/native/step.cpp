@@ -21,16 +21,49 @@ class Step {
   // 0, or -1 - layer where the gate met a NaN.
   int64_t run() {
     carve();
-    for_tokens([&](int64_t t) {
-      from_table(m_.embed.row(b_.tokens[t]), m_.embed.kind == gemm::kBf16, m_.hidden,
-                 x_ + t * m_.hidden);
-    });
+    embed();
     for (int64_t i = 0; i < m_.num_layers; ++i) {
-      attention(m_.layers[i], i);
+      project(m_.layers[i], i);
+      attend(m_.layers[i], i);
       if (!mlp(m_.layers[i])) return -1 - i;
     }
     logits();
     return 0;
+  }
+
+  // One piece of the step: 0, or -1 - layer where the gate met a NaN.
+  int64_t run(PartCall& call) {
+    carve();
+    const int64_t i = call.layer;
+    const Layer& layer = m_.layers[i];
+    call.normed = normed_, call.index = index_, call.weight = weight_;
+    switch (call.part) {
+      case kEmbed:
+        embed();
+        break;
+      case kAttention0:
+        project(layer, i);
+        break;
+      case kAttention1:
+        attend(layer, i);
+        norm(x_, layer.post_norm, m_.hidden, m_.eps, normed_);
+        if (layer.experts && !route(layer)) return -1 - i;
+        break;
+      case kShared:
+        if (layer.dense) run_experts(layer.dense, 1, every_, 1, out_, false);
+        break;
+      case kFinish:
+        for_tokens([&](int64_t t) { finish(layer, t, call.routed); });
+        break;
+      default:
+        logits();
+    }
+    return 0;
+  }
+
+  int64_t workspace() {
+    float* none = nullptr;
+    return place(none);
   }
 
  private:
@@ -42,9 +75,24 @@ class Step {
     });
   }
 
-  // Workspace of this batch, out of memory that stays for the next one.
+  void embed() const {
+    for_tokens([&](int64_t t) {
+      from_table(m_.embed.row(b_.tokens[t]), m_.embed.kind == gemm::kBf16, m_.hidden,
+                 x_ + t * m_.hidden);
+    });
+  }
+
+  // Workspace of this batch: the caller's, or memory that stays for the next one.
   void carve() {
     static thread_local Scratch memory;
+    float* start = b_.workspace;
+    if (!start) start = memory.get<float>(workspace());
+    place(start);
+    for (int64_t t = 0; t < b_.count; ++t) keys_[t] = b_.positions[t] + 1, every_[t] = 0;
+  }
+
+  // Lays the arrays out from `start` on; the floats they take.
+  int64_t place(float* start) {
     const int64_t T = b_.count, slice = T < kSlice ? T : kSlice, K = m_.gate.top_k;
     const int64_t q_width = m_.heads * (m_.nope + m_.rope), wide = m_.latent + m_.rope;
     const int64_t sizes[] = {T * m_.hidden,
@@ -82,13 +130,11 @@ class Step {
                         reinterpret_cast<float**>(&keys_),
                         reinterpret_cast<float**>(&every_)};
     int64_t total = 0;
-    for (int64_t size : sizes) total += gemm::round_up(size, 32);
-    float* next = memory.get<float>(total);
     for (int i = 0; i < int(sizeof sizes / sizeof *sizes); ++i) {
-      *places[i] = next;
-      next += gemm::round_up(sizes[i], 32);
+      *places[i] = start ? start + total : nullptr;
+      total += gemm::round_up(sizes[i], 32);
     }
-    for (int64_t t = 0; t < T; ++t) keys_[t] = b_.positions[t] + 1, every_[t] = 0;
+    return total;
   }
 
   void linear(const Weight& w, const float* x, int64_t pitch, int64_t count, float* y,
@@ -108,7 +154,8 @@ class Step {
     for_tokens([&](int64_t t) { rms_norm(x + t * n, weight, n, eps, y + t * n); });
   }
 
-  void attention(const Layer& layer, int64_t index) const {
+  // Queries, and the tokens' latents in their pages.
+  void project(const Layer& layer, int64_t index) const {
     norm(x_, layer.input_norm, m_.hidden, m_.eps, normed_);
     if (layer.q_a.rows) {
       linear(layer.q_a, normed_, q_a_);
@@ -118,10 +165,14 @@ class Step {
       linear(layer.q_b, normed_, q_);
     }
     linear(layer.kv_a, normed_, kv_);
-    char* pages = static_cast<char*>(b_.kv) + index * b_.kv_layer_bytes;
-    for_tokens([&](int64_t t) { append(layer, t, pages); });
+    for_tokens([&](int64_t t) { append(layer, t, pages(index)); });
+  }
+  char* pages(int64_t index) const { return static_cast<char*>(b_.kv) + index * b_.kv_layer_bytes; }
+
+  // Core attention, and what comes after it up to the residual.
+  void attend(const Layer& layer, int64_t index) const {
     for (int64_t t = 0; t < b_.count; t += kSlice)
-      attend(layer, t, b_.count - t < kSlice ? b_.count - t : kSlice, pages);
+      core(layer, t, b_.count - t < kSlice ? b_.count - t : kSlice, pages(index));
     linear(layer.o, value_, out_);
     for_tokens([&](int64_t t) { add(out_ + t * m_.hidden, m_.hidden, x_ + t * m_.hidden); });
   }
@@ -149,7 +200,7 @@ class Step {
   }
 
   // Core attention of tokens [first, first + count): q_ -> value_.
-  void attend(const Layer& layer, int64_t first, int64_t count, char* pages) const {
+  void core(const Layer& layer, int64_t first, int64_t count, char* pages) const {
     const int64_t H = m_.heads, head = m_.nope + m_.rope, wide = m_.latent + m_.rope;
     for_heads(count * m_.nope * m_.latent, [&](int64_t h) {
       const float* q = q_ + first * H * head + h * head;
@@ -239,6 +290,18 @@ class Step {
     add(out, m_.hidden, x);
   }
 
+  // The same, the routed experts' rows added up already, elsewhere.
+  void finish(const Layer& layer, int64_t t, const float* routed) const {
+    float* out = out_ + t * m_.hidden;
+    if (layer.experts) {
+      float* sum = normed_ + t * m_.hidden;
+      std::memcpy(sum, routed + t * m_.hidden, m_.hidden * 4);
+      if (layer.dense) add(out, m_.hidden, sum);
+      out = sum;
+    }
+    add(out, m_.hidden, x_ + t * m_.hidden);
+  }
+
   // The few form for both phases: few rows are asked for, and all positions give the same bits.
   void logits() const {
     for (int64_t r = 0; r < b_.num_logit_rows; ++r)
@@ -260,4 +323,14 @@ class Step {
 
 WF_EXPORT int64_t wf_step(const wf::model::Model* model, const wf::model::Batch* batch) {
   return batch->count ? wf::model::Step(*model, *batch).run() : 0;
+}
+
+// Floats that `workspace` must have for a batch of so many tokens and rows of logits.
+WF_EXPORT int64_t wf_step_workspace(const wf::model::Model* model, const wf::model::Batch* batch) {
+  return wf::model::Step(*model, *batch).workspace();
+}
+
+WF_EXPORT int64_t wf_step_part(const wf::model::Model* model, const wf::model::Batch* batch,
+                               wf::model::PartCall* call) {
+  return batch->count ? wf::model::Step(*model, *batch).run(*call) : 0;
 }

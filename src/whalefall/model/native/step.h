@@ -84,5 +84,19 @@ struct Batch {
   int32_t kv_bf16;
   int32_t form;  // gemm's: kFew for generated tokens, kMany for prompts
   float* logits;
+  float* workspace;  // of wf_step_workspace floats, kept between the parts of a step; null: our own
+};
+
+// A step in pieces, for whoever sends tokens to other ranks between them.
+enum Part : int32_t { kEmbed, kAttention0, kAttention1, kShared, kFinish, kLogits };
+
+// What a piece takes and shows.
+struct PartCall {
+  int32_t part, unused;
+  int64_t layer;
+  const float* routed;   // kFinish: [tokens, hidden], the sums of the routed experts' rows
+  const float* normed;   // out, after kAttention1: [tokens, hidden], what the experts take
+  const int64_t* index;  // out: [tokens, top_k] chosen experts
+  const float* weight;   // out: [tokens, top_k] their weights
 };
 }  // namespace wf::model
