@@ -4,8 +4,11 @@
 books are checked after each command. Commands:
 
     new blocks=N budget=N sequences=N [strict]
-    add NAME LENGTH [like=OTHER:COUNT] [salt=S] [priority=P]   a prompt, sharing OTHER's beginning
-    step [COUNT]                    schedule and compute; sampled sequences learn a token
+    add NAME LENGTH [like=OTHER:COUNT] [salt=S] [priority=P] [ends=LENGTH]
+                                    a prompt, sharing OTHER's beginning; its answer ends there
+    step [COUNT] [drafts=N] [right=M]
+                                    schedule and compute; sampled sequences learn a token, and the
+                                    first M of their drafts are right
     finish NAME                     an answer has ended, or was cancelled
     cache                           what the prefix cache was asked for and had
 """
@@ -42,7 +45,13 @@ class Machine:
         return []
 
     def add(
-        self, name: str, length: str, like: str = "", salt: str = "", priority: str = "0"
+        self,
+        name: str,
+        length: str,
+        like: str = "",
+        salt: str = "",
+        priority: str = "0",
+        ends: str = "9999",
     ) -> list[str]:
         number = len(self.prompts)
         prompt = [1000 * (number + 1) + i for i in range(int(length))]
@@ -50,23 +59,26 @@ class Machine:
             other, count = like.split(":")
             prompt[: int(count)] = self.prompts[other][: int(count)]
         self.prompts[name] = prompt
-        seq = Sequence(name, list(prompt), len(prompt), salt, int(priority), number)
+        seq = Sequence(name, list(prompt), len(prompt), salt, int(priority), number, int(ends))
         self.sequences[name] = seq
         self.scheduler.add(seq)
         return []
 
-    def step(self, count: str = "1") -> list[str]:
+    def step(self, count: str = "1", drafts: str = "0", right: str = "0") -> list[str]:
         lines: list[str] = []
         for _ in range(int(count)):
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule(int(drafts))
             last = self.show(batch)
             for item in batch.scheduled:
                 if item.is_last:
                     self.prompts[item.seq.seq_id] = item.seq.tokens
-            sampled = [item.seq for item in batch.scheduled if item.is_last]
+            sampled = [item for item in batch.scheduled if item.is_last]
             self.scheduler.commit(batch)
-            for seq in sampled:
-                seq.tokens.append(7)
+            for item in sampled:
+                for _ in range(min(int(right), item.num_drafts)):
+                    item.seq.tokens.append(7)
+                    self.scheduler.accept(item.seq)
+                item.seq.tokens.append(7)
             lines = last
         return lines
 
@@ -77,6 +89,7 @@ class Machine:
             form = "prompt" if item.in_prompt else "generated"
             span = f"[{item.start}, {item.start + item.count})"
             sampled = " then sample" if item.is_last else ""
+            span += f" and {item.num_drafts} drafts" if item.num_drafts else ""
             lines.append(f"{item.seq.seq_id} {form} {span} blocks {item.seq.blocks}{sampled}")
         waiting = " ".join(seq.seq_id for seq in self.scheduler.waiting)
         return [*(lines or ["nothing"]), f"free {self.blocks.num_free} waiting [{waiting}]"]

@@ -53,7 +53,15 @@ def test_public_names() -> None:
         "SamplingParams",
         "TokenLogprobs",
     ]
-    assert core.__all__ == ["Batch", "BlockManager", "Scheduled", "Scheduler", "Sequence"]
+    assert core.__all__ == [
+        "Batch",
+        "BlockManager",
+        "DraftPolicy",
+        "Scheduled",
+        "Scheduler",
+        "Sequence",
+        "StepCosts",
+    ]
     assert model.__all__ == [
         "Checkpoint",
         "Detokenizer",

@@ -58,7 +58,7 @@ def run(
     rank: int, size: int, folder: str, model: str, compute: str, overlap: bool, redundant: int,
     sequences: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every logit of this rank's sequences (those of number ≡ rank), as bytes in hex."""
+    """Every logit and hidden state of this rank's sequences (those of number ≡ rank), as bytes in hex."""
     jit.set_num_threads(1)
     config = load_config(model)
     weights = load_weights(Checkpoint(model), config)
@@ -78,7 +78,9 @@ def run(
     for number, each in enumerate(steps(seqs)):
         if number == 3 and size:
             step.place(skewed(config, size, redundant))
-        for q, row in zip(seqs, step(each, kv), strict=True):
-            found[str(q)].append(row.tobytes().hex())
+        hidden = np.empty((len(each.tokens), config.hidden_size), np.float32)
+        logits = step(each, kv, hidden)
+        for q, row, state in zip(seqs, logits, hidden[each.logit_rows], strict=True):
+            found[str(q)].append((row.tobytes() + state.tobytes()).hex())
     ratio = step.clock.ratio if size else 0.0
     return {"logits": found, "load": load.tolist(), "overlap": ratio}

@@ -86,29 +86,3 @@ def test_the_numpy_step_agrees_with_the_native_one(tiny: Path) -> None:
     np.testing.assert_allclose(kvs[0], kvs[1], atol=1e-4)  # NaN where nothing was written
     assert (native.expert_load == plain.expert_load).all()
     assert native.expert_load.sum() == 80 * 3 * 2  # tokens, top-k, layers with experts
-
-
-def test_an_mtp_layer_follows_its_definition_in_torch(tiny: Path) -> None:
-    import torch
-
-    config, weights = load(tiny)
-    assert len(weights.mtp) == 1
-    tokens = np.random.default_rng(5).integers(0, config.vocab_size, 20).tolist()
-    hidden = reference.hidden_states(tokens, weights, config)
-    mtp = weights.mtp[0]
-
-    def norm(x: torch.Tensor, weight: np.ndarray) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(
-            x, (x.shape[-1],), torch.tensor(weight, dtype=torch.float64), config.rms_norm_eps
-        )
-
-    table = torch.tensor(weights.embed.astype(np.float64))
-    both = torch.cat(
-        [norm(table[tokens[1:]], mtp.enorm), norm(torch.tensor(hidden[:-1]), mtp.hnorm)], dim=-1
-    )
-    x = both @ torch.tensor(mtp.eh_proj.dequantize(np.float64)).T
-    cos_sin = config.rope.table(19).astype(np.float64)
-    y = torch.tensor(reference.layer(x.numpy(), mtp.layer, config, cos_sin))
-    wanted = norm(y, mtp.norm) @ torch.tensor(mtp.head.dequantize(np.float64)).T
-    ours = reference.mtp_logits(tokens, hidden, mtp, weights, config)
-    np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-9)

@@ -122,6 +122,8 @@ def test_metrics_count_what_was_served(client: httpx.Client) -> None:
     assert "whalefall_ledger_miss_tokens 4.0" in text
     assert 'whalefall_http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
     assert "whalefall_expert_load_max_over_mean 1.5" in text
+    assert "whalefall_spec_drafted_tokens_total 8.0" in text
+    assert "whalefall_spec_accepted_tokens_total 6.0" in text
     ledger = client.get("/ledger").json()
     assert ledger["revenue_output_dollars"] == pytest.approx(5 * 2.19e-6)
 

@@ -7,6 +7,9 @@ the beginning of a stop string is held back, since the stop string is left out.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Items
+
+import numpy as np
 
 from whalefall.engine.core import Sequence
 from whalefall.engine.outputs import Delta
@@ -50,6 +53,7 @@ class Answer:
         self._limit = max_model_len - seq.num_prompt
         if params.max_tokens is not None:
             self._limit = min(self._limit, params.max_tokens)
+        seq.max_tokens = seq.num_prompt + self._limit
         self._seen: Counter[int] = Counter()
         if penalised(params):
             self._seen.update(dict.fromkeys(seq.tokens, 0))
@@ -59,22 +63,25 @@ class Answer:
         """Tokens generated so far."""
         return len(self.seq.tokens) - self.seq.num_prompt
 
-    def sample_row(self, logits: object) -> SampleRow:
-        """What the sampler needs for the next token."""
-        params, count = self.params, self.num_generated
+    def sample_row(self, logits: np.ndarray, ahead: Items[int] | None = None) -> SampleRow:
+        """What the sampler needs for the next token; `ahead`: for a draft, if these came first."""
+        params, count = self.params, self.num_generated + len(ahead or ())
+        seen = self._seen
+        if ahead and penalised(params):
+            seen = self._seen.copy()
+            seen.update(ahead)
         banned: tuple[int, ...] = ()
         if count < params.min_tokens:
             banned = (*self._eos, *params.stop_token_ids)
         draw = uniform(self._seed, self.index, count) if params.temperature else 0.0
-        return SampleRow(logits, params, self._seen, banned, draw)  # type: ignore[arg-type]
+        return SampleRow(logits, params, seen, banned, draw, report=ahead is None)
 
-    def push(self, token: int, logprobs: TokenLogprobs | None) -> Delta:
-        """Take a sampled token; returns what it adds."""
+    def push(self, token: int) -> str:
+        """Take a sampled token; returns the text it adds."""
         self.seq.tokens.append(token)
         if penalised(self.params):
             self._seen[token] += 1
-        text = self._advance(token)
-        return self.delta([token], text, [logprobs] if logprobs else None)
+        return self._advance(token)
 
     def _advance(self, token: int) -> str:
         params = self.params

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from whalefall.engine.answer import Answer
-from whalefall.engine.core import Batch, BlockManager, Scheduler, Sequence
+from whalefall.engine.core import Batch, BlockManager, DraftPolicy, Scheduler, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
+from whalefall.engine.draft_costs import step_costs
+from whalefall.engine.drafter import Drafter
 from whalefall.engine.kv_cache import KV_DTYPES, KVCache
 from whalefall.engine.model_runner import ModelRunner
 from whalefall.engine.outputs import Delta, EngineStats
-from whalefall.engine.sampling import sample
+from whalefall.engine.sampling import TokenLogprobs, sample
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.errors import ConfigError, LimitError, MissingError
 from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
@@ -29,6 +33,8 @@ from whalefall.model.step import COMPUTE, make_step
 __all__ = ["Engine", "EngineConfig"]
 
 _DEFAULT_KV_BYTES = 1 << 30
+_MAX_DRAFTS = 16
+_LOAD_STEPS = 256  # steps between looks at the experts' load
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class EngineConfig:
         num_blocks: the same in blocks of 64 tokens; wins over kv_cache_bytes.
         max_model_len: longest prompt and answer together; None: the model's, as far as it fits.
         strict_prefix: keep blocks of answers out of the prefix cache.
+        speculative: draft tokens with the checkpoint's MTP layer where that saves time; answers
+            stay the same, bit for bit. None: where the checkpoint has one.
+        draft_tokens: drafts a sequence and step, at most.
     """
 
     compute: str = "w8a16"
@@ -54,6 +63,8 @@ class EngineConfig:
     num_blocks: int | None = None
     max_model_len: int | None = None
     strict_prefix: bool = False
+    speculative: bool | None = None
+    draft_tokens: int = 1
 
     def __post_init__(self) -> None:
         """Check the values. Raises: ConfigError."""
@@ -62,6 +73,8 @@ class EngineConfig:
         if self.kv is not None and self.kv not in KV_DTYPES:
             raise ConfigError(f"kv is {self.kv!r}, wanted one of {', '.join(KV_DTYPES)}")
         limits = ("max_batch_tokens", "max_sequences", "kv_cache_bytes", "num_blocks")
+        if not 0 < self.draft_tokens <= _MAX_DRAFTS:
+            raise ConfigError(f"draft_tokens is {self.draft_tokens}, wanted 1 to {_MAX_DRAFTS}")
         for name in (*limits, "max_model_len"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1 << 48:
@@ -71,6 +84,33 @@ class EngineConfig:
     def kv_dtype(self) -> str:
         """Type of the KV cache."""
         return self.kv or ("fp32" if self.compute == "fp32" else "bf16")
+
+
+@dataclass
+class _Turn:
+    """What a step gives to one answer: logits [1 + drafts, vocab], and the tokens out of them."""
+
+    answer: Answer
+    logits: np.ndarray
+    drafts: Items[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_accepted: int = 0
+
+    @property
+    def next_logits(self) -> np.ndarray:
+        row: np.ndarray = self.logits[len(self.tokens)]
+        return row
+
+
+def _draft(answers: dict[str, Answer], rows: Items[tuple[str, list[int], np.ndarray]]) -> list[int]:
+    """Draft as each answer's own sampler would choose, with the draw it will use there.
+
+    Where the layer's distribution is near the model's, the same draw gives the same token.
+    """
+    found = sample([answers[name].sample_row(logits, ahead) for name, ahead, logits in rows])
+    return [token for token, _ in found]
 
 
 @dataclass
@@ -98,6 +138,7 @@ class Engine:
         checkpoint = Checkpoint(model_path)
         self.weights = load_weights(checkpoint, self.model)
         self.tokenizer = _tokenizer(Path(model_path), self.model.vocab_size)
+        self._speculative = self._wants_drafts()
         num_blocks = self._num_blocks()
         self.max_model_len = min(
             self.config.max_model_len or self.model.max_position_embeddings,
@@ -105,9 +146,12 @@ class Engine:
             num_blocks * BLOCK_SIZE,
         )
         kv_dtype = self.config.kv_dtype
-        cache = KVCache(self.model.num_layers, num_blocks, self.model.latent_dim, kv_dtype)
+        cache = KVCache(self._kv_layers, num_blocks, self.model.latent_dim, kv_dtype)
         step = make_step(self.weights, self.model, self.config.compute, self.max_model_len)
-        self.runner = ModelRunner(step, cache)
+        self.runner = ModelRunner(step, cache, Drafter(step, cache) if self._speculative else None)
+        max_drafts = self.config.draft_tokens if self._speculative else 0
+        self._policy = DraftPolicy(step_costs(self.weights, self.model), max_drafts)
+        self._steps = 0
         self._blocks = BlockManager(num_blocks, self.config.strict_prefix)
         self._scheduler = Scheduler(
             self._blocks, self.config.max_batch_tokens, self.config.max_sequences
@@ -120,10 +164,17 @@ class Engine:
         self._lock = threading.Lock()
         checkpoint.populate()
 
+    def _wants_drafts(self) -> bool:
+        if self.config.speculative and not self.weights.mtp:
+            raise ConfigError("speculative: the checkpoint has no MTP layer to draft with")
+        return bool(self.weights.mtp) and self.config.speculative is not False
+
+    @property
+    def _kv_layers(self) -> int:
+        return self.model.num_layers + self._speculative
+
     def _num_blocks(self) -> int:
-        block = KVCache.block_bytes(
-            self.model.num_layers, self.model.latent_dim, self.config.kv_dtype
-        )
+        block = KVCache.block_bytes(self._kv_layers, self.model.latent_dim, self.config.kv_dtype)
         if self.config.num_blocks is not None:
             return self.config.num_blocks
         if self.config.kv_cache_bytes is not None:
@@ -230,9 +281,9 @@ class Engine:
             request.held_back.remove(answer)
         else:
             self._scheduler.remove(answer.seq)
-            self.runner.cache.drop(answer.seq.seq_id)
+            self.runner.forget(answer.seq.seq_id)
         del self._answer_of[answer.seq.seq_id]
-        if all(each.finish_reason is not None for each in request.answers):
+        if not any(each.seq.seq_id in self._answer_of for each in request.answers):
             del self._requests[answer.request_id]
 
     def has_work(self) -> bool:
@@ -243,12 +294,34 @@ class Engine:
         """Compute one batch. Returns: what it added, answer by answer."""
         with self._lock:
             deltas, self._cancelled = self._cancelled, []
-            batch = self._scheduler.schedule()
+            batch = self._scheduler.schedule(self._num_drafts())
+            answers = {i.seq.seq_id: self._answer_of[i.seq.seq_id] for i in batch.scheduled}
         if not batch.scheduled:
             return deltas
-        logits = self.runner.run(batch)
+        start = time.perf_counter()
+        logits = self.runner.run(batch, partial(_draft, answers))
+        self._observe_time(batch, time.perf_counter() - start)
         with self._lock:
             return deltas + self._commit(batch, logits)
+
+    def _observe_time(self, batch: Batch, seconds: float) -> None:
+        """Time steps that only generate, all sequences with equally many drafts."""
+        counts = {len(batch.drafts.get(item.seq.seq_id, ())) for item in batch.scheduled}
+        if self._speculative and len(counts) == 1 and not any(i.in_prompt for i in batch.scheduled):
+            self._policy.observe_step(len(batch.scheduled), counts.pop(), seconds)
+
+    def _num_drafts(self) -> int:
+        """Drafts for each generating sequence of the next step."""
+        if not self._speculative:
+            return 0
+        if self._steps % _LOAD_STEPS == 0:
+            load = self.runner.step.expert_load
+            self._policy.set_loads(load[load.any(axis=1)].tolist())
+        self._steps += 1
+        count = self._policy.num_drafts(sum(not s.in_prompt for s in self._scheduler.running))
+        assert self.runner.drafter is not None
+        self.runner.drafter.keep_up = self._policy.is_on
+        return count
 
     def _commit(self, batch: Batch, logits: dict[str, np.ndarray]) -> list[Delta]:
         # sequences cancelled while the step ran are gone from the books
@@ -256,16 +329,40 @@ class Engine:
         self._scheduler.commit(batch)
         for item in batch.scheduled:
             self._prompt_tokens += item.count if item.in_prompt else 0
-        answers = [self._answer_of[i.seq.seq_id] for i in batch.scheduled if i.seq.seq_id in logits]
-        chosen = sample([a.sample_row(logits[a.seq.seq_id]) for a in answers])
-        deltas = []
-        for answer, (token, logprobs) in zip(answers, chosen, strict=True):
-            deltas.append(answer.push(token, logprobs))
-            self._generated_tokens += 1
-            self._release_siblings(answer)
-            if answer.finish_reason is not None:
-                self._forget(answer)
-        return deltas
+        ids = [i.seq.seq_id for i in batch.scheduled if i.seq.seq_id in logits]
+        turns = [_Turn(self._answer_of[i], logits[i], batch.drafts.get(i, ())) for i in ids]
+        going = turns
+        while going:
+            chosen = sample([turn.answer.sample_row(turn.next_logits) for turn in going])
+            going = [
+                turn for turn, found in zip(going, chosen, strict=True) if self._take(turn, *found)
+            ]
+        return [self._finish(turn) for turn in turns]
+
+    def _take(self, turn: _Turn, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """Add a sampled token; True if it is the next draft, whose own logits are there too."""
+        answer, place = turn.answer, len(turn.tokens)
+        turn.tokens.append(token)
+        turn.text += answer.push(token)
+        if logprobs is not None:
+            turn.logprobs.append(logprobs)
+        self._generated_tokens += 1
+        if place == len(turn.drafts) or token != turn.drafts[place]:
+            return False
+        turn.num_accepted += 1
+        if answer.finish_reason is not None:
+            return False
+        self._scheduler.accept(answer.seq)
+        return True
+
+    def _finish(self, turn: _Turn) -> Delta:
+        answer = turn.answer
+        if turn.drafts:
+            self._policy.observe(len(turn.drafts), turn.num_accepted)
+        self._release_siblings(answer)
+        if answer.finish_reason is not None:
+            self._forget(answer)
+        return answer.delta(turn.tokens, turn.text, turn.logprobs or None)
 
     def _release_siblings(self, answer: Answer) -> None:
         """Start the other answers of a request, whose prompt is in the prefix cache now."""
@@ -288,6 +385,8 @@ class Engine:
                 generated_tokens=self._generated_tokens,
                 preemptions=self._scheduler.num_preemptions,
                 expert_load=self.runner.step.expert_load.copy(),
+                spec_drafted=self._policy.num_drafted,
+                spec_accepted=self._policy.num_accepted,
             )
 
 

@@ -15,9 +15,9 @@ from whalefall.engine.core import Scheduled, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
 from whalefall.engine.engine import Engine, EngineConfig
 from whalefall.engine.kv_cache import KVCache
-from whalefall.engine.model_runner import step_batch
 from whalefall.engine.outputs import Completion, Delta, RequestOutput
 from whalefall.engine.sampling_params import SamplingParams
+from whalefall.engine.step_arrays import step_batch
 from whalefall.errors import ConfigError, LimitError
 
 __all__ = ["LLM"]

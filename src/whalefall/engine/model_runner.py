@@ -1,7 +1,8 @@
 """Engine room: turns scheduled tokens into arrays for the model's step; the only part with arrays.
 
-In: a scheduler's `Batch`. Out: logits of each sequence whose last known token was computed.
-Generated tokens and prompt tokens go to the step separately, each in its phase's one form.
+In: a scheduler's `Batch`. Out: logits of each sequence whose last known token was computed, and of
+the drafts after it. Generated tokens (drafts are such) and prompt tokens go to the step separately,
+each in its phase's one form.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from whalefall.engine.core import Batch, Scheduled
+from whalefall.engine.drafter import Choose, Drafter
 from whalefall.engine.kv_cache import KVCache
-from whalefall.model.step import Step, StepBatch
+from whalefall.engine.step_arrays import Span, span_batch
+from whalefall.model.step import Step
 
 __all__ = ["ModelRunner"]
 
@@ -20,45 +23,58 @@ __all__ = ["ModelRunner"]
 class ModelRunner:
     """Runs batches on a step and a KV cache."""
 
-    def __init__(self, step: Step, cache: KVCache) -> None:
-        """Join a model's step with the pages it works on."""
+    def __init__(self, step: Step, cache: KVCache, drafter: Drafter | None = None) -> None:
+        """Join a model's step with the pages it works on; `drafter`: where tokens are drafted."""
         self.step = step
         self.cache = cache
+        self.drafter = drafter
 
-    def run(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Compute a batch. Returns: seq_id → logits [vocab] of the sequences to sample."""
+    def run(self, batch: Batch, choose: Choose | None = None) -> dict[str, np.ndarray]:
+        """Compute a batch; with `choose`, draft first, into `batch.drafts`.
+
+        Returns: seq_id → logits [1 + drafts, vocab] of the sequences to sample.
+        """
         for seq, blocks in batch.swap_out:
             self.cache.swap_out(seq.seq_id, blocks)
         for seq, blocks in batch.swap_in:
             self.cache.swap_in(seq.seq_id, blocks)
+        if self.drafter is not None and choose is not None:
+            batch.drafts = self.drafter.draft(batch.scheduled, choose)
         found: dict[str, np.ndarray] = {}
         for in_prompt in (False, True):
             items = [item for item in batch.scheduled if item.in_prompt == in_prompt]
             if items:
-                found.update(self._run(items, in_prompt))
+                found.update(self._run(items, in_prompt, batch.drafts))
         return found
 
-    def _run(self, items: Items[Scheduled], in_prompt: bool) -> dict[str, np.ndarray]:
-        last = np.cumsum([item.count for item in items]) - 1
-        wanted = [index for index, item in enumerate(items) if item.is_last]
-        logits = self.step(step_batch(items, in_prompt, last[wanted]), self.cache.array)
-        return {items[index].seq.seq_id: row for index, row in zip(wanted, logits, strict=True)}
+    def forget(self, seq_id: str) -> None:
+        """Let go of what is kept for a sequence that ended."""
+        self.cache.drop(seq_id)
+        if self.drafter is not None:
+            self.drafter.drop(seq_id)
 
-
-def step_batch(items: Items[Scheduled], in_prompt: bool, logit_rows: np.ndarray) -> StepBatch:
-    """The arrays of a step out of scheduled tokens of one phase."""
-    width = max(len(item.seq.blocks) for item in items)
-    tables = np.zeros((len(items), width), np.int32)
-    for row, item in zip(tables, items, strict=True):
-        row[: len(item.seq.blocks)] = item.seq.blocks
-    spans = [range(item.start, item.start + item.count) for item in items]
-    return StepBatch(
-        tokens=np.array(
-            [t for i in items for t in i.seq.tokens[i.start : i.start + i.count]], np.int32
-        ),
-        positions=np.array([p for span in spans for p in span], np.int32),
-        starts=np.cumsum([0, *(item.count for item in items)], dtype=np.int32),
-        block_tables=tables,
-        logit_rows=np.asarray(logit_rows, np.int32),
-        in_prompt=in_prompt,
-    )
+    def _run(
+        self, items: Items[Scheduled], in_prompt: bool, drafts: dict[str, list[int]]
+    ) -> dict[str, np.ndarray]:
+        spans: list[Span] = []
+        rows: list[int] = []
+        asked: list[tuple[str, int]] = []
+        end = 0
+        for item in items:
+            own = drafts.get(item.seq.seq_id, [])
+            known = item.seq.tokens[item.start : item.start + item.count]
+            spans.append(Span(item.seq, item.start, known + own))
+            end += len(known) + len(own)
+            if item.is_last:
+                rows += range(end - 1 - len(own), end)
+                asked.append((item.seq.seq_id, 1 + len(own)))
+        batch = span_batch(spans, in_prompt, np.array(rows, np.int32))
+        hidden = None
+        if self.drafter is not None:
+            hidden = np.empty((end, self.step.hidden_size), np.float32)
+        logits = self.step(batch, self.cache.array, hidden)
+        if self.drafter is not None and hidden is not None:
+            for span, first in zip(spans, batch.starts, strict=False):
+                self.drafter.keep(span.seq, span.start, hidden[first : first + len(span.tokens)])
+        parts = np.split(logits, np.cumsum([count for _, count in asked])[:-1]) if asked else []
+        return {seq_id: part for (seq_id, _), part in zip(asked, parts, strict=True)}

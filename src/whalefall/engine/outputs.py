@@ -46,6 +46,7 @@ class EngineStats:
         kv_used, kv_total: blocks of 64 tokens.
         prefix_queries, prefix_hits: prompt tokens looked up in, and found in, the prefix cache.
         expert_load: [layers, experts], how often each expert was chosen.
+        spec_drafted, spec_accepted: tokens drafted by the MTP layer, and found right.
     """
 
     running: int
@@ -58,6 +59,8 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     expert_load: np.ndarray
+    spec_drafted: int = 0
+    spec_accepted: int = 0
 
 
 @dataclass

@@ -49,6 +49,7 @@ class SampleRow:
         seen: tokens of prompt and answer → how often the answer has them (0: prompt only).
         banned: tokens that may not be chosen now (EOS before min_tokens).
         uniform: the draw, in [0, 1).
+        report: whether log-probabilities are wanted, where the parameters ask for them.
     """
 
     logits: np.ndarray
@@ -56,6 +57,12 @@ class SampleRow:
     seen: Counter[int]
     banned: Sequence[int] = ()
     uniform: float = 0.0
+    report: bool = True
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report; None: nothing."""
+        return self.params.logprobs if self.report else None
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -88,7 +95,8 @@ def sample_row(row: SampleRow) -> tuple[int, TokenLogprobs | None]:
         x[token] += np.float32(bias)
     x[list(row.banned)] = -np.inf
     token = int(np.argmax(x)) if params.temperature == 0 else _draw(x, params, row.uniform)
-    return token, None if params.logprobs is None else _report(row.logits, token, params.logprobs)
+    wanted = row.num_logprobs
+    return token, None if wanted is None else _report(row.logits, token, wanted)
 
 
 def _draw(x: np.ndarray, params: SamplingParams, draw: float) -> int:
@@ -170,7 +178,8 @@ def _fill(target: _Row, row: SampleRow, keep: list[np.ndarray]) -> None:
     target.repetition = params.repetition_penalty
     target.frequency, target.presence = params.frequency_penalty, params.presence_penalty
     target.top_k = params.top_k
-    target.num_top = -1 if params.logprobs is None else min(params.logprobs, len(row.logits))
+    wanted = row.num_logprobs
+    target.num_top = -1 if wanted is None else min(wanted, len(row.logits))
     if target.num_top > 0:
         target.top_tokens = _list([0] * target.num_top, np.int32, keep)
         target.top_logprobs = _list([0] * target.num_top, np.float32, keep)

@@ -73,6 +73,7 @@ class ExpertParallelStep:
         self._parts = NativeStep(weights, config, compute, max_positions)
         self._config, self._ranks, self.overlap = config, ranks, overlap
         self.expert_load = self._parts.expert_load
+        self.hidden_size = config.hidden_size
         self._first, self._layers = config.first_k_dense, config.num_layers - config.first_k_dense
         self._rows_dtype = "float32" if compute == "fp32" else "bfloat16"
         self._quantize = compute == "w8a8" and config.weight_block is not None
@@ -124,11 +125,17 @@ class ExpertParallelStep:
         slot: np.ndarray = self.placement.log2phy[layer][index, np.minimum(replica, count - 1)]
         return slot
 
-    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+    def mtp(self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See `step.Step`; each rank by itself, since a layer's experts are few to read."""
+        return self._parts.mtp(batch, kv, hidden)
+
+    def __call__(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
+    ) -> np.ndarray:
         """See `step.Step`; collective. Raises: RankFailure naming a rank that failed."""
         if self.overlap:
-            return self._overlapped(batch, kv)
-        rows = _Rows(self, self._parts.parts(batch, kv), batch.in_prompt)
+            return self._overlapped(batch, kv, hidden)
+        rows = _Rows(self, self._parts.parts(batch, kv, hidden), batch.in_prompt)
         rows.parts.run("EMBED")
         for layer in range(self._config.num_layers):
             rows.attention(layer)
@@ -143,10 +150,17 @@ class ExpertParallelStep:
         rows.parts.run("LOGITS")
         return rows.parts.logits
 
-    def _overlapped(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+    def _overlapped(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None
+    ) -> np.ndarray:
         first, second, order = split(batch)
+        outs: list[np.ndarray | None] = [None, None]
+        if hidden is not None:
+            head = len((second if batch.in_prompt else first).tokens)
+            outs = [hidden[:head], hidden[head:]][:: -1 if batch.in_prompt else 1]
         both = [
-            _Rows(self, self._parts.parts(half, kv), batch.in_prompt) for half in (first, second)
+            _Rows(self, self._parts.parts(half, kv, out), batch.in_prompt)
+            for half, out in zip((first, second), outs, strict=True)
         ]
         for rows in both[::-1] if batch.in_prompt else both:
             rows.parts.run("EMBED")

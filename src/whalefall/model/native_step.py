@@ -24,7 +24,7 @@ from whalefall.gemm.native_calls import library as gemm_library
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import rules
 from whalefall.model.step import StepBatch
-from whalefall.model.weights import Experts, Layer, Linear, Mlp, Weights
+from whalefall.model.weights import Experts, Layer, Linear, Mlp, MtpLayer, Weights
 
 __all__ = ["NativeStep"]
 
@@ -61,6 +61,10 @@ class _Gate(ctypes.Structure):
     )
 
 
+class _Mtp(ctypes.Structure):
+    _fields_ = (("enorm", _P), ("hnorm", _P), ("eh_proj", Weight))
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", _P),
@@ -70,6 +74,7 @@ class _Model(ctypes.Structure):
         ("head", Weight),
         ("norm", _P),
         ("rope_table", _P),
+        ("mtp", _P),
         ("gate", _Gate),
         *((name, _F) for name in ("eps", "latent_eps", "softmax_scale")),
         *((name, _I) for name in ("quantize", "bf16_rows")),
@@ -89,6 +94,7 @@ class _Batch(ctypes.Structure):
         ("kv_bf16", _I),
         ("form", _I),
         ("logits", _P),
+        ("hidden", _P),
         ("workspace", _P),
     )
 
@@ -196,6 +202,22 @@ class _Builder:
             route=_address(gate_library().wf_route),
         )
 
+    def mtp(self, main: _Model, mtp: MtpLayer) -> _Model:
+        """The main model with the MTP layer in place of its layers, norm and head."""
+        native = _Model.from_buffer_copy(main)
+        layers = (_Layer * 1)(self.layer(mtp.layer, self.config.num_layers))
+        before = _Mtp(
+            enorm=self.vector(mtp.enorm),
+            hnorm=self.vector(mtp.hnorm),
+            eh_proj=self.weight(mtp.eh_proj, "eh_proj"),
+        )
+        self.keep += [layers, before]
+        native.layers, native.num_layers = ctypes.addressof(layers), 1
+        native.mtp = ctypes.addressof(before)
+        native.norm = self.vector(mtp.norm)
+        native.head = self.weight(mtp.head, "shared_head.head")
+        return native
+
     def gate(self) -> _Gate:
         if not self.config.num_experts:
             return _Gate()
@@ -221,21 +243,36 @@ class NativeStep:
 
         Raises: MissingError without a compiler.
         """
-        self.expert_load = np.zeros((config.num_layers, max(config.num_experts, 1)), np.int64)
+        self.hidden_size = config.hidden_size
+        # the row after the layers' is the MTP layer's own
+        load = np.zeros((config.num_layers + 1, max(config.num_experts, 1)), np.int64)
+        self.expert_load = load[:-1]
         self._library = jit.build(Path(__file__).parent / "native" / "step.cpp")
         self._library.wf_step.argtypes = self._library.wf_step_workspace.argtypes = [_P, _P]
         self._library.wf_step_part.argtypes = [_P, _P, _P]
         for entry in ("wf_step", "wf_step_workspace", "wf_step_part"):
             getattr(self._library, entry).restype = _N
         self._config = config
-        self._builder = _Builder(config, self.expert_load)
+        self._builder = _Builder(config, load)
         self._model = self._builder.model(weights, compute, max_positions)
+        self._mtp = self._builder.mtp(self._model, weights.mtp[0]) if weights.mtp else None
 
-    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
+    ) -> np.ndarray:
         """See `step.Step`. Raises: WhalefallError where a layer's router meets a NaN."""
-        native, keep = self._batch(batch, kv)
-        status = self._library.wf_step(ctypes.addressof(self._model), ctypes.addressof(native))
-        self._check(status)
+        return self._run(self._model, batch, kv, hidden)
+
+    def mtp(self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See `step.Step`. Raises: as a step."""
+        assert self._mtp is not None
+        return self._run(self._mtp, batch, kv[self._config.num_layers :], hidden)
+
+    def _run(
+        self, model: _Model, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None
+    ) -> np.ndarray:
+        native, keep = self._batch(model, batch, kv, hidden)
+        self._check(self._library.wf_step(ctypes.addressof(model), ctypes.addressof(native)))
         return keep[0]
 
     def _check(self, status: int) -> None:
@@ -244,10 +281,12 @@ class NativeStep:
                 f"model: NaN reached the router of layer {-1 - status}; is the checkpoint intact?"
             )
 
-    def _batch(self, batch: StepBatch, kv: np.ndarray) -> tuple[_Batch, list[np.ndarray]]:
+    def _batch(
+        self, model: _Model, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None
+    ) -> tuple[_Batch, list[np.ndarray]]:
         """The native batch, and what it points to: the logits first."""
         kind = _ATTENTION_TYPES[kv.dtype]
-        self._model.attention = _address(paged_entry(kind, self._config.num_heads))
+        model.attention = _address(paged_entry(kind, self._config.num_heads))
         logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
         first = batch.block_tables.ctypes.data
         width = batch.block_tables.strides[0]
@@ -266,12 +305,15 @@ class NativeStep:
             kv_bf16=kind == 1,
             form=FORMS["many" if batch.in_prompt else "few"],
             logits=logits.ctypes.data,
+            hidden=None if hidden is None else hidden.ctypes.data,
         )
         return native, [logits, tables]
 
-    def parts(self, batch: StepBatch, kv: np.ndarray) -> StepParts:
+    def parts(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
+    ) -> StepParts:
         """The step of `batch` in pieces, for whoever moves tokens between them."""
-        return StepParts(self, batch, kv)
+        return StepParts(self, batch, kv, hidden)
 
 
 class _PartCall(ctypes.Structure):
@@ -297,9 +339,11 @@ class StepParts:
         weight: [T, top_k] fp32, their weights; after ATTN-1.
     """
 
-    def __init__(self, step: NativeStep, batch: StepBatch, kv: np.ndarray) -> None:
+    def __init__(
+        self, step: NativeStep, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None
+    ) -> None:
         self._step, config = step, step._config
-        self._native, self._keep = step._batch(batch, kv)
+        self._native, self._keep = step._batch(step._model, batch, kv, hidden)
         self._keep += [batch.tokens, batch.positions, batch.block_tables, batch.logit_rows]
         self.logits = self._keep[0]
         model, address = ctypes.addressof(step._model), ctypes.addressof(self._native)

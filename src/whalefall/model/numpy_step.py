@@ -12,7 +12,7 @@ from whalefall.model import reference as plain
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import choose_experts
 from whalefall.model.step import StepBatch
-from whalefall.model.weights import Attention, Experts, Weights
+from whalefall.model.weights import Attention, Experts, Layer, Linear, Weights
 
 __all__ = ["NumpyStep"]
 
@@ -26,27 +26,48 @@ class NumpyStep:
         """Prepare a step over `weights` for positions below `max_positions`."""
         self.weights = weights
         self.config = config
+        self.hidden_size = config.hidden_size
         self._cos_sin = config.rope.table(max_positions)
         self.expert_load = np.zeros((config.num_layers, max(config.num_experts, 1)), np.int64)
 
-    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
+    ) -> np.ndarray:
         """See `step.Step`."""
         c, w = self.config, self.weights
         x = w.embed[batch.tokens].astype(np.float32)
-        cos_sin = self._cos_sin[batch.positions]
         for index, layer in enumerate(w.layers):
-            normed = plain.rms_norm(x, layer.input_norm, c.rms_norm_eps)
-            x = x + self._attention(normed, layer.attention, cos_sin, batch, kv[index])
-            normed = plain.rms_norm(x, layer.post_norm, c.rms_norm_eps)
-            if isinstance(layer.mlp, Experts):
-                x = x + plain.experts(normed, layer.mlp, c)
-                logits = plain.linear(normed, layer.mlp.gate_weight)
-                chosen, _ = choose_experts(logits, layer.mlp.gate_bias, c)
+            x, chosen = self._layer(x, layer, batch, kv[index])
+            if chosen is not None:
                 self.expert_load[index] += np.bincount(chosen.ravel(), minlength=c.num_experts)
-            else:
-                x = x + plain.mlp(normed, layer.mlp)
-        x = plain.rms_norm(x[batch.logit_rows], w.norm, c.rms_norm_eps)
-        return np.ascontiguousarray(plain.linear(x, w.head))
+        return _logits(plain.rms_norm(x, w.norm, c.rms_norm_eps), w.head, batch, hidden)
+
+    def mtp(self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """See `step.Step`."""
+        c, w, m = self.config, self.weights, self.weights.mtp[0]
+        embedded = w.embed[batch.tokens].astype(np.float32)
+        both = [
+            plain.rms_norm(embedded, m.enorm, c.rms_norm_eps),
+            plain.rms_norm(hidden, m.hnorm, c.rms_norm_eps),
+        ]
+        x = plain.linear(np.concatenate(both, axis=-1), m.eh_proj)
+        x, _ = self._layer(x, m.layer, batch, kv[c.num_layers])
+        return _logits(plain.rms_norm(x, m.norm, c.rms_norm_eps), m.head, batch, hidden)
+
+    def _layer(
+        self, x: np.ndarray, layer: Layer, batch: StepBatch, kv: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """x after a layer, and the experts it chose."""
+        c = self.config
+        normed = plain.rms_norm(x, layer.input_norm, c.rms_norm_eps)
+        cos_sin = self._cos_sin[batch.positions]
+        x = x + self._attention(normed, layer.attention, cos_sin, batch, kv)
+        normed = plain.rms_norm(x, layer.post_norm, c.rms_norm_eps)
+        if not isinstance(layer.mlp, Experts):
+            return x + plain.mlp(normed, layer.mlp), None
+        logits = plain.linear(normed, layer.mlp.gate_weight)
+        chosen, _ = choose_experts(logits, layer.mlp.gate_bias, c)
+        return x + plain.experts(normed, layer.mlp, c), chosen
 
     def _attention(
         self, x: np.ndarray, w: Attention, cos_sin: np.ndarray, batch: StepBatch, kv: np.ndarray
@@ -81,3 +102,10 @@ class NumpyStep:
             out[part] = np.einsum("htk,kl->thl", p, keys[:, : c.kv_lora_rank])
         values = np.einsum("thl,hvl->thv", out, v_up_HVL)
         return plain.linear(values.reshape(len(x), -1), w.o)
+
+
+def _logits(x: np.ndarray, head: Linear, batch: StepBatch, hidden: np.ndarray | None) -> np.ndarray:
+    """Logits of the rows asked for, of normed x, which goes to `hidden`."""
+    if hidden is not None:
+        hidden[:] = x
+    return np.ascontiguousarray(plain.linear(x[batch.logit_rows], head))

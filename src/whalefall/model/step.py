@@ -48,14 +48,31 @@ class Step(Protocol):
 
     Attributes:
         expert_load: [layers, experts] int64, selections so far.
+        hidden_size: width of the hidden states.
     """
 
     expert_load: np.ndarray
+    hidden_size: int
 
-    def __call__(self, batch: StepBatch, kv: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
+    ) -> np.ndarray:
         """Compute `batch`, writing latents into kv [layers, blocks, 64, latent + rope].
 
+        Args:
+            hidden: where the final norm's output of every token goes, [T, hidden] fp32.
         Returns: logits [R, vocab] fp32.
+        """
+
+    def mtp(self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """One call of the checkpoint's first MTP layer, whose latents lie after the layers' in kv.
+
+        Args:
+            batch: row i: token i + 1 of a sequence, at position i; kv has one more layer.
+            hidden: [T, hidden] fp32, the main model's at position i; receives the MTP layer's own,
+                after its norm, from which it may be applied again.
+        Returns: logits [R, vocab] fp32: row i's say what token i + 2 is.
+        Source: DeepSeek-V3 report, 2.2.
         """
 
 

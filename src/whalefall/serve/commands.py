@@ -60,6 +60,14 @@ def serve(
     strict_prefix: Annotated[
         bool, typer.Option(help="never reuse the blocks of earlier answers")
     ] = False,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="draft tokens with the MTP layer, same answers (default: where there is one)",
+        ),
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(help="drafts a sequence and step, at most")] = 1,
     max_queue: Annotated[int, typer.Option(help="waiting requests before a 429")] = 256,
     max_request_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
     node_hour: Annotated[float, typer.Option(help="what this machine costs an hour, in $")] = 0.10,
@@ -93,6 +101,8 @@ def serve(
             max_batch_tokens=max_num_batched_tokens,
             kv_cache_bytes=int(kv_cache_gb * 1e9),
             strict_prefix=strict_prefix,
+            speculative=speculate,
+            draft_tokens=draft_tokens,
         ),
     )
     run(server, engine, settings)

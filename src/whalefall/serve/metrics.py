@@ -120,6 +120,8 @@ class EngineCollector(Collector):
             "prefix_cache_queries": stats.prefix_queries,
             "prefix_cache_hits": stats.prefix_hits,
             "preemptions": stats.preemptions,
+            "spec_drafted_tokens": stats.spec_drafted,
+            "spec_accepted_tokens": stats.spec_accepted,
         }
         for name, value in counters.items():
             yield CounterMetricFamily(f"whalefall_{name}", name.replace("_", " "), value=value)

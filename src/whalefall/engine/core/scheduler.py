@@ -9,7 +9,7 @@ recomputing generated tokens as a prompt would not give the same bits. Source: v
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from whalefall.engine.core.block_manager import BlockManager
 from whalefall.engine.core.sequence import Sequence
@@ -19,12 +19,17 @@ __all__ = ["Batch", "Scheduled", "Scheduler"]
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Tokens [start, start + count) of a sequence; a prompt's chunk, or one generated token."""
+    """Tokens [start, start + count) of a sequence; a prompt's chunk, or one generated token.
+
+    Attributes:
+        num_drafts: drafts that may be verified behind the known tokens; their blocks are there.
+    """
 
     seq: Sequence
     start: int
     count: int
     in_prompt: bool
+    num_drafts: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -39,11 +44,13 @@ class Batch:
     Attributes:
         swap_out: sequences and the blocks whose content must be put aside now.
         swap_in: sequences and the blocks that receive what was put aside.
+        drafts: seq_id → the drafts that the step verifies; filled in by who drafts.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
     swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)
     swap_in: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    drafts: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -67,13 +74,31 @@ class Scheduler:
         (self.running if seq in self.running else self.waiting).remove(seq)
         self.blocks.free(seq)
 
-    def schedule(self) -> Batch:
-        """Decide the next step's work; empty where nothing can run."""
+    def schedule(self, num_drafts: int = 0) -> Batch:
+        """Decide the next step's work; empty where nothing can run.
+
+        Args:
+            num_drafts: drafts wanted for each generating sequence. They take what budget and free
+                blocks are left, and displace nobody.
+        """
         batch = Batch()
         budget = self._schedule_running(batch, self.max_batch_tokens)
         if not batch.swap_out:
-            self._admit_waiting(batch, budget)
+            budget = self._admit_waiting(batch, budget)
+        if num_drafts:
+            self._add_drafts(batch, budget, num_drafts)
         return batch
+
+    def _add_drafts(self, batch: Batch, budget: int, num_drafts: int) -> None:
+        for index, item in enumerate(batch.scheduled):
+            if item.in_prompt or not item.is_last:
+                continue
+            known = len(item.seq.tokens)
+            # the step yields a token more than it verifies
+            count = min(num_drafts, budget, item.seq.max_tokens - known - 1)
+            if count > 0 and self.blocks.grow(item.seq, known + count):
+                batch.scheduled[index] = replace(item, num_drafts=count)
+                budget -= count
 
     def _schedule_running(self, batch: Batch, budget: int) -> int:
         index = 0
@@ -101,11 +126,11 @@ class Scheduler:
         self.add(seq)
         return seq
 
-    def _admit_waiting(self, batch: Batch, budget: int) -> None:
+    def _admit_waiting(self, batch: Batch, budget: int) -> int:
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             seq = self.waiting[0]
             if not self._place(seq, budget):
-                return
+                return budget
             self.waiting.pop(0)
             if seq.swapped:
                 batch.swap_in.append((seq, list(seq.blocks)))
@@ -115,6 +140,7 @@ class Scheduler:
             insort(self.running, seq, key=lambda s: s.order)
             batch.scheduled.append(Scheduled(seq, seq.num_computed, count, seq.in_prompt))
             budget -= count
+        return budget
 
     def _place(self, seq: Sequence, budget: int) -> bool:
         """Blocks for what `seq` has and for its next chunk; False, and none taken, if too few."""
@@ -131,7 +157,12 @@ class Scheduler:
         return self.blocks.restore(seq)
 
     def commit(self, batch: Batch) -> None:
-        """Note that a batch was computed."""
+        """Note that a batch was computed; drafts count only once accepted."""
         for item in batch.scheduled:
             item.seq.num_computed += item.count
             self.blocks.register(item.seq)
+
+    def accept(self, seq: Sequence) -> None:
+        """Note that the draft behind the computed tokens was right, and is the sequence's now."""
+        seq.num_computed += 1
+        self.blocks.register(seq)

@@ -23,6 +23,7 @@ class Sequence:
         salt: keeps the prefix cache of one user apart from another's.
         priority: lower runs earlier.
         arrival: order of arrival, unique.
+        max_tokens: length at which the answer ends at the latest; nothing is drafted beyond.
         num_computed: tokens whose KV lies in `blocks` (or in the swap area).
         num_cached: prompt tokens that came from the prefix cache.
         blocks: block ids, block i holding tokens [64 i, 64 i + 64).
@@ -36,6 +37,7 @@ class Sequence:
     salt: str = ""
     priority: int = 0
     arrival: int = 0
+    max_tokens: int = 1 << 62
     num_computed: int = 0
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -80,6 +80,7 @@ class Step {
       from_table(m_.embed.row(b_.tokens[t]), m_.embed.kind == gemm::kBf16, m_.hidden,
                  x_ + t * m_.hidden);
     });
+    if (m_.mtp) join_hidden(*m_.mtp);
   }
 
   // Workspace of this batch: the caller's, or memory that stays for the next one.
@@ -111,7 +112,8 @@ class Step {
                              T * K * m_.hidden / (m_.bf16_rows ? 2 : 1) + 1,
                              b_.num_logit_rows * m_.hidden,
                              T,
-                             T};
+                             T,
+                             m_.mtp ? T * 2 * m_.hidden : 0};
     float** places[] = {&x_,
                         &normed_,
                         &out_,
@@ -128,7 +130,8 @@ class Step {
                         &rows_,
                         &last_,
                         reinterpret_cast<float**>(&keys_),
-                        reinterpret_cast<float**>(&every_)};
+                        reinterpret_cast<float**>(&every_),
+                        &both_};
     int64_t total = 0;
     for (int i = 0; i < int(sizeof sizes / sizeof *sizes); ++i) {
       *places[i] = start ? start + total : nullptr;
@@ -175,6 +178,16 @@ class Step {
       core(layer, t, b_.count - t < kSlice ? b_.count - t : kSlice, pages(index));
     linear(layer.o, value_, out_);
     for_tokens([&](int64_t t) { add(out_ + t * m_.hidden, m_.hidden, x_ + t * m_.hidden); });
+  }
+
+  // x = eh_proj [enorm(x), hnorm(hidden)]: the embedding comes first.
+  void join_hidden(const Mtp& mtp) const {
+    const int64_t n = m_.hidden;
+    for_tokens([&](int64_t t) {
+      rms_norm(x_ + t * n, mtp.enorm, n, m_.eps, both_ + 2 * t * n);
+      rms_norm(b_.hidden + t * n, mtp.hnorm, n, m_.eps, both_ + (2 * t + 1) * n);
+    });
+    linear(mtp.eh_proj, both_, x_);
   }
 
   int64_t row_bytes() const { return (m_.latent + m_.rope) * (b_.kv_bf16 ? 2 : 4); }
@@ -304,6 +317,7 @@ class Step {
 
   // The few form for both phases: few rows are asked for, and all positions give the same bits.
   void logits() const {
+    if (b_.hidden) norm(x_, m_.norm, m_.hidden, m_.eps, b_.hidden);
     for (int64_t r = 0; r < b_.num_logit_rows; ++r)
       rms_norm(x_ + b_.logit_rows[r] * m_.hidden, m_.norm, m_.hidden, m_.eps,
                last_ + r * m_.hidden);
@@ -314,7 +328,7 @@ class Step {
   const Model& m_;
   const Batch& b_;
   float *x_, *normed_, *out_, *q_a_, *q_, *kv_, *q_full_, *o_latent_, *value_, *gate_, *weight_;
-  float *rows_, *last_;
+  float *rows_, *last_, *both_;
   int64_t* index_;
   int32_t *chosen_, *keys_, *every_;
 };

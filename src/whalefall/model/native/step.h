@@ -56,12 +56,20 @@ struct Layer {
   int64_t* load;  // [num_experts], how often each was chosen
 };
 
+// What stands before an MTP layer: x = eh_proj [enorm(embedding), hnorm(hidden)].
+struct Mtp {
+  const float* enorm;
+  const float* hnorm;
+  Weight eh_proj;
+};
+
 struct Model {
   const Layer* layers;
   int64_t num_layers, hidden, heads, nope, rope, value, latent, q_lora, num_experts;
   Weight embed, head;
   const float* norm;
   const float* rope_table;  // [positions, rope / 2, 2]
+  const Mtp* mtp;           // null: the main model
   GateCall gate;            // the rules; pointers and counts are filled in for each layer
   float eps, latent_eps, softmax_scale;
   int32_t quantize;   // W8A8: products with FP8 weights take E4M3 activations
@@ -84,6 +92,8 @@ struct Batch {
   int32_t kv_bf16;
   int32_t form;  // gemm's: kFew for generated tokens, kMany for prompts
   float* logits;
+  // [tokens, hidden]: in: the main model's (for mtp only); out: the final norm's; null: not wanted
+  float* hidden;
   float* workspace;  // of wf_step_workspace floats, kept between the parts of a step; null: our own
 };
 
