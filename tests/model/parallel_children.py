@@ -58,7 +58,7 @@ def run(
     rank: int, size: int, folder: str, model: str, compute: str, overlap: bool, redundant: int,
     sequences: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every logit and hidden state of this rank's sequences (those of number ≡ rank), as bytes in hex."""
+    """Logits and hidden states of this rank's sequences (those of number ≡ rank), in hex."""
     jit.set_num_threads(1)
     config = load_config(model)
     weights = load_weights(Checkpoint(model), config)

@@ -154,10 +154,10 @@ class ExpertParallelStep:
         self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None
     ) -> np.ndarray:
         first, second, order = split(batch)
-        outs: list[np.ndarray | None] = [None, None]
-        if hidden is not None:
-            head = len((second if batch.in_prompt else first).tokens)
-            outs = [hidden[:head], hidden[head:]][:: -1 if batch.in_prompt else 1]
+        head = len((second if batch.in_prompt else first).tokens)
+        outs = [None if hidden is None else hidden[part] for part in (np.s_[:head], np.s_[head:])]
+        if batch.in_prompt:
+            outs.reverse()
         both = [
             _Rows(self, self._parts.parts(half, kv, out), batch.in_prompt)
             for half, out in zip((first, second), outs, strict=True)
