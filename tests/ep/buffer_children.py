@@ -392,6 +392,7 @@ def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
 
 
 def check_local_memory_is_a_tensor(buffer: ep.Buffer) -> None:
+    dist.barrier()  # others may still read from this rank's memory what the last check sent
     whole = buffer.get_local_buffer_tensor(torch.uint8)
     assert whole.shape == (buffer.num_nvl_bytes,)
     part = buffer.get_local_buffer_tensor(torch.int32, torch.Size((3, 4)), offset=64)

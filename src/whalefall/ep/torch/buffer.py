@@ -155,6 +155,9 @@ class Buffer(LowLatency):
     ) -> Tensor:
         """This rank's shared memory as a tensor; its contents change with every call.
 
+        Other ranks may read from it until they have returned from their last call too: synchronise
+        the group before writing.
+
         Args:
             dtype: of the elements.
             size: shape; None: all of it, 1-D.
