@@ -1,4 +1,4 @@
-"""What the compute modes cost, on the bundled (trained) checkpoint: KL and top-1 against fp32."""
+"""What the compute modes cost: KL and top-1 on the bundled (trained) checkpoint; W8A8 row by row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import whalefall.model
 from whalefall.engine import LLM
 from whalefall.model import reference
-from whalefall.model.weights import Linear
+from whalefall.model.synth import synth
+from whalefall.model.weights import Experts, Linear, Mlp
 
 BUNDLED = Path(whalefall.model.__file__).parent / "bundled"
 TEXT = """tar - an archiving utility. The tar command creates and changes archive files, and lists
@@ -60,22 +61,43 @@ def quantised(x: np.ndarray) -> np.ndarray:
     return (codes.astype(np.float64) * scale).reshape(padded.shape)[:, : x.shape[1]]
 
 
-def test_w8a8_follows_the_published_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, ids = LLM(BUNDLED, compute="w8a8", kv="fp32"), tokens()
+def test_w8a8_follows_the_published_numerics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most rows are those of a float64 model of the numerics, digit by digit.
+
+    The others hold a value that fp32 and float64 round to different codes; such a flip is as large
+    as the whole effect, and attention carries it to all later tokens: so prompts are short here.
+    """
+    llm = LLM(synth(tmp_path / "model"), compute="w8a8", kv="fp32")
     weights, config = llm.engine.weights, llm.engine.model
-    plain = reference.forward(ids, weights, config)
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size - 4, (40, 6)).tolist()
+    plain = [reference.forward(ids, weights, config) for ids in prompts]
     kept = {id(layer.attention.kv_b) for layer in weights.layers}  # core attention is not FP8
-    exact_linear = reference.linear
+    routed = {
+        id(expert)
+        for layer in weights.layers
+        if isinstance(layer.mlp, Experts)
+        for expert in layer.mlp.experts
+    }
+    exact_linear, exact_mlp = reference.linear, reference.mlp
 
     def linear(x: np.ndarray, w: Linear) -> np.ndarray:
         if w.scale is not None and id(w) not in kept:
             x = quantised(x)
         return exact_linear(x, w)
 
+    def mlp(x: np.ndarray, w: Mlp) -> np.ndarray:
+        y = exact_mlp(x, w)
+        if id(w) in routed:  # rows come back from their experts in bf16
+            y = y.astype(np.float32).astype(ml_dtypes.bfloat16).astype(y.dtype)
+        return y
+
     monkeypatch.setattr(reference, "linear", linear)
-    published = reference.forward(ids, weights, config)
-    ours = llm.logits(ids)
-    # What is left: values that fp32 and float64 round to different codes, rows rounded to bf16.
-    # How many there are depends on the checkpoint: 3.1e-4 against 1.29e-3 on the present one.
-    assert divergence(published, ours) < divergence(published, plain) / 3
-    assert divergence(published, ours) < 5e-4
+    monkeypatch.setattr(reference, "mlp", mlp)
+    ours = [llm.logits(ids) for ids in prompts]
+    published = [reference.forward(ids, weights, config) for ids in prompts]
+    off = np.abs(np.concatenate(ours) - np.concatenate(published)).max(axis=1)
+    effect = np.abs(np.concatenate(plain) - np.concatenate(published)).max(axis=1)
+    assert effect.min() > 1e-2
+    assert (off < 1e-5).mean() > 0.8
