@@ -1,4 +1,4 @@
-"""What the compute modes cost: KL and top-1 on the bundled (trained) checkpoint; W8A8 row by row."""
+"""What the compute modes cost: KL and top-1 of the bundled checkpoint; W8A8 row by row."""
 
 from __future__ import annotations
 
