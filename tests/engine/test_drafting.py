@@ -85,15 +85,16 @@ def test_drafts_are_tried_again_ever_more_rarely() -> None:
 
 def test_measured_times_overrule_the_estimate_for_their_batch() -> None:
     policy = DraftPolicy(DENSE, 1)
-    assert policy.gain(1, 1) > 1
-    for _ in range(3):
-        policy.observe_step(1, 0, 1.0)
-        policy.observe_step(1, 1, 2.0)
-    assert policy.gain(1, 1) == pytest.approx(0.9)
-    assert policy.gain(2, 1) > 1
-    for _ in range(15):
-        policy.observe_step(1, 1, 1.2)  # the machine was busy before
-    assert policy.gain(1, 1) == pytest.approx(1.5)
+    assert policy.gain(5, 1) > 1
+    for _ in range(8):
+        policy.observe_step(5, 0, 5.0)
+        policy.observe_step(7, 1, 14.0)
+    assert policy.gain(5, 1) == pytest.approx(0.9)
+    assert policy.gain(8, 1) == pytest.approx(0.9)
+    assert min(policy.gain(4, 1), policy.gain(9, 1)) > 1
+    for _ in range(16):
+        policy.observe_step(8, 1, 9.6)  # the machine was busy before
+    assert policy.gain(5, 1) == pytest.approx(1.5)
 
 
 def test_newer_loads_count() -> None:

@@ -125,7 +125,7 @@ def test_cancelling_frees_everything(folder: Path) -> None:
 
 
 def test_stats_count_tokens(folder: Path) -> None:
-    engine = Engine(folder, EngineConfig(num_blocks=16, speculative=False))
+    engine = Engine(folder, EngineConfig(num_blocks=16))
     deltas: list[Delta] = []
     for name in ("a", "b"):
         engine.add(name, PROMPT, SamplingParams(max_tokens=4, ignore_eos=True))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.model.forms import FORMS
 from whalefall.engine import LLM, Engine, EngineConfig, SamplingParams
+from whalefall.engine import engine as engine_module
 from whalefall.engine.core import Scheduled
 from whalefall.errors import ConfigError
 from whalefall.model.synth import synth
@@ -170,5 +171,37 @@ def test_a_checkpoint_without_the_layer_is_refused_or_runs_plainly(tmp_path: Pat
     with pytest.raises(ConfigError, match="no MTP layer"):
         Engine(folder, EngineConfig(speculative=True, num_blocks=4))
     assert Engine(folder, EngineConfig(num_blocks=4)).runner.drafter is None
+
+
+def test_by_default_small_checkpoints_do_not_draft_and_large_ones_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Engine(bundled_path(), EngineConfig(num_blocks=4)).runner.drafter is None
+    monkeypatch.setattr(engine_module, "_CACHED_BYTES", 1 << 20)
+    assert Engine(bundled_path(), EngineConfig(num_blocks=4)).runner.drafter is not None
+    config = EngineConfig(num_blocks=4, speculative=False)
+    assert Engine(bundled_path(), config).runner.drafter is None
+
+
+def test_draft_tokens_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="draft_tokens is 17, wanted 1 to 16"):
         EngineConfig(draft_tokens=17)
+
+
+def test_the_rule_knows_what_the_checkpoint_reads(tmp_path: Path) -> None:
+    shape = {**FORMS["v3"], "n_routed_experts": 64, "n_group": 1, "topk_group": 1}
+    engine = Engine(synth(tmp_path, shape), EngineConfig(speculative=True, num_blocks=4))
+    engine.add("a", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.step()
+    costs = engine._policy.costs
+    c = engine.model
+    assert costs.expert == 3 * c.hidden_size * c.moe_intermediate_size  # a byte a weight
+    assert costs.top_k == 3
+    assert costs.draft > 2 * c.hidden_size * c.vocab_size  # the head is BF16
+    # a second token reads up to three more experts in each of two layers
+    more = engine._policy._speed(1, 1)
+    drafts = costs.draft + 3 * costs.expert
+    expected = 2 * (3 + 3 * (1 - 3 / 64)) * costs.expert
+    assert 1 / more == pytest.approx(
+        (costs.step + expected + drafts) / (costs.step + 6 * costs.expert), rel=1e-6
+    )

@@ -23,7 +23,7 @@ from whalefall.model.step import Step
 __all__ = ["Choose", "Drafter"]
 
 _ENOUGH_ROWS = 64  # waiting rows of a sequence that are computed even where no draft is wanted
-_MOST_ROWS = 512  # more than these wait for nobody
+_MOST_ROWS = 256  # more than these wait for nobody
 _MANY_ROWS = 32  # from here on the form of prompts is faster; the bits of drafts may differ
 
 # seq_id, tokens drafted before, logits [vocab] → a token, as the sequence's sampler would choose
@@ -32,14 +32,22 @@ Choose = Callable[[Items[tuple[str, list[int], np.ndarray]]], list[int]]
 
 @dataclass
 class _Waiting:
-    """Hidden states of positions start, start + 1, … not yet joined, in pieces [rows, hidden]."""
+    """Hidden states of positions [start, end) not yet joined, in pieces [rows, hidden]."""
 
     start: int
+    end: int
     pieces: list[np.ndarray]
 
-    @property
-    def end(self) -> int:
-        return self.start + sum(map(len, self.pieces))
+    def put(self, start: int, hidden: np.ndarray) -> None:
+        """Add rows from position `start` on; what lay there before gives way."""
+        while self.end > start:
+            piece = self.pieces.pop()
+            self.end -= len(piece)
+            if self.end < start:
+                self.pieces.append(piece[: start - self.end])
+                self.end = start
+        self.pieces.append(hidden)
+        self.end += len(hidden)
 
     def cut(self, end: int) -> np.ndarray:
         """Take the rows before position `end` out; the rest stays."""
@@ -79,13 +87,8 @@ class Drafter:
             return
         known = self._waiting.get(seq.seq_id)
         if known is None or not known.start <= start <= known.end:
-            known = self._waiting[seq.seq_id] = _Waiting(start, [])
-        while known.end > start:
-            surplus = known.end - start
-            piece = known.pieces.pop()
-            if len(piece) > surplus:
-                known.pieces.append(piece[:-surplus])
-        known.pieces.append(hidden.copy())
+            known = self._waiting[seq.seq_id] = _Waiting(start, start, [])
+        known.put(start, hidden.copy())
         if not self.keep_up and known.end - known.start > _MOST_ROWS:
             del self._waiting[seq.seq_id]
             self._lost.add(seq.seq_id)

@@ -34,6 +34,7 @@ __all__ = ["Engine", "EngineConfig"]
 
 _DEFAULT_KV_BYTES = 1 << 30
 _MAX_DRAFTS = 16
+_CACHED_BYTES = 64 << 20  # what a step may read without waiting for memory
 _LOAD_STEPS = 256  # steps between looks at the experts' load
 
 
@@ -51,7 +52,8 @@ class EngineConfig:
         max_model_len: longest prompt and answer together; None: the model's, as far as it fits.
         strict_prefix: keep blocks of answers out of the prefix cache.
         speculative: draft tokens with the checkpoint's MTP layer where that saves time; answers
-            stay the same, bit for bit. None: where the checkpoint has one.
+            stay the same, bit for bit. None: where the checkpoint has one, and is too large for
+            the processor's caches (a small one is not bound by what it reads).
         draft_tokens: drafts a sequence and step, at most.
     """
 
@@ -167,7 +169,10 @@ class Engine:
     def _wants_drafts(self) -> bool:
         if self.config.speculative and not self.weights.mtp:
             raise ConfigError("speculative: the checkpoint has no MTP layer to draft with")
-        return bool(self.weights.mtp) and self.config.speculative is not False
+        if self.config.speculative is None:
+            costs = step_costs(self.weights, self.model)
+            return bool(self.weights.mtp) and costs.step + costs.expert >= _CACHED_BYTES
+        return self.config.speculative
 
     @property
     def _kv_layers(self) -> int:
@@ -315,8 +320,8 @@ class Engine:
         if not self._speculative:
             return 0
         if self._steps % _LOAD_STEPS == 0:
-            load = self.runner.step.expert_load
-            self._policy.set_loads(load[load.any(axis=1)].tolist())
+            routed = [self.model.is_moe(layer) for layer in range(self.model.num_layers)]
+            self._policy.set_loads(self.runner.step.expert_load[routed].tolist())
         self._steps += 1
         count = self._policy.num_drafts(sum(not s.in_prompt for s in self._scheduler.running))
         assert self.runner.drafter is not None

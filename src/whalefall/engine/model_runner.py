@@ -76,5 +76,8 @@ class ModelRunner:
         if self.drafter is not None and hidden is not None:
             for span, first in zip(spans, batch.starts, strict=False):
                 self.drafter.keep(span.seq, span.start, hidden[first : first + len(span.tokens)])
-        parts = np.split(logits, np.cumsum([count for _, count in asked])[:-1]) if asked else []
-        return {seq_id: part for (seq_id, _), part in zip(asked, parts, strict=True)}
+        found, first = {}, 0
+        for seq_id, count in asked:
+            found[seq_id] = logits[first : first + count]
+            first += count
+        return found

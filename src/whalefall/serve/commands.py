@@ -64,7 +64,7 @@ def serve(
         bool | None,
         typer.Option(
             "--speculate/--no-speculate",
-            help="draft tokens with the MTP layer, same answers (default: where there is one)",
+            help="draft tokens with the MTP layer, same answers (default: in large models)",
         ),
     ] = None,
     draft_tokens: Annotated[int, typer.Option(help="drafts a sequence and step, at most")] = 1,

@@ -19,6 +19,7 @@ _PROBE_STEPS = 64  # one step in so many does what is not thought best
 _MOST_STEPS = 4096  # while drafts are off, each probe doubles the interval up to this
 _FIRST_PROBES = 8  # the interval until that was timed
 _ENOUGH_TIMES, _KEPT_TIMES = 3, 15
+_LOOK_STEPS = 16  # steps after which measured times are looked at again
 _DECAY = 0.98  # weight of the past, for each draft that was judged
 _ACCEPTANCE = 0.8  # believed before anything was seen
 
@@ -110,15 +111,16 @@ class DraftPolicy:
         self.acceptance = _ACCEPTANCE
         self.num_drafted = self.num_accepted = 0
         self._loads: Sequence[Sequence[float]] = ()
-        self._estimates: dict[tuple[int, int], float] = {}
+        self._speeds: dict[tuple[int, int], float] = {}
         self._times: dict[tuple[int, int], deque[float]] = {}
+        self._num_times = 0
         self.is_on = True
         self._steps, self._interval = 0, _PROBE_STEPS
 
     def set_loads(self, loads: Sequence[Sequence[float]]) -> None:
         """Use newer expert loads, [layers with experts][experts]."""
         self._loads = loads
-        self._estimates.clear()
+        self._speeds.clear()
 
     def num_drafts(self, batch: int) -> int:
         """Drafts for each of `batch` generating sequences in the next step."""
@@ -137,22 +139,31 @@ class DraftPolicy:
         return 0 if best else 1
 
     def _interval_of(self, batch: int) -> int:
-        known = len(self._times.get((batch, 0 if self.is_on else 1), ())) >= _ENOUGH_TIMES
-        return self._interval if known else _FIRST_PROBES
+        times = self._times.get((_bucket(batch), 0 if self.is_on else 1), ())
+        return self._interval if len(times) >= _ENOUGH_TIMES else _FIRST_PROBES
 
     def gain(self, batch: int, count: int) -> float:
         """What `count` drafts bring, as a multiple of the tokens per second of plain steps."""
         tokens = sum(self.acceptance**i for i in range(count + 1))
-        times = [self._times.get((batch, drafts), ()) for drafts in (0, count)]
-        if min(map(len, times)) >= _ENOUGH_TIMES:
-            return tokens * median(times[0]) / median(times[1])
-        if (batch, count) not in self._estimates:
-            self._estimates[batch, count] = gain(self.costs, self._loads, batch, count, 0.0)
-        return tokens * self._estimates[batch, count]
+        if (batch, count) not in self._speeds:
+            self._speeds[batch, count] = self._speed(batch, count)
+        return tokens * self._speeds[batch, count]
+
+    def _speed(self, batch: int, count: int) -> float:
+        """Steps with `count` drafts in the time of a plain one."""
+        plain, drafted = (self._times.get((_bucket(batch), n), ()) for n in (0, count))
+        if min(len(plain), len(drafted)) >= _ENOUGH_TIMES:
+            return median(plain) / median(drafted)
+        return gain(self.costs, self._loads, batch, count, 0.0)
 
     def observe_step(self, batch: int, count: int, seconds: float) -> None:
         """Note how long a step took that did nothing but generate."""
-        self._times.setdefault((batch, count), deque(maxlen=_KEPT_TIMES)).append(seconds)
+        key = _bucket(batch), count
+        times = self._times.setdefault(key, deque(maxlen=_KEPT_TIMES))
+        times.append(seconds / batch)
+        self._num_times += 1
+        if self._num_times % _LOOK_STEPS == 0:
+            self._speeds.clear()
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Note a sequence's drafts of a step, of which the first `accepted` were right."""
@@ -161,3 +172,8 @@ class DraftPolicy:
         for judged in range(min(accepted + 1, drafted)):
             hit = judged < accepted
             self.acceptance = _DECAY * self.acceptance + (1 - _DECAY) * hit
+
+
+def _bucket(batch: int) -> int:
+    """Batches up to the same power of two are timed together."""
+    return batch.bit_length() if batch & (batch - 1) else batch.bit_length() - 1
