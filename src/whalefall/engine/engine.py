@@ -28,9 +28,9 @@ from whalefall.engine.sampling import TokenLogprobs, sample
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.errors import ConfigError, LimitError, MissingError
 from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
-from whalefall.model.step import COMPUTE, make_step
+from whalefall.model.step import COMPUTE, Step, make_step
 
-__all__ = ["Engine", "EngineConfig"]
+__all__ = ["Engine", "EngineConfig", "Request"]
 
 _DEFAULT_KV_BYTES = 1 << 30
 _MAX_DRAFTS = 16
@@ -116,7 +116,7 @@ def _draft(answers: dict[str, Answer], rows: Items[tuple[str, list[int], np.ndar
 
 
 @dataclass
-class _Request:
+class Request:
     """The answers of one request; those after the first wait until the prompt is computed."""
 
     answers: list[Answer]
@@ -149,7 +149,7 @@ class Engine:
         )
         kv_dtype = self.config.kv_dtype
         cache = KVCache(self._kv_layers, num_blocks, self.model.latent_dim, kv_dtype)
-        step = make_step(self.weights, self.model, self.config.compute, self.max_model_len)
+        step = self._make_step()
         self.runner = ModelRunner(step, cache, Drafter(step, cache) if self._speculative else None)
         max_drafts = self.config.draft_tokens if self._speculative else 0
         self._policy = DraftPolicy(step_costs(self.weights, self.model), max_drafts)
@@ -158,7 +158,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks, self.config.max_batch_tokens, self.config.max_sequences
         )
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         self._answer_of: dict[str, Answer] = {}
         self._cancelled: list[Delta] = []
         self._arrivals = 0
@@ -177,6 +177,9 @@ class Engine:
     @property
     def _kv_layers(self) -> int:
         return self.model.num_layers + self._speculative
+
+    def _make_step(self) -> Step:
+        return make_step(self.weights, self.model, self.config.compute, self.max_model_len)
 
     def _num_blocks(self) -> int:
         block = KVCache.block_bytes(self._kv_layers, self.model.latent_dim, self.config.kv_dtype)
@@ -219,7 +222,7 @@ class Engine:
                 self._answer(request_id, index, list(prompt), params, seed, priority, cache_salt)
                 for index in range(params.n)
             ]
-            self._requests[request_id] = _Request(answers, answers[1:])
+            self._requests[request_id] = Request(answers, answers[1:])
             self._scheduler.add(answers[0].seq)
 
     def _check(self, request_id: str, prompt: Items[int], params: SamplingParams) -> None:

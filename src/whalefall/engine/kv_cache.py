@@ -59,6 +59,14 @@ class KVCache:
         """Bring the content put aside back, into blocks that may be others."""
         self.array[:, list(blocks)] = self._swapped.pop(seq_id)
 
+    def put_aside(self, seq_id: str, pages: np.ndarray) -> None:
+        """Let `swap_in` find pages [layers, blocks, 64, latent + rope] that came from elsewhere."""
+        self._swapped[seq_id] = pages
+
+    def pages(self, blocks: Sequence[int]) -> np.ndarray:
+        """A copy of some blocks: [layers, blocks, 64, latent + rope]."""
+        return self.array[:, list(blocks)]
+
     def drop(self, seq_id: str) -> None:
         """Forget what was put aside for a sequence."""
         self._swapped.pop(seq_id, None)

@@ -34,17 +34,14 @@ class ModelRunner:
 
         Returns: seq_id → logits [1 + drafts, vocab] of the sequences to sample.
         """
-        for seq, blocks in batch.swap_out:
-            self.cache.swap_out(seq.seq_id, blocks)
-        for seq, blocks in batch.swap_in:
-            self.cache.swap_in(seq.seq_id, blocks)
+        self.swap(batch)
         if self.drafter is not None and choose is not None:
             batch.drafts = self.drafter.draft(batch.scheduled, choose)
         found: dict[str, np.ndarray] = {}
         for in_prompt in (False, True):
             items = [item for item in batch.scheduled if item.in_prompt == in_prompt]
             if items:
-                found.update(self._run(items, in_prompt, batch.drafts))
+                found.update(self.run_phase(items, in_prompt, batch.drafts))
         return found
 
     def forget(self, seq_id: str) -> None:
@@ -53,9 +50,17 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.drop(seq_id)
 
-    def _run(
+    def swap(self, batch: Batch) -> None:
+        """Move what a batch swaps out and in."""
+        for seq, blocks in batch.swap_out:
+            self.cache.swap_out(seq.seq_id, blocks)
+        for seq, blocks in batch.swap_in:
+            self.cache.swap_in(seq.seq_id, blocks)
+
+    def run_phase(
         self, items: Items[Scheduled], in_prompt: bool, drafts: dict[str, list[int]]
     ) -> dict[str, np.ndarray]:
+        """Compute the items of one phase. Returns: as `run`."""
         spans: list[Span] = []
         rows: list[int] = []
         asked: list[tuple[str, int]] = []

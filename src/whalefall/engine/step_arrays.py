@@ -29,7 +29,7 @@ class Span:
 
 def span_batch(spans: Items[Span], in_prompt: bool, logit_rows: np.ndarray) -> StepBatch:
     """The arrays of a step over spans of one phase."""
-    width = max(len(span.seq.blocks) for span in spans)
+    width = max((len(span.seq.blocks) for span in spans), default=1)
     tables = np.zeros((len(spans), width), np.int32)
     for row, span in zip(tables, spans, strict=True):
         row[: len(span.seq.blocks)] = span.seq.blocks

@@ -28,6 +28,8 @@ from whalefall.serve.protocol import (
 )
 from whalefall.serve.service import Service
 from whalefall.serve.settings import Settings
+from whalefall.serve.units import Gateway
+from whalefall.serve.units.metrics import UnitsCollector
 from whalefall.serve.worker import EngineWorker
 
 if TYPE_CHECKING:
@@ -42,10 +44,13 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The ASGI application that serves one engine.
 
     Args:
-        engine: a loaded engine; the application's worker thread owns it from start-up on.
+        engine: a loaded engine (or the gateway to units, which acts as one); the application's
+            worker thread owns it from start-up on.
         settings: name, key and limits.
     """
     metrics = Metrics(engine, settings.node_hour)
+    if isinstance(engine, Gateway):
+        metrics.registry.register(UnitsCollector(engine))
     worker = EngineWorker(engine, settings.max_queue)
     service = Service(worker, metrics, settings)
 

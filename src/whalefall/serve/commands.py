@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,6 +73,28 @@ def serve(
     max_request_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
     node_hour: Annotated[float, typer.Option(help="what this machine costs an hour, in $")] = 0.10,
     threads: Annotated[int | None, typer.Option(help="kernel threads (default: all cores)")] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="prefill UNITSxRANKS as processes; 1-3x2 follows the load")
+    ] = None,
+    decode: Annotated[str | None, typer.Option(help="decode UNITSxRANKS as processes")] = None,
+    kv_transfer: Annotated[
+        str, typer.Option(help="how KV gets from prefill to decode units: shm or tcp")
+    ] = "shm",
+    overlap: Annotated[
+        bool, typer.Option(help="dual-batch overlap in units of several ranks")
+    ] = True,
+    redundant_experts: Annotated[
+        int, typer.Option(help="replicas of experts that a unit holds beside one of each")
+    ] = 0,
+    prefill_set_point: Annotated[
+        float, typer.Option(help="prompt tokens a second that a prefill unit is meant to run at")
+    ] = 1000.0,
+    decode_set_point: Annotated[
+        float, typer.Option(help="tokens a second that a decode unit is meant to run at")
+    ] = 50.0,
+    trace_units: Annotated[
+        Path | None, typer.Option(help="a folder for one trace of each rank")
+    ] = None,
 ) -> None:
     """Serve a model over OpenAI's API at http://HOST:PORT, with a chat page at /."""
     if context.invoked_subcommand is not None:
@@ -85,27 +108,47 @@ def serve(
         max_request_bytes=max_request_bytes,
         node_hour=node_hour,
     )
+    if (prefill is None) != (decode is None):
+        raise ConfigError(
+            f"serve: --prefill is {prefill}, --decode is {decode}; wanted both, or neither for one "
+            "process"
+        )
     server = listen(host, port)
+    options: dict[str, Any] = {
+        "compute": compute,
+        "kv": kv,
+        "max_model_len": max_model_len,
+        "max_sequences": max_num_seqs,
+        "max_batch_tokens": max_num_batched_tokens,
+        "kv_cache_bytes": int(kv_cache_gb * 1e9),
+        "strict_prefix": strict_prefix,
+        "speculative": speculate,
+        "draft_tokens": draft_tokens,
+    }
+    if prefill is not None and decode is not None:
+        from whalefall.serve.units import Gateway, units_config
+
+        config = units_config(
+            prefill,
+            decode,
+            options,
+            prefill_set_point,
+            decode_set_point,
+            transfer=kv_transfer,
+            overlap=overlap,
+            redundant=redundant_experts,
+            threads=threads or 0,
+            trace=str(trace_units.absolute()) if trace_units else "",
+        )
+        with contextlib.closing(Gateway(folder, config)) as gateway:
+            run(server, gateway, settings)
+        return
     from whalefall.engine import Engine, EngineConfig
     from whalefall.jit import set_num_threads
 
     if threads is not None:
         set_num_threads(threads)
-    engine = Engine(
-        folder,
-        EngineConfig(
-            compute=compute,
-            kv=kv,
-            max_model_len=max_model_len,
-            max_sequences=max_num_seqs,
-            max_batch_tokens=max_num_batched_tokens,
-            kv_cache_bytes=int(kv_cache_gb * 1e9),
-            strict_prefix=strict_prefix,
-            speculative=speculate,
-            draft_tokens=draft_tokens,
-        ),
-    )
-    run(server, engine, settings)
+    run(server, Engine(folder, EngineConfig(**options)), settings)
 
 
 def run(server: socket.socket, engine: object, settings: Settings) -> None:

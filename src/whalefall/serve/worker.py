@@ -78,6 +78,8 @@ class EngineWorker:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        # units answer while the thread waits in `step`: let it see the command
+        self._rouse: Callable[[], None] | None = getattr(engine, "wake", None)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -142,6 +144,8 @@ class EngineWorker:
         with self._wake:
             self._commands.append(call)
             self._wake.notify()
+        if self._rouse is not None:
+            self._rouse()
 
     def _post(self, items: list[tuple[RequestStream, Delta | Exception]]) -> None:
         def deliver() -> None:
@@ -172,7 +176,7 @@ class EngineWorker:
             self._fail_all(error)
             return
         streams = self._streams
-        self._post([(streams[d.request_id], d) for d in deltas if d.request_id in streams])
+        self._post([(streams[d.request_id], _item(d)) for d in deltas if d.request_id in streams])
 
     def _fail_all(self, error: Exception) -> None:
         failed = list(self._streams.items())
@@ -180,3 +184,10 @@ class EngineWorker:
             self.engine.cancel(request_id)
         failure = ApiError(500, f"the engine failed: {type(error).__name__}: {error}")
         self._post([(stream, failure) for _, stream in failed])
+
+
+def _item(delta: Delta) -> Delta | Exception:
+    """A delta, or the error that took its place."""
+    if delta.finish_reason != "error":
+        return delta
+    return ApiError(500, f"the answer was lost: {delta.stop_reason}")

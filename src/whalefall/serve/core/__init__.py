@@ -7,10 +7,16 @@ code. Source: the published V3/R1 inference system's three balancers and its day
 from whalefall.serve.core.autoscale import ScaleRule, ScaleState, scale
 from whalefall.serve.core.decode import DecodeLoad, choose_decode
 from whalefall.serve.core.prefill import PrefillLoad, attention_work, choose_prefill
+from whalefall.serve.core.router import Answer, Effect, Kind, Place, Router
 
 __all__ = [
+    "Answer",
     "DecodeLoad",
+    "Effect",
+    "Kind",
+    "Place",
     "PrefillLoad",
+    "Router",
     "ScaleRule",
     "ScaleState",
     "attention_work",

@@ -1,0 +1,158 @@
+"""The units' processes: started, watched, started again, ended. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from whalefall import comm, launch
+from whalefall.errors import RankFailure
+from whalefall.serve.core import Kind
+from whalefall.serve.units.layout import UnitsConfig
+
+__all__ = ["Fleet", "Unit"]
+
+FAILED_STARTS = 3  # in a row, of one kind, before we give up
+
+
+@dataclass
+class Unit:
+    """One unit's processes.
+
+    Attributes:
+        name: "decode-3", never used twice.
+        group: its ranks.
+        pids: of its ranks, in order.
+        channels: rank → its connection, once it has said hello.
+        number: of the last command.
+        draining: gets nothing new, and ends when empty.
+    """
+
+    name: str
+    kind: Kind
+    ranks: int
+    group: launch.Group
+    began_s: float
+    channels: dict[int, comm.Channel] = field(default_factory=dict)
+    number: int = 0
+    draining: bool = False
+    up: bool = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank."""
+        return [m.process.pid for m in self.group.members.values()]
+
+    def is_dead(self) -> bool:
+        """Whether any of its processes has ended."""
+        return bool(self.group.exits())
+
+
+class Fleet:
+    """Starts and ends units.
+
+    Args:
+        model: checkpoint folder.
+        config: sizes and settings.
+        port: where the gateway listens.
+    Attributes:
+        units: by name, those that run.
+        token: the secret that ranks and gateway share.
+        failures: what was said about units that died, the last few.
+    """
+
+    def __init__(self, model: str, config: UnitsConfig) -> None:
+        self.model, self.config = model, config
+        self.folder = Path(tempfile.mkdtemp(prefix="whalefall-units-"))
+        self.token = comm.read_token(self.folder / "token", create=True)
+        self.units: dict[str, Unit] = {}
+        self.failures: list[str] = []
+        self.restarts = 0
+        self._count = 0
+        self._failed_starts: dict[str, int] = {"prefill": 0, "decode": 0}
+        comm.sweep("kv-")
+
+    def start(self, kind: Kind, port: int) -> Unit:
+        """Start one more unit."""
+        layout = self.config.prefill if kind == "prefill" else self.config.decode
+        name = f"{kind}-{self._count}"
+        self._count += 1
+        folder = self.folder / name
+        folder.mkdir()
+        tasks = [
+            launch.Task(
+                f"{name} rank {rank}",
+                "whalefall.serve.units.rank:main",
+                kwargs={
+                    "unit": name,
+                    "rank": rank,
+                    "size": layout.ranks,
+                    "kind": kind,
+                    "model": self.model,
+                    "folder": str(folder),
+                    "port": port,
+                    "engine": self.config.engine,
+                    "transfer": self.config.transfer,
+                    "overlap": self.config.overlap,
+                    "redundant": self.config.redundant,
+                    "threads": self._threads(),
+                    "trace_folder": self.config.trace,
+                    "kv_cache": self.config.kv_cache,
+                },
+            )
+            for rank in range(layout.ranks)
+        ]
+        group = launch.Group(tasks, grace_s=5.0)
+        unit = Unit(name, kind, layout.ranks, group, time.monotonic())
+        self.units[name] = unit
+        return unit
+
+    def _threads(self) -> int:
+        if self.config.threads:
+            return self.config.threads
+        both = (self.config.prefill, self.config.decode)
+        ranks = sum(layout.units * layout.ranks for layout in both)
+        return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+    def dead(self) -> list[Unit]:
+        """Units of which a process has ended."""
+        return [unit for unit in self.units.values() if unit.is_dead()]
+
+    def remove(self, unit: Unit, failed: bool) -> None:
+        """End what is left of a unit, and note why it failed.
+
+        Raises: RankFailure where units of its kind fail again and again before they are up.
+        """
+        self.units.pop(unit.name, None)
+        report = "\n".join(str(e) for e in unit.group.exits() if e.code)
+        for name in unit.group.members:
+            if failed:
+                unit.group.kill(name)
+        unit.group.drain()
+        for channel in unit.channels.values():
+            channel.close()
+        shutil.rmtree(self.folder / unit.name, ignore_errors=True)
+        comm.sweep("kv-")
+        if not failed:
+            return
+        self.restarts += 1
+        self.failures = [*self.failures[-4:], report]
+        if unit.up:
+            self._failed_starts[unit.kind] = 0
+            return
+        self._failed_starts[unit.kind] += 1
+        if self._failed_starts[unit.kind] >= FAILED_STARTS:
+            raise RankFailure(f"serve: {unit.kind} units do not start: {report}")
+
+    def close(self) -> None:
+        """End all units."""
+        for unit in list(self.units.values()):
+            for name in unit.group.members:
+                unit.group.kill(name, 15)
+        for unit in list(self.units.values()):
+            self.remove(unit, failed=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
