@@ -51,6 +51,7 @@ def test_public_names() -> None:
         "EngineStats",
         "RequestOutput",
         "SamplingParams",
+        "StructuredOutputs",
         "TokenLogprobs",
     ]
     assert core.__all__ == [

@@ -9,6 +9,7 @@ from whalefall.engine.llm import LLM
 from whalefall.engine.outputs import Completion, Delta, EngineStats, RequestOutput
 from whalefall.engine.sampling import TokenLogprobs
 from whalefall.engine.sampling_params import SamplingParams
+from whalefall.engine.structured import StructuredOutputs
 
 __all__ = [
     "LLM",
@@ -19,5 +20,6 @@ __all__ = [
     "EngineStats",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprobs",
 ]

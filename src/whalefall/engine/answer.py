@@ -15,6 +15,7 @@ from whalefall.engine.core import Sequence
 from whalefall.engine.outputs import Delta
 from whalefall.engine.sampling import SampleRow, TokenLogprobs, penalised, uniform
 from whalefall.engine.sampling_params import SamplingParams
+from whalefall.engine.structured import Matcher
 from whalefall.model import Tokenizer
 
 __all__ = ["Answer"]
@@ -38,8 +39,10 @@ class Answer:
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
+        matcher: Matcher | None = None,
     ) -> None:
-        """Start an answer; `tokenizer` None: tokens only, no text."""
+        """Start an answer; `tokenizer` None: tokens only, no text; `matcher`: follows its form."""
+        self._matcher = matcher
         self.request_id = request_id
         self.index = index
         self.seq = seq
@@ -74,13 +77,16 @@ class Answer:
         if count < params.min_tokens:
             banned = (*self._eos, *params.stop_token_ids)
         draw = uniform(self._seed, self.index, count) if params.temperature else 0.0
-        return SampleRow(logits, params, seen, banned, draw, report=ahead is None)
+        allowed = self._matcher.allowed(ahead or ()) if self._matcher else None
+        return SampleRow(logits, params, seen, banned, draw, allowed, report=ahead is None)
 
     def push(self, token: int) -> str:
         """Take a sampled token; returns the text it adds."""
         self.seq.tokens.append(token)
         if penalised(self.params):
             self._seen[token] += 1
+        if self._matcher is not None:
+            self._matcher.push(token)
         return self._advance(token)
 
     def _advance(self, token: int) -> str:
@@ -94,6 +100,9 @@ class Answer:
         text = self._take_text(token)
         if past_minimum and (found := self._find_stop(text)) is not None:
             return found
+        if self._matcher is not None and self._matcher.is_done:
+            self.finish_reason = "cancelled" if self._matcher.error else "stop"
+            return self._release(text) + self._rest()
         if self.num_generated >= self._limit:
             self.finish_reason = "length"
             return text + self._rest() if not params.stop else self._release(text) + self._rest()

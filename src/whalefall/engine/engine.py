@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from whalefall.engine.model_runner import ModelRunner
 from whalefall.engine.outputs import Delta, EngineStats
 from whalefall.engine.sampling import TokenLogprobs, sample
 from whalefall.engine.sampling_params import SamplingParams
+from whalefall.engine.structured import Grammars
+from whalefall.engine.turn import Turn, draft
 from whalefall.errors import ConfigError, LimitError, MissingError
 from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
 from whalefall.model.step import COMPUTE, Step, make_step
@@ -89,33 +91,6 @@ class EngineConfig:
 
 
 @dataclass
-class _Turn:
-    """What a step gives to one answer: logits [1 + drafts, vocab], and the tokens out of them."""
-
-    answer: Answer
-    logits: np.ndarray
-    drafts: Items[int]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_accepted: int = 0
-
-    @property
-    def next_logits(self) -> np.ndarray:
-        row: np.ndarray = self.logits[len(self.tokens)]
-        return row
-
-
-def _draft(answers: dict[str, Answer], rows: Items[tuple[str, list[int], np.ndarray]]) -> list[int]:
-    """Draft as each answer's own sampler would choose, with the draw it will use there.
-
-    Where the layer's distribution is near the model's, the same draw gives the same token.
-    """
-    found = sample([answers[name].sample_row(logits, ahead) for name, ahead, logits in rows])
-    return [token for token, _ in found]
-
-
-@dataclass
 class Request:
     """The answers of one request; those after the first wait until the prompt is computed."""
 
@@ -129,6 +104,7 @@ class Engine:
     Attributes:
         config: the settings, with what was left open filled in.
         model: the checkpoint's `ModelConfig`.
+        grammars: compiles the forms that answers must have.
         tokenizer: None where the checkpoint has none (token ids only).
         max_model_len: longest prompt and answer together.
     """
@@ -141,6 +117,7 @@ class Engine:
         self.weights = load_weights(checkpoint, self.model)
         self.tokenizer = _tokenizer(Path(model_path), self.model.vocab_size)
         self._speculative = self._wants_drafts()
+        self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
         num_blocks = self._num_blocks()
         self.max_model_len = min(
             self.config.max_model_len or self.model.max_position_embeddings,
@@ -255,6 +232,8 @@ class Engine:
         priority: int,
         salt: str | None,
     ) -> Answer:
+        wanted = params.structured_outputs
+        matcher = self.grammars.matcher(wanted) if wanted is not None else None
         seq_id = f"{index}/{request_id}"
         seq = Sequence(seq_id, prompt, len(prompt), salt or "", priority, self._arrivals)
         self._arrivals += 1
@@ -267,6 +246,7 @@ class Engine:
             self.tokenizer,
             self.model.eos_token_ids,
             self.max_model_len,
+            matcher,
         )
         self._answer_of[seq_id] = answer
         return answer
@@ -307,7 +287,7 @@ class Engine:
         if not batch.scheduled:
             return deltas
         start = time.perf_counter()
-        logits = self.runner.run(batch, partial(_draft, answers))
+        logits = self.runner.run(batch, partial(draft, answers))
         self._observe_time(batch, time.perf_counter() - start)
         with self._lock:
             return deltas + self._commit(batch, logits)
@@ -338,7 +318,7 @@ class Engine:
         for item in batch.scheduled:
             self._prompt_tokens += item.count if item.in_prompt else 0
         ids = [i.seq.seq_id for i in batch.scheduled if i.seq.seq_id in logits]
-        turns = [_Turn(self._answer_of[i], logits[i], batch.drafts.get(i, ())) for i in ids]
+        turns = [Turn(self._answer_of[i], logits[i], batch.drafts.get(i, ())) for i in ids]
         going = turns
         while going:
             chosen = sample([turn.answer.sample_row(turn.next_logits) for turn in going])
@@ -347,7 +327,7 @@ class Engine:
             ]
         return [self._finish(turn) for turn in turns]
 
-    def _take(self, turn: _Turn, token: int, logprobs: TokenLogprobs | None) -> bool:
+    def _take(self, turn: Turn, token: int, logprobs: TokenLogprobs | None) -> bool:
         """Add a sampled token; True if it is the next draft, whose own logits are there too."""
         answer, place = turn.answer, len(turn.tokens)
         turn.tokens.append(token)
@@ -363,7 +343,7 @@ class Engine:
         self._scheduler.accept(answer.seq)
         return True
 
-    def _finish(self, turn: _Turn) -> Delta:
+    def _finish(self, turn: Turn) -> Delta:
         answer = turn.answer
         if turn.drafts:
             self._policy.observe(len(turn.drafts), turn.num_accepted)

@@ -49,6 +49,7 @@ class SampleRow:
         seen: tokens of prompt and answer → how often the answer has them (0: prompt only).
         banned: tokens that may not be chosen now (EOS before min_tokens).
         uniform: the draw, in [0, 1).
+        allowed: the only tokens that may be chosen, a bit each (uint8, lowest first); None: all.
         report: whether log-probabilities are wanted, where the parameters ask for them.
     """
 
@@ -57,6 +58,7 @@ class SampleRow:
     seen: Counter[int]
     banned: Sequence[int] = ()
     uniform: float = 0.0
+    allowed: np.ndarray | None = None
     report: bool = True
 
     @property
@@ -94,6 +96,8 @@ def sample_row(row: SampleRow) -> tuple[int, TokenLogprobs | None]:
     for token, bias in params.logit_bias.items():
         x[token] += np.float32(bias)
     x[list(row.banned)] = -np.inf
+    if row.allowed is not None:
+        x[np.unpackbits(row.allowed, count=len(x), bitorder="little") == 0] = -np.inf
     token = int(np.argmax(x)) if params.temperature == 0 else _draw(x, params, row.uniform)
     wanted = row.num_logprobs
     return token, None if wanted is None else _report(row.logits, token, wanted)
@@ -133,6 +137,7 @@ class _Row(ctypes.Structure):
         ("num_biased", ctypes.c_int64),
         ("banned", ctypes.c_void_p),
         ("num_banned", ctypes.c_int64),
+        ("allowed", ctypes.c_void_p),
         *((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p", "uniform")),
         *((name, ctypes.c_float) for name in ("repetition", "frequency", "presence")),
         ("top_k", ctypes.c_int32),
@@ -173,6 +178,9 @@ def _fill(target: _Row, row: SampleRow, keep: list[np.ndarray]) -> None:
     target.bias = _list(list(params.logit_bias.values()), np.float32, keep)
     target.num_biased = len(params.logit_bias)
     target.banned, target.num_banned = _list(row.banned, np.int32, keep), len(row.banned)
+    if row.allowed is not None:
+        keep.append(row.allowed)
+        target.allowed = row.allowed.ctypes.data
     target.temperature, target.top_p = params.temperature, params.top_p
     target.min_p, target.uniform = params.min_p, row.uniform
     target.repetition = params.repetition_penalty

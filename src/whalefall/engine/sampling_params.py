@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams"]
@@ -39,6 +40,7 @@ class SamplingParams:
         logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: leave the stop string in the text.
+        structured_outputs: a form that the answer must have.
     """
 
     n: int = 1
@@ -59,6 +61,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises: ConfigError with the name, the value and what is wanted."""
@@ -84,6 +87,8 @@ class SamplingParams:
             raise ConfigError(
                 f"min_tokens is {self.min_tokens}, wanted at most max_tokens = {self.max_tokens}"
             )
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ConfigError("ignore_eos is True, wanted False with structured outputs: they end")
         self._check_bias()
 
     def _check_bias(self) -> None:

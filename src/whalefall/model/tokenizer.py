@@ -31,6 +31,7 @@ class _Codec(Protocol):
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
     def token(self, token_id: int) -> str: ...
     def id_of(self, token: str) -> int | None: ...
+    def llguidance(self, vocab_size: int, eos: list[int] | None) -> Any: ...
 
 
 class _Json:
@@ -59,6 +60,11 @@ class _Json:
     def id_of(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
         return found
+
+    def llguidance(self, vocab_size: int, eos: list[int] | None) -> Any:
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self._backend.to_str(), n_vocab=vocab_size, eos_token=eos)
 
 
 # Kimi's pattern: Han runs apart, the GPT-4o one with Han taken out, digits in threes.
@@ -125,6 +131,13 @@ class _Tiktoken:
     def id_of(self, token: str) -> int | None:
         return self._special_ids.get(token)
 
+    def llguidance(self, vocab_size: int, eos: list[int] | None) -> Any:
+        from llguidance.tiktoken import lltokenizer_from_encoding
+
+        # tiktoken's own end of text is not among Kimi's tokens: the checkpoint says which ends
+        end = eos if eos is not None else [min(self._special_ids.values())]
+        return lltokenizer_from_encoding(self._backend, n_vocab=vocab_size, eos_token=end)
+
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
@@ -164,6 +177,20 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token given by its exact text, None where there is no such token."""
         return self._codec.id_of(token)
+
+    def llguidance(self, vocab_size: int, eos: list[int] | None) -> Any:
+        """The same tokenizer as llguidance wants it, for constrained answers.
+
+        Args:
+            vocab_size: the model's, padding included.
+            eos: ids that end an answer; None: as the tokenizer file says.
+        """
+        return self._codec.llguidance(vocab_size, eos)
+
+    @property
+    def template_source(self) -> str:
+        """The chat template as written, "" where the checkpoint has none."""
+        return self._template.source if self._template is not None else ""
 
     @property
     def has_chat_template(self) -> bool:

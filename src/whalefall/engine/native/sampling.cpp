@@ -25,6 +25,8 @@ struct Row {
   int64_t num_biased;
   const int32_t* banned;
   int64_t num_banned;
+  const uint8_t*
+      allowed;  // [ceil(vocab / 8)], a bit a token, lowest first; null: all may be chosen
   double temperature, top_p, min_p, uniform;
   float repetition, frequency, presence;
   int32_t top_k;
@@ -103,6 +105,9 @@ void adjust(const Row& row, float* x) {
   }
   for (int64_t i = 0; i < row.num_biased; ++i) x[row.biased[i]] += row.bias[i];
   for (int64_t i = 0; i < row.num_banned; ++i) x[row.banned[i]] = -INFINITY;
+  if (row.allowed)
+    for (int64_t i = 0; i < row.vocab; ++i)
+      if (!(row.allowed[i >> 3] >> (i & 7) & 1)) x[i] = -INFINITY;
 }
 
 // Leave in `kept` the fewest likeliest candidates whose sum reaches `share` of all.
@@ -172,7 +177,7 @@ void report(Row& row, std::vector<double>& scratch) {
 void sample(Row& row) {
   std::vector<float> changed;
   const float* x = row.logits;
-  if (row.num_seen || row.num_biased || row.num_banned) {
+  if (row.num_seen || row.num_biased || row.num_banned || row.allowed) {
     changed.assign(x, x + row.vocab);
     adjust(row, changed.data());
     x = changed.data();
