@@ -1,6 +1,6 @@
 """Bundled checkpoint: the Hugging Face folder, FP8 128x128 blocks as DeepSeek publishes them.
 
-In: `state.pt` of `train.py`. Out: config.json, generation_config.json, model.safetensors,
+In: `state.pt` of `train.py`, or a checkpoint of `whalefall train recipe.toml`. Out: config.json, generation_config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json. Source: DeepSeek-V3's published files.
 """
 
@@ -112,6 +112,54 @@ def load_model(work: Path, average: bool) -> Model:
     return model
 
 
+def load_checkpoint(path: str, average: bool) -> Model:
+    """The model of a checkpoint of whalefall's trainer, whose tensors have published names."""
+    from whalefall.train.export import published_tensors
+
+    found, _ = published_tensors(path, average)
+    model = Model(Shape())
+
+    def put(parameter: Tensor, name: str) -> None:
+        parameter.detach().copy_(found[name])
+
+    def put_mlp(mlp: MLP, name: str) -> None:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            put(getattr(mlp, part), f"{name}.{part}.weight")
+
+    def put_moe(moe: MoE, name: str) -> None:
+        put(moe.gate, f"{name}.gate.weight")
+        put(moe.bias, f"{name}.gate.e_score_correction_bias")
+        width = moe.down.shape[2]
+        for e in range(moe.down.shape[0]):
+            put(moe.gate_up[e, :width], f"{name}.experts.{e}.gate_proj.weight")
+            put(moe.gate_up[e, width:], f"{name}.experts.{e}.up_proj.weight")
+            put(moe.down[e], f"{name}.experts.{e}.down_proj.weight")
+        put_mlp(moe.shared_experts, f"{name}.shared_experts")
+
+    def put_layer(layer: Layer, name: str) -> None:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            put(getattr(layer, norm).weight, f"{name}.{norm}.weight")
+        for part in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+            put(getattr(layer.self_attn, part), f"{name}.self_attn.{part}.weight")
+        put(layer.self_attn.kv_a_layernorm.weight, f"{name}.self_attn.kv_a_layernorm.weight")
+        if isinstance(layer.mlp, MoE):
+            put_moe(layer.mlp, f"{name}.mlp")
+        else:
+            put_mlp(layer.mlp, f"{name}.mlp")
+
+    put(model.embed_tokens, "model.embed_tokens.weight")
+    put(model.norm.weight, "model.norm.weight")
+    put(model.lm_head, "lm_head.weight")
+    for i, layer in enumerate(model.layers):
+        put_layer(layer, f"model.layers.{i}")
+    name = f"model.layers.{len(model.layers)}"
+    for norm, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
+        put(getattr(model.mtp, norm).weight, f"{name}.{theirs}.weight")
+    put(model.mtp.eh_proj, f"{name}.eh_proj.weight")
+    put_layer(model.mtp.layer, name)
+    return model
+
+
 def export(model: Model, work: Path, folder: Path) -> int:
     """Write the folder; gives the size of model.safetensors in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,8 +188,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bundled"))
     parser.add_argument("--out", type=Path, default=Path("src/whalefall/model/bundled"))
     parser.add_argument("--average", action="store_true", help="the running average of the weights")
+    parser.add_argument("--checkpoint", help="of whalefall train: its run folder, or one step")
     args = parser.parse_args()
-    size = export(load_model(args.work, args.average), args.work, args.out)
+    if args.checkpoint:
+        model = load_checkpoint(args.checkpoint, args.average)
+    else:
+        model = load_model(args.work, args.average)
+    size = export(model, args.work, args.out)
     print(f"{args.out}: model.safetensors has {size:,} bytes")
     if size > LIMIT_BYTES:
         raise SystemExit(f"model.safetensors has {size:,} bytes, wanted at most {LIMIT_BYTES:,}")

@@ -110,8 +110,8 @@ class Data:
             learnt += [False] * len(asked) + [True] * len(answered)
         return ids, learnt
 
-    def _chat_row(self) -> tuple[list[int], list[int], list[bool]]:
-        """One row of whole conversations: ids, document numbers, learnt."""
+    def chat_row(self, length: int = CHAT_LENGTH) -> tuple[list[int], list[int], list[bool]]:
+        """One row of whole conversations: ids, document numbers (-1: padding), learnt."""
         ids: list[int] = []
         document: list[int] = []
         learnt: list[bool] = []
@@ -119,7 +119,7 @@ class Data:
         while True:
             while len(self.waiting) < 24:
                 self.waiting.append(self.conversation())
-            fits = [c for c in self.waiting if len(ids) + len(c[0]) <= CHAT_LENGTH]
+            fits = [c for c in self.waiting if len(ids) + len(c[0]) <= length]
             if not fits:
                 break
             chosen = fits[0] if not ids else max(fits, key=lambda c: len(c[0]))
@@ -128,7 +128,7 @@ class Data:
             learnt += chosen[1]
             document += [number] * len(chosen[0])
             number += 1
-        padding = CHAT_LENGTH - len(ids)
+        padding = length - len(ids)
         return ids + [2] * padding, document + [-1] * padding, learnt + [False] * padding
 
     def batch(self, prose_rows: int, chat_rows: int) -> Batch:
@@ -136,7 +136,7 @@ class Data:
         length = PROSE_LENGTH + 2
         starts = [self.random.randrange(len(self.prose) - length) for _ in range(prose_rows)]
         window = torch.stack([self.prose[s : s + length] for s in [*starts, 0]])[:-1]
-        rows = [self._chat_row() for _ in range(chat_rows)]
+        rows = [self.chat_row() for _ in range(chat_rows)]
         ids, document = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
         learnt = torch.tensor([r[2] for r in rows])
         labels, mtp_labels = (_shifted(ids, document, learnt, by) for by in (1, 2))

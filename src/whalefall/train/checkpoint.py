@@ -101,11 +101,8 @@ class Store:
             return Stamp(**json.loads(self.files.read(name, _STAMP)))
         except FileNotFoundError as error:
             raise MissingError(f"train: checkpoint {self.files.path(name)}: {error}") from None
-        except Exception as error:  # a damaged file raises almost anything
-            first = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-            raise CorruptError(
-                f"train: checkpoint {self.files.path(name)} cannot be read: {first}"
-            ) from None
+        except (Exception, dcp.api.CheckpointException) as error:
+            raise _unreadable(self.files.path(name), error) from None
 
 
 class _Local:
@@ -235,5 +232,11 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], Stamp]:
         return tensors, Stamp(**json.loads(files.read(name, _STAMP)))
     except FileNotFoundError as error:
         raise MissingError(f"train: checkpoint {path}: {error}") from None
-    except Exception as error:
-        raise CorruptError(f"train: checkpoint {path} cannot be read: {error!r}") from None
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: BaseException) -> CorruptError:
+    """A damaged file raises almost anything; torch puts the cause on the last line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return CorruptError(f"train: checkpoint {path} cannot be read: {lines[-1]}")

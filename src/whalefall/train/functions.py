@@ -46,7 +46,7 @@ def _stack(weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products) -> Tensor:
-        counts = (len(x),)
+        counts, x = (len(x),), products.operand(x)
         ctx.products, ctx.counts, ctx.weight = products, counts, weight
         ctx.kept = products.kept(x, counts)
         return products.forward(x, _stack(weight.detach()), counts).float()
@@ -54,6 +54,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         products, counts, weight, kept = ctx.products, ctx.counts, ctx.weight, ctx.kept
+        grad = products.operand(grad)
 
         def add() -> None:
             products.weight_grad(grad, kept, counts, _stack(grad_of(weight)))
@@ -79,6 +80,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, counts: Counts, products: Products
     ) -> Tensor:
+        x = products.operand(x)
         hidden = products.forward(x, gate_up.detach(), counts)
         gate, up = hidden.chunk(2, -1)
         act = F.silu(gate) * up
@@ -91,6 +93,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         products, counts, (gate_up, down) = ctx.products, ctx.counts, ctx.weights
         kept_x, kept_act = ctx.kept_x, ctx.kept_act
+        grad = products.operand(grad)
         grad_act = products.input_grad(grad, down.detach(), counts)
         gate, up = ctx.hidden.chunk(2, -1)
         sigmoid = torch.sigmoid(gate)

@@ -51,7 +51,6 @@ def run(
         )
     if "://" in recipe.folder:
         raise ConfigError(f"train: run.folder is {recipe.folder}, wanted a local folder")
-    Path(recipe.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="whalefall-train-") as folder:
         tasks = [_task(path, changes, rank, folder, resume) for rank in
                  range(recipe.parallel.ranks)]  # fmt: skip

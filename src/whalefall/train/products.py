@@ -30,6 +30,9 @@ class Products(Protocol):
     `forget` must be called whenever weights have changed: prepared ones are kept until then.
     """
 
+    def operand(self, x: Tensor) -> Tensor:
+        """x in the dtype that the other calls start from: made once for all that read it."""
+
     def forward(self, x: Tensor, weight: Tensor, counts: Counts) -> Tensor:
         """x [T, K] · weight[g] [N, K]ᵀ → [T, N], in the format's own output dtype."""
 
@@ -69,6 +72,9 @@ class _Torch:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.prepared = _Prepared(lambda weight: weight.to(dtype))
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
     def forward(self, x: Tensor, weight: Tensor, counts: Counts) -> Tensor:
         x, matrices = x.to(self.dtype), self.prepared(weight)
@@ -116,6 +122,9 @@ class Fp8:
 
     def __init__(self) -> None:
         self.prepared = _Prepared(cast_blocks)
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x
 
     def forward(self, x: Tensor, weight: Tensor, counts: Counts) -> Tensor:
         out = torch.empty(len(x), weight.shape[1])

@@ -109,7 +109,7 @@ class Rank:
         total = 2 * ranks if parallel.schedule == "dualpipev" else ranks
         numbers = [rank, total - 1 - rank] if two else [rank]
         layers = cut(self.config, total)
-        return [Stage(self.build, layers[n], n == 0, n == total - 1, self.scales) for n in numbers]
+        return [Stage(self.build, layers, n, self.scales) for n in numbers]
 
     def _pipe(self) -> Pipeline:
         parallel = self.recipe.parallel
@@ -269,31 +269,33 @@ class Rank:
                 dist.all_reduce(stage.embed_tokens.grad, group=self.groups.ends)
 
     def _stop_if_broken(self) -> None:
-        """Raise on every rank if anything was not finite on one."""
-        found = None
-        for stage in self.stages:
-            found = found or stage.broken()
-        if found is None and not all(
-            bool(torch.isfinite(f.gradients.sum())) for f in self.optimizer.flats
-        ):
-            bad = (
-                n.name for n in self.named()
-                if n.parameter.grad is not None
-                and not bool(torch.isfinite(n.of(n.parameter.grad)).all())
-            )  # fmt: skip
-            found = f"gradient of {next(bad, 'some weight')}"
+        """Raise on every rank if anything was not finite on one, naming where it began."""
+        found = self._broken()
         flag = torch.tensor([0.0 if found is None else 1.0])
         dist.all_reduce(flag)
         if not float(flag):
             return
-        every: list[str | None] = [None] * dist.get_world_size()
+        every: list[tuple[int, int, str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(every, found)
-        rank = next(r for r, text in enumerate(every) if text is not None)
+        _, rank, text = min((e[:2], r, e[2]) for r, e in enumerate(every) if e is not None)
         self.optimizer.clear()
         raise DivergedError(
-            f"train: step {self.step}: rank {rank}: {every[rank]} is NaN or infinite; the weights "
-            "are as they were before this step"
+            f"train: step {self.step}: rank {rank}: {text} is NaN or infinite; the weights are as "
+            "they were before this step"
         )
+
+    def _broken(self) -> tuple[int, int, str] | None:
+        """What is not finite here, after how early it must have been so: 0 forward, 1 backward."""
+        outputs = [(0, s.number, text) for s in self.stages if (text := s.broken()) is not None]
+        if outputs:
+            return min(outputs)
+        if all(bool(torch.isfinite(_square(f))) for f in self.optimizer.flats):
+            return None
+        for stage in reversed(self.stages):
+            for named in reversed(list(stage.published())):
+                if not bool(torch.isfinite(named.of(named.parameter.grad)).all()):
+                    return 1, -stage.number, f"gradient of {named.name}"
+        return 1, 0, "the squared norm of all gradients"
 
     def _measure(self, totals: list[float], with_mtp: bool, tokens: int) -> Report:
         """One sum over all ranks gives every number of the step, and moves the biases."""
@@ -339,6 +341,10 @@ class Rank:
 def _experts(stage: Stage) -> list[nn.Parameter]:
     """The parameters that expert parallelism spreads."""
     return [p for _, moe in stage.moe_layers() for p in moe.experts.parameters()]
+
+
+def _square(flat: Flat) -> Tensor:
+    return torch.dot(flat.gradients, flat.gradients)
 
 
 def set_threads(recipe: Recipe) -> int:

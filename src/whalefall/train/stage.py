@@ -150,17 +150,18 @@ class Stage(nn.Module):
     """Some consecutive layers; the first stage embeds, the last has head, MTP layer and losses.
 
     Args:
-        layers: their numbers.
+        layers: of all stages, as `cut` gives them.
+        number: of this stage.
         scales: shared by a rank's stages.
     """
 
-    def __init__(
-        self, build: Build, layers: range, first: bool, last: bool, scales: Scales
-    ) -> None:
+    def __init__(self, build: Build, layers: list[range], number: int, scales: Scales) -> None:
         super().__init__()
+        self.number = number
+        first, last = number == 0, number == len(layers) - 1
         c, make = build.config, build.make
         self.scales, self.products = scales, build.precision.table
-        self.layers = nn.ModuleList(Layer(build, number) for number in layers)
+        self.layers = nn.ModuleList(Layer(build, layer) for layer in layers[number])
         self.is_first, self.is_last = first, last
         self.mtp = MTP(build) if last and c.num_mtp_layers else None
         self.embed_tokens: nn.Parameter | None = None

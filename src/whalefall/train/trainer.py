@@ -59,6 +59,7 @@ def train(recipe: Recipe, resume: bool = False) -> int:
     rank, store = Rank(recipe), store_of(recipe)
     _go_on(rank, store, recipe, resume)
     folder, first = Path(recipe.folder), dist.get_rank() == 0
+    folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / HISTORY, rank.step) if first else None
     drawn = time.monotonic()
     while rank.step < recipe.run.steps:
