@@ -1,7 +1,8 @@
 """Bundled checkpoint: the Hugging Face folder, FP8 128x128 blocks as DeepSeek publishes them.
 
-In: `state.pt` of `train.py`, or a checkpoint of `whalefall train recipe.toml`. Out: config.json, generation_config.json, model.safetensors,
-tokenizer.json, tokenizer_config.json. Source: DeepSeek-V3's published files.
+In: `state.pt` of `train.py`, or a checkpoint of `whalefall train recipe.toml`. Out: config.json,
+generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+Source: DeepSeek-V3's published files.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from train import Optimizer, load_state
 
 from model import MLP, Layer, Model, MoE, Shape
+from train import Optimizer, load_state
 
 BLOCK = 128
 E4M3_MAX = 448.0

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from train import Data, prepare
 
+from train import Data, prepare
 from whalefall.train import write_rows, write_stream
 
 LENGTH = 256

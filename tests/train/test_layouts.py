@@ -27,8 +27,8 @@ FOUR = {
 }
 # fp32 sums in another order: 1e-5 of a tensor's largest gradient, 1e-5 of a loss
 TOLERANCE = 1e-5
-# between expert ranks tokens and sums travel in bf16 (2^-8), which turns some near-ties of the gate:
-# of all gradients together
+# between expert ranks tokens and sums travel in bf16 (2^-8), which turns some near-ties of the
+# gate: of all gradients together
 EXPERT_TOLERANCE = 0.05
 
 

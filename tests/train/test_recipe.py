@@ -61,9 +61,7 @@ def test_a_layout_that_cannot_be_is_refused(recipe: Path, changes: dict, text: s
         read_recipe(recipe, changes | {"data.source": [{"files": "stream.ffr", "rows": 12}]})
 
 
-def test_check_says_what_would_be_trained(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_says_what_would_be_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", str(recipe), "--check", "--set", "parallel.data=2"])
     assert stop.value.code == 0
@@ -77,7 +75,7 @@ def test_no_recipe_and_broken_toml(tmp_path: Path) -> None:
     with pytest.raises(WhalefallError, match=r"bad.toml: Expected"):
         read_recipe(tmp_path / "bad.toml")
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(WhalefallError, match="empty.toml: no model; it has no default"):
+    with pytest.raises(WhalefallError, match=r"empty\.toml: no model; it has no default"):
         read_recipe(tmp_path / "empty.toml")
 
 
@@ -86,7 +84,7 @@ def test_rows_that_are_no_rows_are_named(tmp_path: Path, recipe: Path) -> None:
         Rows(read_recipe(recipe, {"data.source": [{"files": "none-*.ffr", "rows": 8}]}))
     write_stream(tmp_path / "long.ffr", range(90), 18)
     rows = Rows(read_recipe(recipe, {"data.source": [{"files": "long.ffr", "rows": 8}]}))
-    with pytest.raises(CorruptError, match="has 72 bytes, wanted 64 or 192 for data.length 16"):
+    with pytest.raises(CorruptError, match=r"has 72 bytes, wanted 64 or 192 for data\.length 16"):
         rows.batch(0)
     write_stream(tmp_path / "wrong.ffr", range(1, 1601), 16)
     rows = Rows(read_recipe(recipe, {"data.source": [{"files": "wrong.ffr", "rows": 8}]}))

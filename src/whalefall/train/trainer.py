@@ -35,7 +35,6 @@ def run_rank(
 ) -> dict[str, Any]:
     """A rank's process: join the others, train, say how it ended (`job.py` reads that)."""
     loaded = read_recipe(recipe, changes)
-    set_threads(loaded)
     dist.init_process_group(
         "gloo", f"file://{meeting}", rank=rank, world_size=loaded.parallel.ranks,
         timeout=timedelta(minutes=30),
@@ -56,6 +55,7 @@ def train(recipe: Recipe, resume: bool = False) -> int:
     Returns: the steps done.
     Raises: DivergedError, ConfigError where the checkpoint is of another recipe.
     """
+    set_threads(recipe)
     rank, store = Rank(recipe), store_of(recipe)
     _go_on(rank, store, recipe, resume)
     folder, first = Path(recipe.folder), dist.get_rank() == 0
