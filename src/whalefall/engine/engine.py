@@ -19,6 +19,7 @@ import numpy as np
 from whalefall.engine.answer import Answer
 from whalefall.engine.core import Batch, BlockManager, DraftPolicy, Scheduler, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
+from whalefall.engine.disk_prefix import DiskPrefix, fingerprint
 from whalefall.engine.draft_costs import step_costs
 from whalefall.engine.drafter import Drafter
 from whalefall.engine.kv_cache import KV_DTYPES, KVCache
@@ -35,6 +36,7 @@ from whalefall.model.step import COMPUTE, Step, make_step
 __all__ = ["Engine", "EngineConfig", "Request"]
 
 _DEFAULT_KV_BYTES = 1 << 30
+_DISK_WAIT_S = 0.005  # a step without other work looks for cancellations so often
 _MAX_DRAFTS = 16
 _CACHED_BYTES = 64 << 20  # what a step may read without waiting for memory
 _LOAD_STEPS = 256  # steps between looks at the experts' load
@@ -57,6 +59,9 @@ class EngineConfig:
             stay the same, bit for bit. None: where the checkpoint has one, and is too large for
             the processor's caches (a small one is not bound by what it reads).
         draft_tokens: drafts a sequence and step, at most.
+        prefix_cache: a folder or URL where blocks of prompts are kept, shared and found again after
+            a restart; "": memory only.
+        prefix_cache_bytes: the least recently used leave beyond it; 0: no limit.
     """
 
     compute: str = "w8a16"
@@ -69,6 +74,8 @@ class EngineConfig:
     strict_prefix: bool = False
     speculative: bool | None = None
     draft_tokens: int = 1
+    prefix_cache: str = ""
+    prefix_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Check the values. Raises: ConfigError."""
@@ -135,6 +142,11 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks, self.config.max_batch_tokens, self.config.max_sequences
         )
+        self._disk: DiskPrefix | None = None
+        if self.config.prefix_cache:
+            name = fingerprint(model_path, self.config.compute, kv_dtype, cache.array.shape[0])
+            size = self.config.prefix_cache_bytes
+            self._disk = DiskPrefix(self.config.prefix_cache, name, cache.array, size)
         self._requests: dict[str, Request] = {}
         self._answer_of: dict[str, Answer] = {}
         self._cancelled: list[Delta] = []
@@ -200,7 +212,19 @@ class Engine:
                 for index in range(params.n)
             ]
             self._requests[request_id] = Request(answers, answers[1:])
-            self._scheduler.add(answers[0].seq)
+            self._enqueue(answers[0].seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        """Let a sequence wait: first for the disk, where that may have more of its prompt."""
+        if self._disk is None or not self._disk.fetch(seq, self._blocks):
+            self._scheduler.add(seq)
+
+    def _take_fetched(self) -> None:
+        """Queue the sequences that the disk is done with; wait for one if nothing else is to do."""
+        if self._disk is not None and self._disk.is_fetching:
+            busy = self._scheduler.running or self._scheduler.waiting
+            for seq in self._disk.arrived(self._blocks, 0.0 if busy else _DISK_WAIT_S):
+                self._scheduler.add(seq)
 
     def _check(self, request_id: str, prompt: Items[int], params: SamplingParams) -> None:
         if not len(prompt):
@@ -267,7 +291,7 @@ class Engine:
         request = self._requests[answer.request_id]
         if answer in request.held_back:
             request.held_back.remove(answer)
-        else:
+        elif self._disk is None or not self._disk.forget(answer.seq):
             self._scheduler.remove(answer.seq)
             self.runner.forget(answer.seq.seq_id)
         del self._answer_of[answer.seq.seq_id]
@@ -282,6 +306,7 @@ class Engine:
         """Compute one batch. Returns: what it added, answer by answer."""
         with self._lock:
             deltas, self._cancelled = self._cancelled, []
+            self._take_fetched()
             batch = self._scheduler.schedule(self._num_drafts())
             answers = {i.seq.seq_id: self._answer_of[i.seq.seq_id] for i in batch.scheduled}
         if not batch.scheduled:
@@ -317,6 +342,8 @@ class Engine:
         self._scheduler.commit(batch)
         for item in batch.scheduled:
             self._prompt_tokens += item.count if item.in_prompt else 0
+            if self._disk is not None and item.in_prompt and not item.seq.in_prompt:
+                self._disk.keep(item.seq)
         ids = [i.seq.seq_id for i in batch.scheduled if i.seq.seq_id in logits]
         turns = [Turn(self._answer_of[i], logits[i], batch.drafts.get(i, ())) for i in ids]
         going = turns
@@ -375,6 +402,8 @@ class Engine:
                 expert_load=self.runner.step.expert_load.copy(),
                 spec_drafted=self._policy.num_drafted,
                 spec_accepted=self._policy.num_accepted,
+                disk_hits=self._disk.hit_tokens if self._disk else 0,
+                disk_failures=self._disk.failures if self._disk else 0,
             )
 
 

@@ -47,6 +47,8 @@ class EngineStats:
         prefix_queries, prefix_hits: prompt tokens looked up in, and found in, the prefix cache.
         expert_load: [layers, experts], how often each expert was chosen.
         spec_drafted, spec_accepted: tokens drafted by the MTP layer, and found right.
+        disk_hits: prompt tokens that came from the disk's prefix cache.
+        disk_failures: reads and writes of it that went wrong.
     """
 
     running: int
@@ -61,6 +63,8 @@ class EngineStats:
     expert_load: np.ndarray
     spec_drafted: int = 0
     spec_accepted: int = 0
+    disk_hits: int = 0
+    disk_failures: int = 0
 
 
 @dataclass

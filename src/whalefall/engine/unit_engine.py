@@ -27,7 +27,7 @@ from whalefall.model.expert_parallel import ExpertParallelStep, even_placement
 
 __all__ = ["Round", "UnitEngine"]
 
-_PLACE = 4  # a rank has a placement to take over
+_PLACE, _FETCHING = 4, 8  # a rank has a placement to take over, or prompts to read from the disk
 _SEEN = 1 << 20  # command numbers are compared modulo this
 
 
@@ -122,7 +122,7 @@ class UnitEngine(Engine):
             answer = self._alone(key, prompt, params, seed, index, priority, salt)
             if silent:
                 self._silent.add(key)
-            self._scheduler.add(answer.seq)
+            self._enqueue(answer.seq)
 
     def resume(
         self,
@@ -178,6 +178,7 @@ class UnitEngine(Engine):
         """
         with self._lock:
             deltas, self._cancelled = self._cancelled, []
+            self._take_fetched()
             batch = self._scheduler.schedule()
         bits = sum({1 << item.in_prompt for item in batch.scheduled})
         everybody = self._gather(bits, seen)
@@ -188,14 +189,15 @@ class UnitEngine(Engine):
         if self._silent:
             deltas = [d for d in deltas if d.request_id not in self._silent or d.finish_reason]
             self._silent -= {key for key, _ in handed}
-        busy = bool((everybody & 7).any())
+        busy = bool((everybody & 15).any())
         same = bool((everybody == everybody[0]).all())
         return Round(deltas, handed, busy, not busy and same)
 
     def _gather(self, bits: int, seen: int) -> np.ndarray:
-        """[ranks] what each has: phases, a placement, and the commands seen, from bit 3 on."""
+        """[ranks] what each has: phases, a placement, and the commands seen, from bit 4 on."""
         bits |= _PLACE * (self._next_placement is not None)
-        number = seen % _SEEN << 3 | bits
+        bits |= _FETCHING * (self._disk is not None and self._disk.is_fetching)
+        number = seen % _SEEN << 4 | bits
         everybody = np.array([number]) if self._ranks is None else self._ranks.gather(number)
         if self._next_placement is not None and (everybody & _PLACE).all():
             self.runner.step.place(self._next_placement)  # type: ignore[attr-defined]

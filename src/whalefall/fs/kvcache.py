@@ -11,6 +11,7 @@ Source: 3FS's use as a KV cache for inference.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -194,12 +195,17 @@ class KVCache:
         head = _HEADER.pack(_MAGIC, len(blocks), self.block_bytes, now, crc32c(table))
         path = f"{self.folder}/{int(now * 1e6):020d}-{uuid.uuid4().hex[:8]}.kv"
         target = path if self.fs.protocol == "whalefall" else path + ".new"
-        with self.fs.open(target, "wb") as file:
-            file.write(head + table)
-            for view in blocks.values():
-                file.write(view)
-        if target != path:
-            self.fs.mv(target, path)
+        try:
+            with self.fs.open(target, "wb") as file:
+                file.write(head + table)
+                for view in blocks.values():
+                    file.write(view)
+            if target != path:
+                self.fs.mv(target, path)
+        except BaseException:  # a full disk, say: do not leave half a file to fill it further
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(target)
+            raise
         return _Segment(path, list(blocks), sums, now, 0)
 
     # ---- leaving

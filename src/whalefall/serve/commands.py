@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import socket
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +75,12 @@ def serve(
     max_request_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
     node_hour: Annotated[float, typer.Option(help="what this machine costs an hour, in $")] = 0.10,
     threads: Annotated[int | None, typer.Option(help="kernel threads (default: all cores)")] = None,
+    kv_cache: Annotated[
+        str, typer.Option(help="folder or URL that keeps prompts' KV, shared and after a restart")
+    ] = "",
+    kv_cache_disk_gb: Annotated[
+        float, typer.Option(help="what it may take, in GB; 0: no limit")
+    ] = 0.0,
     prefill: Annotated[
         str | None, typer.Option(help="prefill UNITSxRANKS as processes; 1-3x2 follows the load")
     ] = None,
@@ -124,6 +132,8 @@ def serve(
         "strict_prefix": strict_prefix,
         "speculative": speculate,
         "draft_tokens": draft_tokens,
+        "prefix_cache": kv_cache,
+        "prefix_cache_bytes": int(kv_cache_disk_gb * 1e9),
     }
     if prefill is not None and decode is not None:
         from whalefall.serve.units import Gateway, units_config
@@ -140,6 +150,8 @@ def serve(
             threads=threads or 0,
             trace=str(trace_units.absolute()) if trace_units else "",
         )
+        # uvicorn repeats the signal that ended it: leave through `closing`, not at once
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.closing(Gateway(folder, config)) as gateway:
             run(server, gateway, settings)
         return

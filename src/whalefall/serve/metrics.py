@@ -120,6 +120,8 @@ class EngineCollector(Collector):
             "prefix_cache_queries": stats.prefix_queries,
             "prefix_cache_hits": stats.prefix_hits,
             "preemptions": stats.preemptions,
+            "disk_cache_hits": getattr(stats, "disk_hits", 0),
+            "disk_cache_failures": getattr(stats, "disk_failures", 0),
             "spec_drafted_tokens": stats.spec_drafted,
             "spec_accepted_tokens": stats.spec_accepted,
         }

@@ -118,6 +118,32 @@ class BlockManager:
             self._block_of[own] = block
             self._hash_of[block] = own
 
+    def knows(self, own: bytes) -> bool:
+        """Whether a block of this hash can be found."""
+        return own in self._block_of
+
+    def adopt(self, hashes: Items[bytes]) -> list[tuple[bytes, int]]:
+        """Make room for blocks that come from elsewhere, to be found by `match` like others.
+
+        Args:
+            hashes: a chain from its first block on; blocks that are known stay as they are.
+        Returns: hash and block of those that the caller must fill now, as far as blocks are free.
+        """
+        for own in reversed(hashes):  # what is there must not give way to its own tail
+            block = self._block_of.get(own)
+            if block is not None and block in self._free:
+                self._free.move_to_end(block)
+        known = sum(self._block_of.get(own) in self._free for own in hashes)
+        fresh = [own for own in hashes if own not in self._block_of][: len(self._free) - known]
+        adopted = []
+        for own in reversed(fresh):
+            block = self._take()
+            self._references[block] = 0
+            self._free[block] = None
+            self._remember(block, own)
+            adopted.append((own, block))
+        return adopted
+
     def restore(self, seq: Sequence) -> bool:
         """Blocks for a sequence whose KV comes back from the swap area; False if too few."""
         if not self.grow(seq, seq.num_computed):

@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from whalefall import comm, launch
 from whalefall.errors import RankFailure
@@ -16,6 +17,7 @@ from whalefall.serve.units.layout import UnitsConfig
 
 __all__ = ["Fleet", "Unit"]
 
+PREFIX = "whalefall-units-"
 FAILED_STARTS = 3  # in a row, of one kind, before we give up
 
 
@@ -67,7 +69,8 @@ class Fleet:
 
     def __init__(self, model: str, config: UnitsConfig) -> None:
         self.model, self.config = model, config
-        self.folder = Path(tempfile.mkdtemp(prefix="whalefall-units-"))
+        sweep_folders()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.token = comm.read_token(self.folder / "token", create=True)
         self.units: dict[str, Unit] = {}
         self.failures: list[str] = []
@@ -95,13 +98,12 @@ class Fleet:
                     "model": self.model,
                     "folder": str(folder),
                     "port": port,
-                    "engine": self.config.engine,
+                    "engine": self._engine(kind),
                     "transfer": self.config.transfer,
                     "overlap": self.config.overlap,
                     "redundant": self.config.redundant,
                     "threads": self._threads(),
                     "trace_folder": self.config.trace,
-                    "kv_cache": self.config.kv_cache,
                 },
             )
             for rank in range(layout.ranks)
@@ -110,6 +112,12 @@ class Fleet:
         unit = Unit(name, kind, layout.ranks, group, time.monotonic())
         self.units[name] = unit
         return unit
+
+    def _engine(self, kind: Kind) -> dict[str, Any]:
+        """A rank's settings; only prefill units look for prefixes."""
+        if kind == "prefill":
+            return self.config.engine
+        return {**self.config.engine, "prefix_cache": ""}
 
     def _threads(self) -> int:
         if self.config.threads:
@@ -156,3 +164,11 @@ class Fleet:
         for unit in list(self.units.values()):
             self.remove(unit, failed=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sweep_folders() -> None:
+    """Remove the folders that gateways left which were killed; the name holds the process id."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        pid = path.name.removeprefix(PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)

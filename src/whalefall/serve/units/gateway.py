@@ -170,6 +170,8 @@ class Gateway:
             prompt_tokens=total["prompt_tokens"],
             generated_tokens=total["generated_tokens"],
             preemptions=total["preemptions"],
+            disk_hits=total["disk_hits"],
+            disk_failures=total["disk_failures"],
             expert_load=np.zeros(shape, np.int64) if load is None else load,
         )
 

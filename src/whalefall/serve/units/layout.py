@@ -64,7 +64,6 @@ class UnitsConfig:
         ahead: answers a prefill rank may have under way or keep KV of.
         ready_s: how long a unit may take to start.
         trace: a folder for the ranks' traces.
-        kv_cache: URL or folder of the disk prefix cache.
     """
 
     prefill: Layout
@@ -82,7 +81,6 @@ class UnitsConfig:
     ahead: int = 4
     ready_s: float = 180.0
     trace: str = ""
-    kv_cache: str = ""
 
     def __post_init__(self) -> None:
         if self.transfer not in ("shm", "tcp"):

@@ -171,6 +171,7 @@ class Stats(msgspec.Struct):
     communication_s: float = 0.0
     overlapped_s: float = 0.0
     disk_hits: int = 0
+    disk_failures: int = 0
 
 
 class Report(msgspec.Struct):

@@ -36,7 +36,7 @@ LOADS_S = 1.0  # between reports of expert loads
 def main(
     unit: str, rank: int, size: int, kind: str, model: str, folder: str, port: int,
     engine: dict[str, Any], transfer: str, overlap: bool, redundant: int, threads: int,
-    trace_folder: str = "", kv_cache: str = "",
+    trace_folder: str = "",
 ) -> None:  # fmt: skip
     """Run until SIGTERM, or until the gateway is gone.
 
@@ -45,7 +45,7 @@ def main(
         model: checkpoint folder.
         folder: this unit's own; its parent holds the token.
         port: the gateway's.
-        engine, transfer, overlap, redundant, kv_cache: as `UnitsConfig`.
+        engine, transfer, overlap, redundant: as `UnitsConfig`.
         threads: of the kernel pool.
         trace_folder: where to write a trace at the end, if anywhere.
     """
@@ -212,6 +212,8 @@ class Rank:
             placement=self.placement,
             communication_s=clock.communication_s if clock else 0.0,
             overlapped_s=clock.overlapped_s if clock else 0.0,
+            disk_hits=stats.disk_hits,
+            disk_failures=stats.disk_failures,
         )
 
 
