@@ -32,6 +32,9 @@ format: $(VENV)/.test ## rewrite Python and C++ sources in the house format
 bench: $(VENV)/.bench ## measure (ROOM=gemm, …) and renew docs/benchmarks.md
 	@$(PY) -m whalefall bench $(ROOM) $(ARGS)
 
+traces: $(VENV)/.test ## make docs/traces/ anew: a train step, a prefill and a decode step
+	@$(PY) benchmarks/_traces.py $(ARGS)
+
 gpu: ## on a machine with a GPU: every GPU test and timing, with its own python3 (needs torch, Triton)
 	@PYTHONPATH=src:. python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts='--import-mode=importlib' tests/*/test_triton.py $(ARGS)
 	@for f in benchmarks/_gpu*.py; do PYTHONPATH=src:. python3 $$f || exit 1; done
@@ -56,4 +59,4 @@ $(VENV)/.bench: $(VENV)/.test
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
-.PHONY: help serve test test-long lint format bench gpu
+.PHONY: help serve test test-long lint format bench traces gpu
