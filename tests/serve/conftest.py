@@ -33,7 +33,7 @@ class Running:
         asyncio.run(self.server.serve(sockets=[self.socket]))
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        return httpx.Client(base_url=self.url, timeout=120, **options)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ It answers with the prompt's own tokens, one a step, so that every request's rig
 
 from __future__ import annotations
 
+import codecs
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,21 @@ from whalefall.engine import Delta, EngineStats, SamplingParams, TokenLogprobs
 
 
 class FakeTokenizer:
-    """One token a byte."""
+    """One token a byte; `template_source` says which family's tags it knows."""
+
+    def __init__(self, template_source: str = "", opens: str = "") -> None:
+        self.template_source = template_source
+        self.opens = opens  # what the template ends a prompt with
+        self.shown: dict[str, Any] = {}
+
+    def id_of(self, token: str) -> int | None:
+        return ord(token) if len(token) == 1 else None
+
+    def is_added(self, token_id: int) -> bool:
+        return False
+
+    def is_special(self, token_id: int) -> bool:
+        return False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -27,8 +43,9 @@ class FakeTokenizer:
     def token(self, token_id: int) -> str:
         return chr(token_id)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
-        return self.encode(messages[-1]["content"])
+    def apply_chat_template(self, messages: list[dict[str, Any]], **shown: Any) -> list[int]:
+        self.shown = {"messages": messages, **shown}
+        return self.encode(messages[-1]["content"] + self.opens)
 
 
 @dataclass
@@ -36,6 +53,9 @@ class Running:
     prompt: list[int]
     params: SamplingParams
     done: dict[int, int] = field(default_factory=dict)
+    texts: dict[int, codecs.IncrementalDecoder] = field(
+        default_factory=lambda: defaultdict(codecs.getincrementaldecoder("utf-8"))
+    )
 
 
 class EchoEngine:
@@ -44,8 +64,8 @@ class EchoEngine:
     model = SimpleNamespace(vocab_size=256)
     max_model_len = 64
 
-    def __init__(self, batch: int = 4) -> None:
-        self.tokenizer = FakeTokenizer()
+    def __init__(self, batch: int = 4, tokenizer: FakeTokenizer | None = None) -> None:
+        self.tokenizer = tokenizer or FakeTokenizer()
         self.batch = batch
         self.requests: dict[str, Running] = {}
         self.cancelled: list[str] = []
@@ -81,7 +101,8 @@ class EchoEngine:
             last = position + 1 == min(running.params.max_tokens, len(running.prompt))
             wanted = running.params.logprobs is not None
             delta = Delta(
-                request_id=request_id, index=index, token_ids=[token], text=chr(token),
+                request_id=request_id, index=index, token_ids=[token],
+                text=running.texts[index].decode(bytes([token]), last),
                 logprobs=[TokenLogprobs(token, -0.5, 1, ((token, -0.5),))] if wanted else None,
                 finish_reason=("length" if last else None), stop_reason=None,
                 num_prompt_tokens=len(running.prompt), num_cached_tokens=1,

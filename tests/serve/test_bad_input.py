@@ -57,9 +57,9 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"logit_bias": {"256": 1}}, "logit_bias", "below 256"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-        ({"tools": [TOOL]}, "tools", "not supported yet"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"tools": [TOOL]}, "tools", "template knows no tools"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"response_format": {"type": "xml"}}, "response_format", "wanted text, json_object"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort", "Input should be"),
     ],
 )

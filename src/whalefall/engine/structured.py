@@ -17,11 +17,11 @@ import numpy as np
 from whalefall.errors import ConfigError
 from whalefall.model import Tokenizer
 
-__all__ = ["Grammars", "Matcher", "StructuredOutputs"]
+__all__ = ["JSON_OPTIONS", "Grammars", "Matcher", "StructuredOutputs"]
 
 _KEPT = 64  # compiled grammars
 # Unbounded white space between JSON's tokens is where small models lose themselves.
-_JSON = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
 # A grammar's compilation and each mask stop after about a second, so that none holds up a server.
 _LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 
@@ -73,7 +73,7 @@ class StructuredOutputs:
                 schema = {"type": "object"} if self.json is None else self.json
                 text = schema if isinstance(schema, str) else json.dumps(schema)
                 json.loads(text)
-                return str(LLMatcher.grammar_from_json_schema(text, defaults=_JSON))
+                return str(LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS))
             if self.regex is not None:
                 return str(grammar_from("regex", self.regex))
             if self.choice is not None:

@@ -26,6 +26,7 @@ class _Codec(Protocol):
 
     vocab_size: int
     special: frozenset[int]
+    added: frozenset[int]
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
@@ -46,6 +47,7 @@ class _Json:
             raise CorruptError(f"{path}: not a tokenizer.json ({problem})") from None
         self.vocab_size = self._backend.get_vocab_size()
         added = self._backend.get_added_tokens_decoder()
+        self.added = frozenset(added)
         self.special = frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
@@ -113,6 +115,7 @@ class _Tiktoken:
         )
         self._special_ids = special
         self.vocab_size = first + _RESERVED
+        self.added = frozenset(special.values())
         self.special = frozenset(
             i for i in special.values() if added.get(str(i), {}).get("special", True)
         )
@@ -173,6 +176,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the tokenizer file marks the token as special."""
         return token_id in self._codec.special
+
+    def is_added(self, token_id: int) -> bool:
+        """Whether the token stands beside the text's own vocabulary (a tag), special or not."""
+        return token_id in self._codec.added
 
     def id_of(self, token: str) -> int | None:
         """The id of a token given by its exact text, None where there is no such token."""

@@ -12,8 +12,10 @@ import msgspec
 
 from whalefall.serve.answers import Answer, usage
 from whalefall.serve.failures import ApiError, error_body
+from whalefall.serve.forms import ChatForm
 from whalefall.serve.logprobs import chat_logprobs, completion_logprobs
 from whalefall.serve.metrics import Metrics
+from whalefall.serve.split import Piece, Splitter
 from whalefall.serve.worker import EngineWorker, RequestStream
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class Prompt:
 class Choice:
     """What has been generated of one choice."""
 
-    text: list[str] = field(default_factory=list)
+    splitter: Splitter
+    pieces: list[Piece] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     characters: int = 0
     finish_reason: str = ""
@@ -48,7 +51,7 @@ class Counts:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.prompt: dict[str, tuple[int, int]] = {}
-        self.completion = 0
+        self.completion = self.reasoning = 0
         self.last: dict[tuple[str, int], float] = {}
         self.start = time.monotonic()
 
@@ -72,7 +75,7 @@ class Counts:
         """The usage object so far."""
         prompt = sum(p for p, _ in self.prompt.values())
         cached = sum(c for _, c in self.prompt.values())
-        return usage(prompt, self.completion, cached)
+        return usage(prompt, self.completion, cached, self.reasoning)
 
 
 class Generation:
@@ -83,6 +86,7 @@ class Generation:
         prompts: its prompts, already submitted.
         worker, metrics: the server's.
         choices: choices in all (n for each prompt).
+        form: how answers are taken apart; None: they are plain text.
         keep_alive_s: silence after which a stream sends a comment.
     """
 
@@ -94,13 +98,16 @@ class Generation:
         metrics: Metrics,
         choices: int,
         keep_alive_s: float,
+        form: ChatForm | None = None,
     ) -> None:
         self.answer = answer
         self.prompts = prompts
         self.worker = worker
         self.metrics = metrics
         self.counts = Counts(metrics)
-        self.choices = [Choice() for _ in range(choices)]
+        self.form = form
+        make = form.splitter if form is not None else Splitter
+        self.choices = [Choice(make()) for _ in range(choices)]
         self.keep_alive_s = keep_alive_s
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ class Generation:
             choices.append(
                 self.answer.whole_choice(
                     index,
-                    "".join(choice.text),
+                    choice.pieces,
                     logprobs,
                     choice.finish_reason,
                     choice.stop_reason,
@@ -141,15 +148,28 @@ class Generation:
 
     async def _collect_one(self, prompt: Prompt) -> None:
         for choice in self._choices_of(prompt):
-            choice.text.append(prompt.echo)
+            choice.pieces.append(Piece("content", prompt.echo))
         async for delta in prompt.stream:
             self.counts.see(delta)
             choice = self.choices[prompt.first_index + delta.index]
-            choice.text.append(delta.text)
+            choice.pieces += self._pieces(choice, delta)
             choice.logprobs += delta.logprobs or []
             if delta.finish_reason is not None:
-                choice.finish_reason = delta.finish_reason
+                choice.finish_reason = self._reason(choice, delta.finish_reason)
                 choice.stop_reason = delta.stop_reason
+
+    def _pieces(self, choice: Choice, delta: Delta) -> list[Piece]:
+        """What a delta adds to a choice, taken apart."""
+        if choice.splitter.reasoning:
+            self.counts.reasoning += len(delta.token_ids)
+        pieces = choice.splitter.feed(delta.text)
+        return pieces if delta.finish_reason is None else pieces + choice.splitter.end()
+
+    def _reason(self, choice: Choice, reason: str) -> str:
+        """The finish_reason that the API gives."""
+        if reason == "stop" and choice.splitter.num_calls and self.form is not None:
+            return self.form.calls_end_as
+        return reason
 
     def _choices_of(self, prompt: Prompt) -> list[Choice]:
         each = len(self.choices) // len(self.prompts)
@@ -181,7 +201,7 @@ class Generation:
         if prompt.echo:
             for offset in range(len(self._choices_of(prompt))):
                 choice = self.answer.chunk_choice(
-                    prompt.first_index + offset, prompt.echo, None, None
+                    prompt.first_index + offset, Piece("content", prompt.echo), None, None
                 )
                 yield self._event([choice], usage_too)
         while True:
@@ -193,17 +213,29 @@ class Generation:
             if delta is None:
                 return
             self.counts.see(delta)
-            if delta.text or delta.logprobs or delta.finish_reason is not None:
-                yield self._event([self._chunk(prompt, delta)], usage_too)
+            for choice in self._chunks(prompt, delta):
+                yield self._event([choice], usage_too)
 
-    def _chunk(self, prompt: Prompt, delta: Delta) -> dict[str, Any]:
+    def _chunks(self, prompt: Prompt, delta: Delta) -> list[dict[str, Any]]:
+        """A delta as chunks: one a piece; the last one carries log-probabilities and the end."""
         index = prompt.first_index + delta.index
         choice = self.choices[index]
         logprobs = self.logprobs(index, list(delta.logprobs or []), choice.characters)
         choice.characters += len(delta.text)
-        return self.answer.chunk_choice(
-            index, delta.text, logprobs, delta.finish_reason, delta.stop_reason
-        )
+        pieces: list[Piece | None] = [*self._pieces(choice, delta)]
+        reason = delta.finish_reason
+        if not pieces and (logprobs or reason is not None):
+            pieces = [None]
+        if reason is not None:
+            reason = self._reason(choice, reason)
+        chunk = self.answer.chunk_choice
+        last = len(pieces) - 1
+        return [
+            chunk(index, piece, logprobs, reason, delta.stop_reason)
+            if number == last
+            else chunk(index, piece, None, None)
+            for number, piece in enumerate(pieces)
+        ]
 
     def _event(self, choices: list[dict[str, Any]], usage_too: bool) -> bytes:
         body = self.answer.envelope(choices, chunk=True)

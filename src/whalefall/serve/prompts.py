@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from whalefall.errors import WhalefallError
+from whalefall.serve.dialects import tool_format
 from whalefall.serve.failures import ApiError
 from whalefall.serve.protocol import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
@@ -53,6 +55,24 @@ def content_text(content: Any, where: str) -> dict[str, Any]:
     return {"content": "".join(texts)}
 
 
+def call_history(message: dict[str, Any], dicts: bool) -> dict[str, Any]:
+    """An earlier answer with tool calls as templates want it; `dicts`: arguments as objects."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    try:
+        functions = [dict(call["function"]) for call in calls]
+        for function in functions:
+            if dicts and isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ApiError(
+            400, f"tool_calls of an earlier answer are malformed: {problem!r}", "messages"
+        ) from None
+    calls = [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]
+    return {**message, "content": message.get("content") or None, "tool_calls": calls}
+
+
 def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     """Keyword arguments for the chat template, `thinking` from any of the ways to ask for it."""
     options = dict(request.chat_template_kwargs or {})
@@ -67,12 +87,20 @@ def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return options
 
 
-def chat_prompt(tokenizer: Tokenizer, request: ChatRequest | TokenizeRequest) -> list[int]:
-    """The token ids of a chat request's prompt."""
+def chat_prompt(
+    tokenizer: Tokenizer,
+    request: ChatRequest | TokenizeRequest,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """The token ids of a chat request's prompt; `tools`: those that it shows."""
     add = request.add_generation_prompt
+    dialect = tool_format(tokenizer)
+    messages = message_texts(request.messages or [])
+    messages = [call_history(m, dialect is not None and dialect.dicts) for m in messages]
     try:
         ids = tokenizer.apply_chat_template(
-            message_texts(request.messages or []),
+            messages,
+            tools=tools,
             add_generation_prompt=True if add is None else add,
             **template_options(request),
         )

@@ -31,11 +31,6 @@ UNSUPPORTED: dict[str, Any] = {
     "function_call": "none",
     "functions": None,
     "grammar": None,
-    "guided_choice": None,
-    "guided_decoding_backend": None,
-    "guided_grammar": None,
-    "guided_json": None,
-    "guided_regex": None,
     "kv_transfer_params": None,
     "length_penalty": 1.0,
     "logits_processors": None,
@@ -46,7 +41,6 @@ UNSUPPORTED: dict[str, Any] = {
     "prompt_logprobs": None,
     "return_token_ids": None,
     "return_tokens_as_token_ids": None,
-    "structured_outputs": None,
     "suffix": None,
     "use_beam_search": None,
     "web_search_options": None,
@@ -85,6 +79,12 @@ class Sampling(BaseModel):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatRequest(Sampling):
@@ -96,7 +96,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
@@ -142,19 +142,6 @@ def refuse_unsupported(request: Sampling) -> None:
             raise ApiError(400, f"{name} is not supported yet", param=name)
     if not isinstance(request, ChatRequest):
         return
-    if request.tools and request.tool_choice != "none":
-        raise ApiError(
-            400,
-            'tools are not supported yet; send tool_choice "none" or leave them out',
-            param="tools",
-        )
-    if request.tool_choice not in (None, "none", "auto"):
-        raise ApiError(400, "tool_choice is not supported yet", param="tool_choice")
-    kind = (request.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise ApiError(
-            400, f"response_format {kind!r} is not supported yet", param="response_format"
-        )
     if request.continue_final_message:
         raise ApiError(
             400, "continue_final_message is not supported yet", param="continue_final_message"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from whalefall.engine import SamplingParams
+from whalefall.engine import SamplingParams, StructuredOutputs
 from whalefall.serve.failures import ApiError
 from whalefall.serve.protocol import ChatRequest, CompletionRequest, Sampling
 
@@ -80,10 +80,18 @@ def given(value: T | None, default: T) -> T:
 
 
 def sampling_params(
-    request: Sampling, prompt_tokens: int, context: int, vocab_size: int
+    request: Sampling,
+    prompt_tokens: int,
+    context: int,
+    vocab_size: int,
+    form: StructuredOutputs | None = None,
 ) -> SamplingParams:
-    """The engine's parameters for a request whose prompt has `prompt_tokens` tokens."""
+    """The engine's parameters for a request whose prompt has `prompt_tokens` tokens.
 
+    Raises: ApiError 400 for values that the engine refuses.
+    """
+    if form is not None and request.ignore_eos:
+        raise ApiError(400, "ignore_eos is not supported with a form of the answer", "ignore_eos")
     return SamplingParams(
         n=given(request.n, 1),
         temperature=given(request.temperature, 1.0),
@@ -103,4 +111,5 @@ def sampling_params(
         skip_special_tokens=given(request.skip_special_tokens, True),
         logprobs=num_logprobs(request),
         max_tokens=max_new_tokens(request, prompt_tokens, context),
+        structured_outputs=form,
     )

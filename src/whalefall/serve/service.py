@@ -6,8 +6,11 @@ import time
 from typing import Any
 
 from whalefall import __version__
+from whalefall.engine import StructuredOutputs
+from whalefall.errors import WhalefallError
 from whalefall.serve.answers import Answer
 from whalefall.serve.failures import ApiError
+from whalefall.serve.forms import asked_form, chat_form
 from whalefall.serve.generate import Generation, Prompt
 from whalefall.serve.metrics import Metrics
 from whalefall.serve.prompts import chat_prompt, completion_prompts
@@ -57,16 +60,27 @@ class Service:
         refuse_unsupported(request)
         engine = self.worker.engine
         vocab = engine.model.vocab_size
+        tokenizer = self.worker.tokenizer
         chat = isinstance(request, ChatRequest)
+        form = None
         if isinstance(request, ChatRequest):
-            token_lists = [chat_prompt(self.worker.tokenizer, request)]
+            form = chat_form(request, tokenizer)
+            token_lists = [chat_prompt(tokenizer, request, form.tools)]
+            form = form.after(tokenizer.decode(token_lists[0][-8:], False), tokenizer)
+            structured = form.structured
+            if form.keep_special:
+                request = request.model_copy(update={"skip_special_tokens": False})
         else:
-            token_lists = completion_prompts(self.worker.tokenizer, vocab, request)
+            structured = asked_form(request)
+            token_lists = completion_prompts(tokenizer, vocab, request)
             if request.echo and request.logprobs is not None:
                 raise ApiError(400, "echo with logprobs is not supported yet", "echo")
         params = [
-            sampling_params(request, len(ids), engine.max_model_len, vocab) for ids in token_lists
+            sampling_params(request, len(ids), engine.max_model_len, vocab, structured)
+            for ids in token_lists
         ]
+        if structured is not None:
+            self._compile(structured)
         answer = Answer(chat, self.settings.model_name, f"whalefall-{__version__}")
         each = request.n or 1
         prompts: list[Prompt] = []
@@ -90,4 +104,12 @@ class Service:
             self.metrics,
             each * len(token_lists),
             self.settings.keep_alive_s,
+            form,
         )
+
+    def _compile(self, form: StructuredOutputs) -> None:
+        """400 for a form that does not compile, before anything is submitted."""
+        try:
+            self.worker.engine.grammars.matcher(form)
+        except WhalefallError as error:
+            raise ApiError(400, str(error), "response_format") from None

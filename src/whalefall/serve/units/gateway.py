@@ -26,6 +26,7 @@ import numpy as np
 from whalefall import comm
 from whalefall.engine import Delta, EngineStats, SamplingParams
 from whalefall.engine.core.block_manager import block_hash
+from whalefall.engine.structured import Grammars
 from whalefall.errors import LimitError, MissingError, WhalefallError
 from whalefall.model import load_config, load_tokenizer
 from whalefall.serve.core import Effect, Kind, Place, Router
@@ -66,7 +67,7 @@ class Gateway:
         model_path: checkpoint folder.
         config: units and their settings.
     Attributes:
-        model, tokenizer, max_model_len: as an `Engine`'s.
+        model, tokenizer, grammars, max_model_len: as an `Engine`'s.
     Raises: RankFailure where the units do not come up.
     """
 
@@ -77,6 +78,7 @@ class Gateway:
             self.tokenizer = load_tokenizer(Path(model_path), self.model.vocab_size)
         except MissingError:
             self.tokenizer = None  # type: ignore[assignment]
+        self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
         self.max_model_len = 0
         self.fleet = Fleet(str(model_path), config)
         self.router = Router(config.ahead)
