@@ -27,8 +27,11 @@ def colour(relative: float) -> str:
     return "#" + "".join(f"{c:02x}" for c in mixed)
 
 
-def heat_map(loads_LG: Floats, title: str) -> drawsvg.Drawing:
-    """Draw loads [layers, GPUs]: one row a layer, one cell a GPU, coloured by load over mean."""
+def heat_map(loads_LG: Floats, title: str, of: str = "GPU") -> drawsvg.Drawing:
+    """Draw loads [layers, GPUs]: one row a layer, one cell a GPU, coloured by load over mean.
+
+    `of`: what the columns are.
+    """
     layers, gpus = loads_LG.shape
     cell_w = min(CELL_W, WIDEST / gpus)
     mean = np.maximum(loads_LG.mean(1, keepdims=True), 1e-30)
@@ -47,9 +50,9 @@ def heat_map(loads_LG: Floats, title: str) -> drawsvg.Drawing:
             cell = drawsvg.Rectangle(
                 LEFT + gpu * cell_w, y, cell_w - 0.5, CELL_H - 0.5, fill=colour(value)
             )
-            cell.append_title(f"layer {layer}, GPU {gpu}: {value:.2f} x mean")
+            cell.append_title(f"layer {layer}, {of} {gpu}: {value:.2f} x mean")
             drawing.append(cell)
-    axis = f"GPU 0 … {gpus - 1}"
+    axis = f"{of} 0 … {gpus - 1}"
     drawing.append(
         drawsvg.Text(axis, 9, LEFT, TOP + layers * CELL_H + 14, font_family="sans-serif")
     )

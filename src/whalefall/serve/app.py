@@ -16,8 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from whalefall import __version__
+from whalefall.serve.dashboard import fragment
 from whalefall.serve.failures import ApiError, error_body
 from whalefall.serve.guard import Guard
+from whalefall.serve.history import History
 from whalefall.serve.metrics import Metrics
 from whalefall.serve.prompts import chat_prompt
 from whalefall.serve.protocol import (
@@ -53,11 +55,14 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         metrics.registry.register(UnitsCollector(engine))
     worker = EngineWorker(engine, settings.max_queue)
     service = Service(worker, metrics, settings)
+    history = History(engine, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        sampling = asyncio.create_task(history.run())
         yield
+        sampling.cancel()
         await worker.stop()
 
     # No /docs: FastAPI's page loads its scripts from another host.
@@ -69,6 +74,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     add_error_handlers(app)
     add_openai_routes(app, service)
     add_operator_routes(app, service)
+    add_pages(app, service, history)
     return app
 
 
@@ -144,7 +150,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def add_operator_routes(app: FastAPI, service: Service) -> None:
-    """Tokens, health, metrics, the ledger and the page."""
+    """Tokens, health, metrics and the ledger."""
     engine = service.worker.engine
 
     @app.post("/tokenize")
@@ -181,9 +187,24 @@ def add_operator_routes(app: FastAPI, service: Service) -> None:
     async def ledger() -> dict[str, float]:
         return service.metrics.ledger()
 
+
+def add_pages(app: FastAPI, service: Service, history: History) -> None:
+    """The chat page, and the dashboard with the fragment that it fetches again and again."""
+
+    def static(name: str) -> str:
+        return resources.files(__package__).joinpath(f"static/{name}").read_text("utf-8")
+
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
-        return resources.files(__package__).joinpath("static/index.html").read_text("utf-8")
+        return static("index.html")
+
+    @app.get("/dashboard", response_class=HTMLResponse)
+    async def dashboard() -> str:
+        return static("dashboard.html")
+
+    @app.get("/dashboard/charts", response_class=HTMLResponse)
+    def charts() -> str:  # drawn on a thread: streams go on meanwhile
+        return fragment(service.worker.engine, service.metrics, history)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -18,8 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Paths that show no answers and cost nothing: probes and the page itself.
-OPEN = frozenset({"/", "/health", "/metrics"})
+# Paths that show no answers and cost nothing: probes and the pages themselves.
+OPEN = frozenset({"/", "/dashboard", "/health", "/metrics"})
 
 
 class Guard:

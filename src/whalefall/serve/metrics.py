@@ -33,6 +33,7 @@ class Metrics:
         self.node_hour = node_hour
         self.start = time.monotonic()
         self.hit = self.miss = self.out = 0
+        self.first_tokens = (0, 0.0)  # how many times to first token were recorded, and their sum
         self.registry = CollectorRegistry()
         make: dict[str, Any] = {"registry": self.registry}
         self._requests = Counter(
@@ -69,6 +70,8 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         """Record a time to first token."""
         self._ttft.observe(seconds)
+        count, total = self.first_tokens
+        self.first_tokens = (count + 1, total + seconds)
 
     def next_tokens(self, seconds: float, tokens: int) -> None:
         """Record the time between tokens, once for each."""
