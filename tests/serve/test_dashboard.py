@@ -83,7 +83,8 @@ def test_ranks_of_units_are_shown_before_and_after_balancing(tmp_path: Path) -> 
     placement = even_placement(model, 2)
     average = eplb.MovingAverage(len(placement.logcnt), model.num_experts, 8)
     weight = np.ones((2, model.num_experts))
-    weight[:, : model.num_experts // 2] = 3  # all the first rank's
+    first = placement.phy2log[:, : placement.phy2log.shape[1] // 2]  # the first rank's
+    np.put_along_axis(weight, first, 3.0, axis=1)
     average.update(weight)
     better = eplb.rebalance(weight, placement.phy2log.shape[1], 1, 1, 2)
     balance = SimpleNamespace(placement=better, average=average, ranks=2)
