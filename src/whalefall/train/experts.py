@@ -65,6 +65,20 @@ def moved_bias(bias: Tensor, load: Tensor, speed: float) -> Tensor:
     return bias + speed * (load.mean(-1, keepdim=True) - load).sign()
 
 
+def _padded(counts: list[int], multiple: int) -> tuple[Tensor | None, list[int]]:
+    """Where sorted rows lie if each group is filled up to a multiple, and the groups' sizes then.
+
+    The place is None where nothing is filled up.
+    """
+    if multiple == 1:
+        return None, counts
+    padded = [-(-count // multiple) * multiple for count in counts]
+    gaps = torch.tensor([p - c for p, c in zip(padded, counts, strict=True)])
+    before = gaps.cumsum(0) - gaps  # empty slots before each group
+    place = torch.arange(sum(counts)) + before.repeat_interleave(torch.tensor(counts))
+    return place, padded
+
+
 class MoE(nn.Module):
     """Routed experts and the shared one.
 
@@ -137,9 +151,15 @@ class MoE(nn.Module):
         order = flat.argsort(stable=True)
         order = order[int((flat < 0).sum()) :]
         counts = flat[order].bincount(minlength=len(self.local)).tolist()
-        row = order // expert_idx.shape[1]
-        made = self.experts(x.index_select(0, row), counts)
-        share = weight.flatten().index_select(0, order)
+        row, share = order // expert_idx.shape[1], weight.flatten().index_select(0, order)
+        place, padded = _padded(counts, self.experts.products.multiple)
+        if place is None:
+            rows = x.index_select(0, row)
+        else:  # slots in between take the row of zeros
+            slots = torch.full((sum(padded),), len(x)).index_copy_(0, place, row)
+            rows = F.pad(x, (0, 0, 0, 1)).index_select(0, slots)
+        made = self.experts(rows, padded)
+        made = made if place is None else made.index_select(0, place)
         return torch.zeros_like(x, dtype=made.dtype).index_add(0, row, made * share[:, None])
 
     def _spread(self, x: Tensor, topk_idx: Tensor, weight: Tensor, buffer: Buffer) -> Tensor:

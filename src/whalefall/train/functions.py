@@ -21,6 +21,7 @@ from whalefall.train.products import Counts, Products
 __all__ = ["cross_entropy", "grad_of", "linear", "with_loss", "swiglu"]
 
 CROSS_ENTROPY_ROWS = 512  # logits of so many rows stay in the cache
+CROSS_ENTROPY_MULTIPLE = 64  # few different shapes: see Products.multiple
 
 
 def grad_of(weight: Tensor) -> Tensor:
@@ -134,16 +135,21 @@ class _CrossEntropy(torch.autograd.Function):
         weight = _stack(head.detach())
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
         total = hidden.new_zeros(())
-        for rows in torch.arange(len(labels)).split(CROSS_ENTROPY_ROWS):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
+            part = slice(start, start + CROSS_ENTROPY_ROWS)
+            wanted = labels[part]
+            count = len(wanted)
+            rows = products.operand(F.pad(hidden[part], (0, 0, 0, -count % CROSS_ENTROPY_MULTIPLE)))
             counts = (len(rows),)
-            log_p = F.log_softmax(products.forward(hidden[part], weight, counts).float(), -1)
-            total += F.nll_loss(log_p, labels[part], reduction="sum")
+            log_p = F.log_softmax(products.forward(rows, weight, counts).float(), -1)
+            total += F.nll_loss(log_p[:count], wanted, reduction="sum")
             grad = log_p.exp_()
-            grad[torch.arange(len(rows)), labels[part]] -= 1.0
-            grad_hidden[part] = products.input_grad(grad, weight, counts)
-            products.weight_grad(grad, products.kept(hidden[part], counts), counts,
-                                 _stack(grad_head))  # fmt: skip
+            grad[count:] = 0.0
+            grad[torch.arange(count), wanted] -= 1.0
+            grad = products.operand(grad)
+            grad_hidden[part] = products.input_grad(grad, weight, counts)[:count]
+            kept = products.kept(rows, counts)
+            products.weight_grad(grad, kept, counts, _stack(grad_head))
         ctx.grads, ctx.head = (grad_hidden, grad_head), head
         return total
 

@@ -28,7 +28,12 @@ class Products(Protocol):
     """One number format. `counts` says how many of the T rows belong to each of the G weights.
 
     `forget` must be called whenever weights have changed: prepared ones are kept until then.
+
+    Attributes:
+        multiple: groups had better have a multiple of so many rows (zero rows fill them up).
     """
+
+    multiple: int
 
     def operand(self, x: Tensor) -> Tensor:
         """x in the dtype that the other calls start from: made once for all that read it."""
@@ -68,6 +73,8 @@ class _Prepared:
 
 class _Torch:
     """torch's own products, operands in one dtype."""
+
+    multiple = 1
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -113,12 +120,17 @@ class Fp32(_Torch):
 class Bf16(_Torch):
     """Operands and results in bf16; sums in fp32 inside a product."""
 
+    # oneDNN compiles a kernel for each new shape, in milliseconds, and keeps about a thousand
+    multiple = 32
+
     def __init__(self) -> None:
         super().__init__(torch.bfloat16)
 
 
 class Fp8:
     """Operands in E4M3 with block scales, sums and results in fp32."""
+
+    multiple = 1
 
     def __init__(self) -> None:
         self.prepared = _Prepared(cast_blocks)
