@@ -32,6 +32,8 @@ from whalefall.pipeline.torch import (
 from whalefall.testing.benchmark import Row, save
 
 WIDTH, ROWS, LAYERS = 256, 32, 4
+# torch's ZBV has no counterpart of that name here: DualPipeV lays its stages out the same way
+OURS = {"zbv": "dualpipev"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "whalefall.pipeline.torch"])
 F_S, I_S, W_S = 0.030, 0.030, 0.020  # long beside the wake-up delays of a busy machine
@@ -73,9 +75,10 @@ def theirs(name: str, stages: list[nn.Module], rank: int, size: int, chunks: int
         "1f1b": schedules.Schedule1F1B,
         "interleaved": schedules.ScheduleInterleaved1F1B,
         "dualpipev": schedules.ScheduleDualPipeV,
+        "zbv": schedules.ScheduleZBVZeroBubble,
     }
-    numbers = make(name, size, chunks).stages_of(rank)
-    total = make(name, size, chunks).num_stages
+    layout = make(OURS.get(name, name), size, chunks)
+    numbers, total = layout.stages_of(rank), layout.num_stages
     x, y = batch(chunks)
     parts = [
         pipelining.PipelineStage(module, number, total, torch.device("cpu"))
@@ -86,16 +89,17 @@ def theirs(name: str, stages: list[nn.Module], rank: int, size: int, chunks: int
         scale_grads=False,
     )  # fmt: skip
     inputs = (x,) if rank == 0 else ()
-    ends = rank == (0 if name == "dualpipev" else size - 1)
+    ends = rank == (0 if layout.name == "dualpipev" else size - 1)
     more = {"target": y, "losses": []} if ends else {}
     return lambda: schedule.step(*inputs, **more)
 
 
 def compare(rank: int, size: int, name: str, chunks: int, rounds: int) -> dict[str, Any]:
     """Step times in turns, and the largest difference of gradients."""
-    numbers = make(name, size, chunks).stages_of(rank)
+    own = OURS.get(name, name)
+    numbers = make(own, size, chunks).stages_of(rank)
     models = [[stage(n) for n in numbers] for _ in range(2)]
-    steps = [ours(name, models[0], rank, size, chunks), theirs(name, models[1], rank, size, chunks)]
+    steps = [ours(own, models[0], rank, size, chunks), theirs(name, models[1], rank, size, chunks)]
     for step in steps:
         step()
     pairs = zip(nn.ModuleList(models[0]).parameters(), nn.ModuleList(models[1]).parameters(),
@@ -197,10 +201,11 @@ def _rank(
 
 def against_torch(rounds: int) -> list[Row]:
     rows = []
-    for name, size in (("1f1b", 2), ("1f1b", 4), ("interleaved", 2), ("dualpipev", 2)):
+    for name, size in (("1f1b", 2), ("1f1b", 4), ("interleaved", 2), ("dualpipev", 2), ("zbv", 2)):
         chunks = 4 * size
-        what = f"{name}, {size} ranks, {chunks} chunks of {ROWS} x {WIDTH}, step"
+        what = f"{OURS.get(name, name)}, {size} ranks, {chunks} chunks of {ROWS} x {WIDTH}, step"
         peer = f"torch.distributed.pipelining {torch.__version__}"
+        peer += f", {name}" if name in OURS else ""
         try:
             found = on_ranks(compare, size, name, chunks, rounds)
         except EOFError:
