@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.train import jobs
+from whalefall import train
 from whalefall.cli import main
 from whalefall.errors import CorruptError, MissingError, ShapeError, WhalefallError
 from whalefall.train import read_recipe, write_rows, write_stream
@@ -27,6 +28,15 @@ BAD = {
     "data.source=[]": "data.source is []: List should have at least 1 item",
     "model.hidden_size=-1": r"[model]: hidden_size is -1, wanted a whole number >= 0",
 }
+
+
+def test_the_public_names() -> None:
+    assert train.__all__ == [
+        "DivergedError", "Precision", "Rank", "Recipe", "Report", "draw_curves",
+        "export_checkpoint", "read_history", "read_recipe", "read_tensors", "run", "train",
+        "write_rows", "write_stream",
+    ]  # fmt: skip
+    assert all(hasattr(train, name) for name in train.__all__)
 
 
 @pytest.fixture

@@ -116,6 +116,23 @@ def test_what_was_half_written_is_no_checkpoint(tmp_path: Path, undisturbed: Pat
         read_tensors(str(tmp_path))
 
 
+@pytest.mark.ranks
+def test_checkpoints_may_be_at_a_url(tmp_path: Path) -> None:
+    path = jobs.folder_with_recipe(tmp_path)
+    changes = {"checkpoint.folder": f"file://{tmp_path}/far", "optimizer.betas": [0.9, 0.95]}
+    jobs.on_ranks(jobs.run_to_end, path, changes, False)
+    assert Store(changes["checkpoint.folder"], 2).steps() == [6, 8]
+    here, stamp = read_tensors(f"{changes['checkpoint.folder']}/step-00000006")
+    assert stamp.step == 6
+    Store(changes["checkpoint.folder"], 2).files.clear("step-00000008")
+    lines = numbers(tmp_path / "run")
+    jobs.on_ranks(jobs.run_to_end, path, changes, True)
+    assert numbers(tmp_path / "run") == lines
+    assert not np.array_equal(
+        read_tensors(changes["checkpoint.folder"])[0]["lm_head.weight"], here["lm_head.weight"]
+    )
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, undisturbed: Path) -> None:
     import shutil
 

@@ -41,7 +41,7 @@ def train(
         run(recipe, resume=resume, changes=changes, progress=bar.show)
     typer.echo(f"{read.folder}: {read.run.steps} steps done; curves.svg, history.jsonl")
     if export is not None:
-        size = export_checkpoint(f"{read.folder}/checkpoints", export)
+        size = export_checkpoint(read.checkpoints, export)
         typer.echo(f"{export}: model.safetensors has {size:,} bytes")
 
 

@@ -46,8 +46,8 @@ def run(
     steps = store_of(recipe).steps()
     if steps and not resume:
         raise ConfigError(
-            f"train: {recipe.folder} has a checkpoint of step {steps[-1]}; --resume goes on from "
-            "it, another run.folder starts anew"
+            f"train: {recipe.checkpoints} has a checkpoint of step {steps[-1]}; --resume goes on "
+            "from it, another run.folder starts anew"
         )
     if "://" in recipe.folder:
         raise ConfigError(f"train: run.folder is {recipe.folder}, wanted a local folder")

@@ -92,7 +92,7 @@ class Optimizer(_Table):
     warmup: int = Field(default=50, ge=0)
     hold: float = Field(default=0.3, ge=0, le=1)
     floor: float = Field(default=0.02, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)  # TOML has lists
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
     average: float = Field(default=0.0, ge=0, lt=1)
@@ -118,8 +118,13 @@ class Loss(_Table):
 
 
 class Checkpoint(_Table):
-    """[checkpoint]: one every so many steps, the last `keep` of them stay."""
+    """[checkpoint]: one every so many steps, the last `keep` of them stay.
 
+    Attributes:
+        folder: where, also any fsspec URL; "": checkpoints/ in run.folder.
+    """
+
+    folder: str = ""
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
 
@@ -166,6 +171,13 @@ class Recipe(_Table):
     def folder(self) -> str:
         """The run's folder."""
         return self.path(self.run.folder)
+
+    @property
+    def checkpoints(self) -> str:
+        """The checkpoints' folder, or its URL."""
+        if self.checkpoint.folder:
+            return self.path(self.checkpoint.folder)
+        return f"{self.folder}/checkpoints"
 
     def path(self, name: str) -> str:
         """A path of the file, seen from here; URLs and absolute paths stay."""

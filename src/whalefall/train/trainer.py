@@ -27,7 +27,7 @@ DRAW_S = 30.0
 
 def store_of(recipe: Recipe) -> Store:
     """Where a recipe's checkpoints are."""
-    return Store(f"{recipe.folder}/checkpoints", recipe.checkpoint.keep)
+    return Store(recipe.checkpoints, recipe.checkpoint.keep)
 
 
 def run_rank(
