@@ -75,10 +75,13 @@ class Service:
             token_lists = completion_prompts(tokenizer, vocab, request)
             if request.echo and request.logprobs is not None:
                 raise ApiError(400, "echo with logprobs is not supported yet", "echo")
-        params = [
-            sampling_params(request, len(ids), engine.max_model_len, vocab, structured)
-            for ids in token_lists
-        ]
+        try:
+            params = [
+                sampling_params(request, len(ids), engine.max_model_len, vocab, structured)
+                for ids in token_lists
+            ]
+        except WhalefallError as error:  # fields that do not go together
+            raise ApiError(400, str(error)) from None
         if structured is not None:
             self._compile(structured)
         answer = Answer(chat, self.settings.model_name, f"whalefall-{__version__}")
