@@ -156,6 +156,31 @@ def test_no_request_crashes_the_server(path: str, running: Running) -> None:
         assert running.engine.stats().kv_used == 0
 
 
+TINY = 5e-324
+
+
+EXTREMES: list[dict[str, float]] = [
+    {"repetition_penalty": TINY},
+    {"temperature": TINY},
+    {"temperature": 1e-30, "top_p": 0.5},
+    {"top_p": TINY},
+    {"min_p": 1.0},
+    {"temperature": 2.0, "top_p": TINY},
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES)
+def test_extreme_values_harm_nobody(fields: dict[str, float], running: Running) -> None:
+    """Found by a longer run: infinite logits led to a NaN that ended everybody's answers."""
+    with running.client() as client:
+        body = {"prompt": "The file", "max_tokens": 4, **fields}
+        assert client.post("/v1/completions", json=body).status_code in (200, 400)
+        if "temperature" in fields and fields["temperature"] < 1:
+            cold = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+            body["temperature"] = 0
+            assert cold == client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": 1e999}',
                                   b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"])  # fmt: skip
 def test_what_is_no_request_is_refused(data: bytes, running: Running) -> None:

@@ -14,6 +14,7 @@ from whalefall.errors import ConfigError
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams"]
 
+_COLDEST = 1e-5  # as vLLM's
 MAX_LOGPROBS = 20  # what the OpenAI API allows
 
 
@@ -23,7 +24,8 @@ class SamplingParams:
 
     Attributes:
         n: how many answers.
-        temperature: 0 takes the most likely token (the lowest id among equals).
+        temperature: 0 takes the most likely token (the lowest id among equals); below 1e-5 it is
+            taken as 0, since logits divided by it would overflow.
         top_p: keep the fewest tokens whose probability reaches it; 1 keeps all.
         top_k: keep so many tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than so many times the likeliest.
@@ -70,10 +72,12 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._whole("n", 1, 128)
         self._real("temperature", 0, 100)
+        if self.temperature < _COLDEST:
+            object.__setattr__(self, "temperature", 0)
         self._real("top_p", 0, 1, open_low=True)
         self._whole("top_k", -1, 1 << 31)
         self._real("min_p", 0, 1)
-        self._real("repetition_penalty", 0, 100, open_low=True)
+        self._real("repetition_penalty", 0.01, 100)  # less makes infinities of logits
         self._real("frequency_penalty", -2, 2)
         self._real("presence_penalty", -2, 2)
         if self.seed is not None:

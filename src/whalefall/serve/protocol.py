@@ -69,7 +69,7 @@ class Sampling(BaseModel):
     ignore_eos: bool | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Count | None = None
