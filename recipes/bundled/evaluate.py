@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from tokenizer import ASSISTANT, BOS, EOS, USER
 from tokenizers import Tokenizer
 from torch import Tensor
-from train import held_out, read_pages
 
 from model import Model, Rows, Shape
+from train import held_out, read_pages
 
 VARIANTS = {
     "what does {x} do?": str,

@@ -49,21 +49,6 @@ def test_checksum_is_crc32c_and_blocks_combine_to_the_whole() -> None:
         assert len(crcs) == 4 * -(-size // native_io.BLOCK_BYTES)
 
 
-@pytest.mark.parametrize("level", ["any", "avx2"])
-def test_both_code_paths_give_the_same_checksum(level: str) -> None:
-    from whalefall.jit import build, levels
-
-    if level not in levels():
-        pytest.skip(f"this machine has no {level}")
-    source = Path(native_io.__file__).parent / "native" / "chunkio.cpp"
-    native = build(source, level=level)
-    native.wf_fs_crc32c.restype = native_io.ctypes.c_uint32
-    data = bytes(range(256)) * 300
-    start, size = native_io.address(data)
-    native.wf_fs_crc32c.argtypes = [native_io.ctypes.c_void_p, native_io.ctypes.c_int64]
-    assert native.wf_fs_crc32c(start, size) == native_io.checksum(data)
-
-
 def test_every_kind_of_update_does_what_it_says(tmp_path: Path) -> None:
     engine = ChunkEngine(tmp_path)
     put(engine, b"a" * 100_000)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ __all__ = ["Channel", "connect", "listen"]
 H = TypeVar("H")
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_PIECES = 512  # of one sendmsg; Linux allows 1024
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Channel:
@@ -34,6 +36,7 @@ class Channel:
         self.limits = limits
         self.bytes_sent = 0
         self.bytes_received = 0
+        self._bound_s: float | None = None
 
     def send(self, header: Any, *payload: Buffer) -> None:
         """Send one frame whose payload is the given buffers in order, without copying them.
@@ -104,6 +107,18 @@ class Channel:
     def settimeout(self, timeout_s: float | None) -> None:
         """How long a single wait of the socket may last; None: for ever."""
         self.socket.settimeout(timeout_s)
+
+    def bound_waits(self, timeout_s: float) -> None:
+        """As `settimeout`, but kept by the kernel: no poll before each send and receive.
+
+        A wait that lasts longer raises BlockingIOError.
+        """
+        if timeout_s != self._bound_s:
+            self.socket.settimeout(None)
+            timeval = _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self.socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+            self._bound_s = timeout_s
 
     def fileno(self) -> int:
         """The socket's descriptor, for select."""

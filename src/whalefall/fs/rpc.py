@@ -145,34 +145,44 @@ class Pool:
         return self.finish(address, self.begin(address, message, data, timeout_s), into)
 
     def begin(
-        self, address: tuple[str, int], message: Any, data: Any = b"", timeout_s: float = 5.0
-    ) -> Channel:
+        self, address: tuple[str, int], message: Any, data: Any = b"", timeout_s: float = 5.0,
+        after: Channel | None = None,
+    ) -> Channel:  # fmt: skip
         """Send one call; hand what this returns to `finish`, in any order.
 
+        Args:
+            after: a begun call's channel: this one goes behind it there, and is answered after it.
         Raises: Unreachable.
         """
-        with self._mutex:
-            idle = self._idle.setdefault(address, [])
-            channel = idle.pop() if idle else None
+        channel = after
+        if channel is None:
+            with self._mutex:
+                idle = self._idle.setdefault(address, [])
+                channel = idle.pop() if idle else None
         try:
             channel = channel or connect(*address, self._token, timeout_s, LIMITS)
-            channel.settimeout(timeout_s)
+            channel.bound_waits(max(timeout_s, 0.001))
             channel.send(message, *([data] if len(data) else []))
         except (OSError, WhalefallError) as error:
             raise self._broken(address, channel, error) from None
         return channel
 
     def finish(
-        self, address: tuple[str, int], channel: Channel, into: Sequence[Any] | None = None
-    ) -> tuple[Any, memoryview]:
+        self, address: tuple[str, int], channel: Channel, into: Sequence[Any] | None = None,
+        last: bool = True,
+    ) -> tuple[Any, memoryview]:  # fmt: skip
         """Wait for the answer to a call that was begun.
 
+        Args:
+            last: no other call waits on this channel.
         Raises: Unreachable if none came in time: the call may have run.
         """
         try:
             answer = receive(channel, into)
         except (OSError, WhalefallError) as error:
             raise self._broken(address, channel, error) from None
+        if not last:
+            return answer
         with self._mutex:
             if not self._closed:
                 self._idle.setdefault(address, []).append(channel)
@@ -186,7 +196,8 @@ class Pool:
         if channel is not None:
             channel.close()
         self.forget(address)
-        return Unreachable(f"{address[0]}:{address[1]}: {error}")
+        why = "no answer in time" if isinstance(error, BlockingIOError) else error
+        return Unreachable(f"{address[0]}:{address[1]}: {why}")
 
     def forget(self, address: tuple[str, int]) -> None:
         """Drop the idle connections to an address."""

@@ -11,13 +11,14 @@ import random
 import threading
 import time
 import uuid
+from collections import Counter
 from typing import Any, TypeVar
 
 from whalefall.comm import crc32c
 from whalefall.fs.core import effects
 from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Procedure, Refused, Unreachable
-from whalefall.fs.core.messages import Failed, Kind, QueryDone, Routing, UpdateDone
+from whalefall.fs.core.messages import Failed, Kind, QueryDone, Read, Routing, UpdateDone
 from whalefall.fs.core.replica import Limits
 from whalefall.fs.driver import drive
 from whalefall.fs.errors import ClusterError, StorageError
@@ -26,6 +27,7 @@ from whalefall.fs.rpc import Call, Pool, Result
 __all__ = ["Connection"]
 T = TypeVar("T")
 PARALLEL = 16
+SHARED_BYTES = 1 << 20
 
 
 class Connection:
@@ -127,22 +129,34 @@ class Connection:
         return self.pool.call(address, call.message, call.data, call.timeout_s, call.into)
 
     def _all(self, calls: tuple[effects.Call, ...]) -> list[Any]:
-        """Send all, then take the answers: the servers work at the same time, without threads."""
+        """Send all, then take the answers: the servers work at the same time, without threads.
+
+        Small reads of one node share a connection, so each node is woken once.
+        """
         begun: list[Any] = []
+        lines: dict[int, Any] = {}
         for call in calls:
+            small = isinstance(call.message, Read) and _reply_bytes(call.message) <= SHARED_BYTES
             try:
                 address = self._address(call.node)
-                channel = self.pool.begin(address, call.message, call.data, call.timeout_s)
+                after = lines.get(call.node) if small else None
+                channel = self.pool.begin(address, call.message, call.data, call.timeout_s, after)
+                if small:
+                    lines[call.node] = channel
                 begun.append((address, channel))
             except Unreachable as error:
                 begun.append(error)
+                lines.pop(call.node, None)
+        left = Counter(id(state[1]) for state in begun if not isinstance(state, Unreachable))
         results: list[Any] = []
         for call, state in zip(calls, begun, strict=True):
             try:
                 if isinstance(state, Unreachable):
                     raise state
                 address, channel = state
-                results.append(self.pool.finish(address, channel, call.into))
+                left[id(channel)] -= 1
+                last = not left[id(channel)]
+                results.append(self.pool.finish(address, channel, call.into, last))
             except Unreachable as error:
                 results.append(error)
         return results
@@ -183,3 +197,7 @@ class Connection:
         """Drop all connections."""
         self.threads.shutdown(wait=False)
         self.pool.close()
+
+
+def _reply_bytes(message: Read) -> int:
+    return sum(length for _, _, length in message.ios)

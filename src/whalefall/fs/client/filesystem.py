@@ -115,7 +115,8 @@ class FileSystemClient:
     def _servers(self) -> list[NodeInfo]:
         nodes = self.connection.core.routing.nodes.values()
         servers = [info for info in nodes if info.kind == "meta"]
-        random.shuffle(servers)
+        if len(servers) > 1:
+            random.shuffle(servers)
         return servers
 
     def _ask(self, call: Call) -> Any:

@@ -37,7 +37,7 @@ from whalefall.fs.core.messages import (
     Update,
     UpdateDone,
 )
-from whalefall.fs.core.replica import StorageNode, Target
+from whalefall.fs.core.replica import Entry, StorageNode, Target
 
 __all__ = ["force_commit", "leftovers", "query", "readable", "settle", "update", "visible"]
 
@@ -302,8 +302,8 @@ def readable(node: StorageNode, message: Read | Query) -> Target:
 
 def visible(
     node: StorageNode, target: Target, message: Read, chunk: bytes
-) -> tuple[Code, ChunkMeta | None]:
-    """What a read of a chunk may see on this replica now."""
+) -> tuple[Code, Entry | None]:
+    """What a read of a chunk may see on this replica now: an entry's committed content."""
     entry = target.store.entry(chunk)
     if entry is None:
         return Code.NOT_FOUND, None
@@ -315,7 +315,7 @@ def visible(
             return Code.NOT_COMMITTED, None
     if entry.committed is None:
         return Code.NOT_FOUND, None
-    return Code.OK, entry.committed
+    return Code.OK, entry
 
 
 def query(node: StorageNode, message: Query) -> QueryDone:

@@ -1,7 +1,7 @@
 """File-system room: the key-value contract on SQLite — embedded, durable, shared by processes.
 
 WAL, synchronous=FULL. A row keeps the version that wrote it, deletions leave a tombstone for a
-while, so a commit finds conflicts by version. One thread commits all transactions that wait in one
+while, so a commit finds conflicts by version. All transactions that wait are committed in one
 SQLite transaction; each is checked against those before it.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from whalefall.fs.group import GroupCommit
 from whalefall.fs.kv.interface import Conflict, KeyValue, Transaction
 
 __all__ = ["SqliteKV"]
@@ -58,12 +59,11 @@ class SqliteSnapshot:
 
 
 class Waiting:
-    """A transaction that wants to be committed."""
+    """A transaction that wants to be committed; its version, or why it cannot be."""
 
     def __init__(self, transaction: Transaction) -> None:
         self.transaction = transaction
-        self.done = threading.Event()
-        self.error: BaseException | None = None
+        self.error: Conflict | None = None
         self.version = 0
 
 
@@ -78,14 +78,10 @@ class SqliteKV(KeyValue):
         self.path = path
         self._idle: list[sqlite3.Connection] = []
         self._mutex = threading.Lock()
-        self._wake = threading.Condition()
-        self._waiting: list[Waiting] = []
-        self._closed = False
         self._writer = self._connect()
         self._writer.executescript(_SCHEMA)
         self._commits = 0
-        self._thread = threading.Thread(target=self._run, name="kv", daemon=True)
-        self._thread.start()
+        self._group = GroupCommit("kv", self._commit)
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -111,35 +107,21 @@ class SqliteKV(KeyValue):
         if transaction.read_only:
             return version
         waiting = Waiting(transaction)
-        with self._wake:
-            if self._closed:
-                raise Conflict("the store is closed")
-            self._waiting.append(waiting)
-            self._wake.notify()
-        waiting.done.wait()
+        if not self._group.submit(waiting):
+            raise Conflict("the store is closed")
         if waiting.error is not None:
             raise waiting.error
         return waiting.version
 
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closed:
-                    self._wake.wait()
-                group, self._waiting = self._waiting, []
-                if not group:
-                    return
-            try:
-                self._commit(group)
-            except sqlite3.Error as error:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                for waiting in group:
-                    waiting.error = error
-            for waiting in group:
-                waiting.done.set()
-
     def _commit(self, group: list[Waiting]) -> None:
+        try:
+            self._commit_all(group)
+        except sqlite3.Error:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            raise
+
+    def _commit_all(self, group: list[Waiting]) -> None:
         db = self._writer
         db.execute("BEGIN IMMEDIATE")
         version, forgotten = db.execute("SELECT version, forgotten FROM state").fetchone()
@@ -173,9 +155,6 @@ class SqliteKV(KeyValue):
 
     def close(self) -> None:
         """Commit what waits, then close."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
+        self._group.close()
         for db in [*self._idle, self._writer]:
             db.close()

@@ -334,7 +334,8 @@ class SimNode(SimProcess):
             return Failed(refusal.code, refusal.reason), b""
         results, data = [], []
         for chunk, _, _ in message.ios:
-            code, meta = craq.visible(self.node, target, message, chunk)
+            code, entry = craq.visible(self.node, target, message, chunk)
+            meta = entry.committed if entry is not None else None
             content = self.stores[target.target].content(chunk) if meta is not None else b""
             results.append((int(code), len(content), meta.version if meta else 0))
             data.append(content)

@@ -7,6 +7,7 @@ The record of a chunk (what is committed, what is pending, where) changes in one
 
 from __future__ import annotations
 
+import array
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -31,12 +32,17 @@ PREFIX_BYTES = 12
 
 @dataclass
 class Record(Entry):
-    """A chunk as the engine keeps it: metadata, and where each content lies."""
+    """A chunk as the engine keeps it: metadata, where each content lies, and that for native code.
+
+    Only the last two change; a new state of the chunk is a new record.
+    """
 
     committed_at: Place | None = None
     committed_crcs: bytes = b""
     pending_at: Place | None = None
     pending_crcs: bytes = b""
+    committed_content: bytes | None = None
+    pending_content: bytes | None = None
 
 
 class Row(msgspec.Struct, array_like=True):
@@ -320,7 +326,8 @@ class ChunkEngine:
                 raise Refused(Code.NOT_FOUND, "no such content")
             data = bytearray(meta.length)
             start, _ = native_io.address(data)
-            status = self.read([(record, pending, 0, meta.length, start)])[0]
+            contents = [self.content(record, pending)]
+            status = self.read(contents, array.array("q", (0, meta.length)), start)[0]
         finally:
             self.unpin(pin)
         if status:
@@ -337,25 +344,31 @@ class ChunkEngine:
         with self._mutex:
             self._slots.end_read(pin)
 
-    def read(self, pieces: list[tuple[Record, bool, int, int, int]]) -> list[int]:
-        """Read (record, pending?, offset, length, address)s in one native call, under a pin.
+    def content(self, record: Record, pending: bool = False) -> bytes:
+        """What `read` needs to know of a recorded content; made under a pin, good as long as it."""
+        known = record.pending_content if pending else record.committed_content
+        if known is not None:
+            return known
+        place = record.pending_at if pending else record.committed_at
+        meta = record.pending if pending else record.committed
+        crcs = record.pending_crcs if pending else record.committed_crcs
+        assert place is not None and meta is not None
+        with self._mutex:
+            descriptor = self._slots.file(place.size_class)
+        made = native_io.content(descriptor, place.offset, meta.length, crcs)
+        if pending:
+            record.pending_content = made
+        else:
+            record.committed_content = made
+        return made
 
+    def read(self, contents: list[bytes], plan: array.array[int], out: int) -> list[int]:
+        """Read (offset, length)s of contents to an address, in one native call, under a pin.
+
+        The caller keeps the contents' records until it returns.
         Returns: per piece 0, -errno or `native_io.CORRUPT`.
         """
-        fds, places, sizes, offsets, lengths, crcs, outs = [], [], [], [], [], [], []
-        with self._mutex:
-            for record, pending, offset, length, out in pieces:
-                place = record.pending_at if pending else record.committed_at
-                meta = record.pending if pending else record.committed
-                assert place is not None and meta is not None
-                fds.append(self._slots.file(place.size_class))
-                places.append(place.slot << place.size_class)
-                sizes.append(meta.length)
-                offsets.append(offset)
-                lengths.append(length)
-                crcs.append(record.pending_crcs if pending else record.committed_crcs)
-                outs.append(out)
-        status = native_io.read_batch(fds, places, sizes, offsets, lengths, crcs, outs)
+        status = native_io.read_batch(contents, plan, out)
         self.bad_blocks += sum(code != 0 for code in status)
         return status
 

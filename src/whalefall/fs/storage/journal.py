@@ -5,15 +5,16 @@ In: rows to put or delete, files whose data must be down first. Out: a return on
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from whalefall.fs.core.effects import Refused
 from whalefall.fs.core.messages import Code
+from whalefall.fs.group import GroupCommit
 
 __all__ = ["Batch", "Journal"]
 
@@ -31,24 +32,18 @@ class Batch:
     chunks: list[tuple[bytes, bytes | None]] = field(default_factory=list)
     tags: list[tuple[str, int, bytes]] = field(default_factory=list)
     files: tuple[int, ...] = ()
-    done: threading.Event = field(default_factory=threading.Event)
-    error: BaseException | None = None
 
 
 class Journal:
-    """Group commit: one thread takes all batches that wait and writes them in one transaction."""
+    """Writes all batches that wait in one transaction."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
-        self._waiting: list[Batch] = []
-        self._wake = threading.Condition()
-        self._closed = False
         self.commits = self.batches = 0
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        self._group = GroupCommit("journal", self._commit)
 
     def chunks(self) -> Iterable[tuple[bytes, bytes]]:
         """All chunk rows."""
@@ -63,34 +58,18 @@ class Journal:
 
         Raises: Refused(NO_SPACE); sqlite3.Error or OSError if the disk fails.
         """
-        with self._wake:
-            if self._closed:
-                raise Refused(Code.NOT_READY, "the journal is closed")
-            self._waiting.append(batch)
-            self._wake.notify()
-        batch.done.wait()
-        if batch.error is not None:
-            raise batch.error
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closed:
-                    self._wake.wait()
-                batches, self._waiting = self._waiting, []
-                if not batches:
-                    return
-            error: BaseException | None = None
-            try:
-                self._commit(batches)
-            except (sqlite3.Error, OSError) as failure:
-                full = "full" in str(failure) or getattr(failure, "errno", 0) == 28
-                error = Refused(Code.NO_SPACE, "the disk is full") if full else failure
-            for batch in batches:
-                batch.error = error
-                batch.done.set()
+        if not self._group.submit(batch):
+            raise Refused(Code.NOT_READY, "the journal is closed")
 
     def _commit(self, batches: list[Batch]) -> None:
+        try:
+            self._commit_all(batches)
+        except (sqlite3.Error, OSError) as failure:
+            if "full" in str(failure) or getattr(failure, "errno", 0) == errno.ENOSPC:
+                raise Refused(Code.NO_SPACE, "the disk is full") from failure
+            raise
+
+    def _commit_all(self, batches: list[Batch]) -> None:
         for descriptor in {f for batch in batches for f in batch.files}:
             os.fdatasync(descriptor)
         rows = dict(row for batch in batches for row in batch.chunks)
@@ -116,8 +95,5 @@ class Journal:
 
     def close(self) -> None:
         """Write what waits, then close."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
+        self._group.close()
         self._db.close()

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
 import functools
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from whalefall.comm.library import library as comm_library
 from whalefall.fs.core.effects import Refused
 from whalefall.fs.core.messages import Code
 from whalefall.jit import Library, build
 
-__all__ = ["BLOCK_BYTES", "CORRUPT", "address", "checksum", "read_batch", "write"]
+__all__ = ["BLOCK_BYTES", "CORRUPT", "address", "checksum", "content", "read_batch", "write"]
 
 BLOCK_BYTES = 64 << 10
 CORRUPT = -100000
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+_CONTENT = struct.Struct("<qqqQ")
 
 
 @functools.cache
 def library() -> Library:
-    """The compiled unit."""
+    """The compiled unit, which takes its CRC-32C from comm's."""
     native = build(Path(__file__).parent / "native" / "chunkio.cpp")
-    native.wf_fs_crc32c.argtypes = [_POINTER, _LONG]
-    native.wf_fs_crc32c.restype = ctypes.c_uint32
-    native.wf_fs_write.argtypes = [ctypes.c_int, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER]
-    native.wf_fs_read.argtypes = [
-        _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER
-    ]  # fmt: skip
+    native.wf_fs_setup.argtypes = [_POINTER, _POINTER, ctypes.c_int]
+    native.wf_fs_setup.restype = None
+    native.wf_fs_write.argtypes = [ctypes.c_int, _LONG, _POINTER, _LONG, _POINTER, _POINTER]
+    native.wf_fs_read.argtypes = [_LONG, ctypes.c_char_p, _POINTER, _POINTER, _POINTER]
     native.wf_fs_read.restype = None
+    comm = comm_library()
+    crc, combine = (
+        ctypes.cast(function, _POINTER) for function in (comm.wf_crc32c, comm.wf_crc_combine)
+    )
+    native.wf_fs_setup(crc, combine, comm.level == "any")
     return native
 
 
@@ -45,8 +52,7 @@ def address(data: Any) -> tuple[int, int]:
 
 def checksum(data: Any) -> int:
     """CRC-32C of a buffer."""
-    start, size = address(data)
-    return int(library().wf_fs_crc32c(start, size))
+    return write(-1, 0, data)[1]
 
 
 def write(fd: int, place: int, data: Any) -> tuple[bytes, int]:
@@ -61,9 +67,7 @@ def write(fd: int, place: int, data: Any) -> tuple[bytes, int]:
     start, size = address(data)
     crcs = np.empty(-(-size // BLOCK_BYTES), np.uint32)
     whole = ctypes.c_uint32()
-    code = library().wf_fs_write(
-        fd, place, start, size, BLOCK_BYTES, crcs.ctypes.data, ctypes.addressof(whole)
-    )
+    code = library().wf_fs_write(fd, place, start, size, crcs.ctypes.data, ctypes.addressof(whole))
     if code in (errno.ENOSPC, errno.EDQUOT):
         raise Refused(Code.NO_SPACE, f"the disk is full ({os.strerror(code)})")
     if code:
@@ -71,29 +75,28 @@ def write(fd: int, place: int, data: Any) -> tuple[bytes, int]:
     return crcs.tobytes(), whole.value
 
 
-def read_batch(
-    fds: Sequence[int], places: Sequence[int], sizes: Sequence[int], offsets: Sequence[int],
-    lengths: Sequence[int], crcs: Sequence[bytes], outs: Sequence[int],
-) -> list[int]:  # fmt: skip
-    """Read pieces of chunks into memory, every touched block's checksum verified.
+def content(fd: int, place: int, size: int, crcs: bytes) -> bytes:
+    """What `read_batch` is told of a chunk.
 
     Args:
-        fds, places, sizes: per piece, the chunk's file, its place there, its length in bytes.
-        offsets, lengths: the piece inside the chunk.
-        crcs: the chunk's block checksums.
-        outs: addresses to write to.
+        fd, place, size: its file, where it begins there, its length in bytes.
+        crcs: its blocks' checksums; the caller keeps them alive while the result is in use.
+    """
+    start = ctypes.cast(ctypes.c_char_p(crcs), _POINTER).value or 0
+    return _CONTENT.pack(fd, place, size, start)
+
+
+def read_batch(contents: Sequence[bytes], plan: array.array[int], out: int) -> list[int]:
+    """Read pieces of chunks into memory, one after another, all bytes verified.
+
+    Args:
+        contents: per piece, the chunk's `content`.
+        plan: int64s: offset and length of each piece in its chunk.
+        out: address to write to, room for all lengths together.
     Returns: per piece 0, -errno or CORRUPT.
     """
-    count = len(fds)
-    columns = np.array([places, sizes, offsets, lengths], np.int64)
-    descriptors = np.array(fds, np.int32)
-    targets = np.array(outs, np.uint64)
-    sums = (ctypes.c_char_p * count)(*crcs)
-    status = np.empty(count, np.int32)
-    at = columns.ctypes.data
-    step = columns.strides[0]
+    status = array.array("i", bytes(4 * len(contents)))
     library().wf_fs_read(
-        count, descriptors.ctypes.data, at, at + step, at + 2 * step, at + 3 * step, sums,
-        BLOCK_BYTES, targets.ctypes.data, status.ctypes.data,
-    )  # fmt: skip
+        len(contents), b"".join(contents), plan.buffer_info()[0], out, status.buffer_info()[0]
+    )
     return status.tolist()

@@ -6,6 +6,7 @@ stop; on a clean stop it reports its targets offline first.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import logging
 import os
@@ -39,6 +40,7 @@ from whalefall.fs.storage.scrub import Scrubber
 
 __all__ = ["StorageServer", "next_boot"]
 log = logging.getLogger("whalefall.fs")
+SMALL_REPLY_BYTES, MAX_REPLY_BYTES = 1 << 20, 512 << 20
 
 
 def next_boot(folder: Path) -> int:
@@ -84,6 +86,7 @@ class StorageServer:
         self.node = StorageNode(info, dict(self.engines), limits, time.monotonic)
         self.driver = StorageDriver(self.node, self.engines, self._call)
         self.scrubber = Scrubber(self.driver, self.engines, self.fetch, scrub_s)
+        self._kept = threading.local()
         self._stop = threading.Event()
         self._jobs: set[tuple[str, int]] = set()
         self._threads = [
@@ -132,46 +135,63 @@ class StorageServer:
 
     def _read(self, message: Read) -> tuple[ReadDone, Sequence[Any]]:
         results: list[tuple[int, int, int]] = []
-        pieces: list[Any] = []
-        where: list[int] = []
+        found: list[Any] = []  # their checksums must live until they were read
+        contents: list[bytes] = []
+        plan = array.array("q")
+        if any(offset < 0 for _, offset, _ in message.ios):
+            raise Refused(Code.INVALID, "a read at a negative offset")
         with self.driver.mutex:
             target = craq.readable(self.node, message)
             engine = self.engines[message.target]
             pin = engine.pin()
-            total = 0
             for chunk, offset, length in message.ios:
-                code, meta = craq.visible(self.node, target, message, chunk)
-                got = 0
-                if meta is not None:
-                    got = max(0, min(length, meta.length - offset))
-                    if got:
-                        where.append(len(results))
-                        pieces.append((engine.entry(chunk), False, offset, got, total))
-                        total += got
-                results.append((int(code), got, meta.version if meta else 0))
+                code, entry = craq.visible(self.node, target, message, chunk)
+                if entry is None or entry.committed is None:
+                    results.append((int(code), 0, 0))
+                    continue
+                meta = entry.committed
+                got = min(length, meta.length - offset)
+                if got > 0:
+                    found.append(entry)
+                    contents.append(engine.content(entry))  # type: ignore[arg-type]
+                    plan.extend((offset, got))
+                results.append((0, max(got, 0), meta.version))
         try:
-            buffer = np.empty(total, np.uint8)
-            base = buffer.ctypes.data
-            status = engine.read([(r, p, o, n, base + at) for r, p, o, n, at in pieces])
+            total = sum(plan[1::2])
+            if total > MAX_REPLY_BYTES:
+                raise Refused(Code.INVALID, f"{total} bytes in one read, at most {MAX_REPLY_BYTES}")
+            buffer = self._buffer(total)
+            status = engine.read(contents, plan, native_io.address(buffer)[0])
         finally:
             engine.unpin(pin)
         if any(status):
-            return self._without_bad(target, message, results, status, where, buffer, pieces)
+            return self._without_bad(target, message, results, status, plan, buffer)
         return ReadDone(results), (buffer,)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory for a reply: of this thread, whose last reply is sent, where it is small."""
+        if size > SMALL_REPLY_BYTES:
+            return np.empty(size, np.uint8).data
+        kept = getattr(self._kept, "buffer", None)
+        if kept is None:
+            kept = self._kept.buffer = memoryview(bytearray(SMALL_REPLY_BYTES))
+        return kept[:size]
 
     def _without_bad(
         self, target: Target, message: Read, results: list[tuple[int, int, int]],
-        status: list[int], where: list[int], buffer: Any, pieces: list[Any],
+        status: list[int], plan: array.array[int], buffer: memoryview,
     ) -> tuple[ReadDone, Sequence[Any]]:  # fmt: skip
         """The reply without the pieces that could not be read; they are mended meanwhile."""
-        kept = []
-        for code, index, (_, _, _, got, at) in zip(status, where, pieces, strict=True):
+        kept, at = [], 0
+        where = [index for index, (_, got, _) in enumerate(results) if got]
+        for code, index, got in zip(status, where, plan[1::2], strict=True):
             if code == 0:
                 kept.append(buffer[at : at + got])
-                continue
-            bad = Code.CORRUPT if code == native_io.CORRUPT else Code.DISK
-            results[index] = (int(bad), 0, 0)
-            self.scrubber.report(target.target, message.ios[index][0])
+            else:
+                bad = Code.CORRUPT if code == native_io.CORRUPT else Code.DISK
+                results[index] = (int(bad), 0, 0)
+                self.scrubber.report(target.target, message.ios[index][0])
+            at += got
         return ReadDone(results), kept
 
     def fetch(self, target: int, chunk: bytes) -> tuple[Any, bytes] | None:

@@ -1,103 +1,72 @@
-// Batched chunk IO with CRC-32C in the same pass.
-//   write: per 64 KiB block, crc then pwrite while the block is in cache; whole = combine(blocks)
-//   read:  per request, pread of the blocks it touches, crc compared with the recorded one
-// Bound: memory bandwidth (three crc32 chains of 8 bytes a cycle outrun it).
+// Batched chunk IO with CRC-32C in the same pass; the CRC itself is comm's.
+//   write: per 64 KiB block its CRC, then pwrite; whole = the blocks' CRCs combined
+//   read:  a piece of half a block or more: the block is read and compared with its recorded CRC;
+//          a smaller piece: only the 4 KiB units it touches, each compared with the unit's CRC
+// CRCs of units are kept in memory for blocks read lately and are believed only if they combine to
+// the block's recorded CRC. So an entry that is stale, torn, or another block's is merely a miss,
+// and every byte that leaves here was checked after it was read. Bound: the copy from the cache.
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 
 namespace {
 
-constexpr uint32_t kPoly = 0x82F63B78u;
+constexpr int64_t kBlock = 64 << 10, kUnit = 4 << 10, kUnits = kBlock / kUnit;
+constexpr int64_t kKept = 1 << 16;  // blocks whose units' CRCs are kept: 4 MiB for 4 GiB of data
+constexpr int kCorrupt = -100000;
 
-using Matrix = uint32_t[32];
+using Crc = uint32_t (*)(uint32_t, const void*, size_t, int);
+using Combine = uint32_t (*)(int, uint32_t, uint32_t, uint64_t);
 
-uint32_t times(const Matrix& matrix, uint32_t vector) {
-  uint32_t sum = 0;
-  for (int bit = 0; vector; vector >>= 1, ++bit)
-    if (vector & 1) sum ^= matrix[bit];
-  return sum;
-}
+// As wf_fs_setup was given them.
+Crc crc_of;
+Combine combine_of;
+int table_only;
 
-// powers[k]: appends 2^k zero bytes to a checksum.
-struct Powers {
-  Matrix power[48];
-  uint32_t table[8][256];
-  Powers() {
-    Matrix bit, even;
-    bit[0] = kPoly;
-    for (int i = 1; i < 32; ++i) bit[i] = 1u << (i - 1);
-    for (int i = 0; i < 32; ++i) even[i] = times(bit, bit[i]);      // 2 bits
-    for (int i = 0; i < 32; ++i) bit[i] = times(even, even[i]);     // 4 bits
-    for (int i = 0; i < 32; ++i) power[0][i] = times(bit, bit[i]);  // 8 bits
-    for (int k = 1; k < 48; ++k)
-      for (int i = 0; i < 32; ++i) power[k][i] = times(power[k - 1], power[k - 1][i]);
-    for (uint32_t n = 0; n < 256; ++n) {
-      uint32_t crc = n;
-      for (int k = 0; k < 8; ++k) crc = crc & 1 ? (crc >> 1) ^ kPoly : crc >> 1;
-      table[0][n] = crc;
-    }
-    for (int t = 1; t < 8; ++t)
-      for (int n = 0; n < 256; ++n)
-        table[t][n] = table[0][table[t - 1][n] & 255] ^ (table[t - 1][n] >> 8);
+uint32_t crc32c(const uint8_t* data, size_t size) { return crc_of(0, data, size, table_only); }
+
+// shift(crc): the CRC after as many zero bytes as the table is for; combining is linear.
+struct Shift {
+  uint32_t table[4][256];
+  void make(int64_t bytes) {
+    for (uint32_t i = 0; i < 4; ++i)
+      for (uint32_t value = 0; value < 256; ++value)
+        table[i][value] = combine_of(1, value << (8 * i), 0, bytes);
   }
-  uint32_t shift(uint32_t crc, uint64_t bytes) const {
-    for (int k = 0; bytes; bytes >>= 1, ++k)
-      if (bytes & 1) crc = times(power[k], crc);
-    return crc;
+  uint32_t operator()(uint32_t crc) const {
+    return table[0][crc & 255] ^ table[1][(crc >> 8) & 255] ^ table[2][(crc >> 16) & 255] ^
+           table[3][crc >> 24];
   }
 };
+Shift by_unit, by_block;
 
-const Powers& powers() {
-  static const Powers instance;
-  return instance;
+std::atomic<uint32_t> kept[kKept][kUnits];
+
+// A chunk's content as the caller's records have it.
+struct Content {
+  int64_t fd, place, size;
+  const uint32_t* crcs;
+};
+
+std::atomic<uint32_t>* kept_of(int64_t fd, int64_t at) {
+  const uint64_t key = static_cast<uint64_t>(at / kBlock) * 0x9E3779B97F4A7C15u ^
+                       static_cast<uint64_t>(fd) * 0xBF58476D1CE4E5B9u;
+  return kept[key >> 48];
 }
 
-uint64_t load(const uint8_t* from) {
-  uint64_t value;
-  std::memcpy(&value, from, 8);
-  return value;
+// The CRC of a block from those of its units.
+uint32_t combined(const uint32_t* units, int64_t size) {
+  uint32_t all = units[0];
+  int64_t unit = 1;
+  for (; (unit + 1) * kUnit <= size; ++unit) all = by_unit(all) ^ units[unit];
+  return unit * kUnit < size ? combine_of(1, all, units[unit], size - unit * kUnit) : all;
 }
-
-#if defined(__SSE4_2__)
-uint32_t raw(uint32_t crc, const uint8_t* data, size_t size) {
-  constexpr size_t kStripe = 2048;  // three independent chains hide crc32's latency of 3 cycles
-  uint64_t value = crc;
-  while (size >= 3 * kStripe) {
-    uint64_t one = value, two = 0, three = 0;
-    for (size_t i = 0; i < kStripe; i += 8) {
-      one = __builtin_ia32_crc32di(one, load(data + i));
-      two = __builtin_ia32_crc32di(two, load(data + kStripe + i));
-      three = __builtin_ia32_crc32di(three, load(data + 2 * kStripe + i));
-    }
-    const Matrix& by = powers().power[11];
-    value = times(by, times(by, static_cast<uint32_t>(one)) ^ static_cast<uint32_t>(two)) ^
-            static_cast<uint32_t>(three);
-    data += 3 * kStripe;
-    size -= 3 * kStripe;
-  }
-  for (; size >= 8; size -= 8, data += 8) value = __builtin_ia32_crc32di(value, load(data));
-  for (; size; --size, ++data) value = __builtin_ia32_crc32qi(static_cast<uint32_t>(value), *data);
-  return static_cast<uint32_t>(value);
-}
-#else
-uint32_t raw(uint32_t crc, const uint8_t* data, size_t size) {
-  const auto& table = powers().table;
-  for (; size >= 8; size -= 8, data += 8) {
-    const uint64_t x = load(data) ^ crc;
-    crc = 0;
-    for (int t = 0; t < 8; ++t) crc ^= table[7 - t][(x >> (8 * t)) & 255];
-  }
-  for (; size; --size, ++data) crc = table[0][(crc ^ *data) & 255] ^ (crc >> 8);
-  return crc;
-}
-#endif
-
-uint32_t crc32c(const uint8_t* data, size_t size) { return ~raw(~0u, data, size); }
 
 int write_all(int fd, const uint8_t* data, int64_t size, int64_t offset) {
   while (size) {
@@ -109,34 +78,70 @@ int write_all(int fd, const uint8_t* data, int64_t size, int64_t offset) {
   return 0;
 }
 
-// Bytes read (fewer only at the end of the file), or -errno.
-int64_t read_all(int fd, uint8_t* data, int64_t size, int64_t offset) {
-  int64_t got = 0;
-  while (got < size) {
-    const ssize_t done = pread(fd, data + got, size - got, offset + got);
+// 0, -errno, or kCorrupt where the file ends too early.
+int read_all(int fd, uint8_t* data, int64_t size, int64_t offset) {
+  while (size) {
+    const ssize_t done = pread(fd, data, size, offset);
     if (done < 0 && errno == EINTR) continue;
     if (done < 0) return -errno;
-    if (!done) break;
-    got += done;
+    if (!done) return kCorrupt;
+    data += done, offset += done, size -= done;
   }
-  return got;
+  return 0;
 }
 
-constexpr int kCorrupt = -100000;
+// The units of a block that hold [from, from + take), if their CRCs are kept and match.
+bool read_units(int fd, int64_t at, int64_t size, uint32_t crc, int64_t from, int64_t take,
+                uint8_t* out, uint8_t* scratch) {
+  const std::atomic<uint32_t>* entry = kept_of(fd, at);
+  uint32_t units[kUnits];
+  for (int64_t i = 0; i < kUnits; ++i) units[i] = entry[i].load(std::memory_order_relaxed);
+  if (combined(units, size) != crc) return false;
+  const int64_t first = from / kUnit * kUnit;
+  const int64_t end = std::min((from + take + kUnit - 1) / kUnit * kUnit, size);
+  const bool aligned = first == from && end == from + take;
+  uint8_t* target = aligned ? out : scratch;
+  if (read_all(fd, target, end - first, at + first)) return false;
+  for (int64_t unit = first; unit < end; unit += kUnit)
+    if (crc32c(target + (unit - first), std::min(kUnit, end - unit)) != units[unit / kUnit])
+      return false;
+  if (!aligned) std::memcpy(out, scratch + (from - first), take);
+  return true;
+}
 
-// One request: [offset, offset + length) of a chunk of `size` bytes that starts at `place`.
-int read_one(int fd, int64_t place, int64_t size, int64_t offset, int64_t length,
-             const uint32_t* crcs, int64_t block, uint8_t* out, uint8_t* scratch) {
+// A whole block to `target`, checked; keeps its units' CRCs if `keep`.
+int read_block(int fd, int64_t at, int64_t size, uint32_t crc, bool keep, uint8_t* target) {
+  const int status = read_all(fd, target, size, at);
+  if (status) return status;
+  if (!keep) return crc32c(target, size) == crc ? 0 : kCorrupt;
+  uint32_t units[kUnits] = {};
+  for (int64_t unit = 0; unit * kUnit < size; ++unit)
+    units[unit] = crc32c(target + unit * kUnit, std::min(kUnit, size - unit * kUnit));
+  if (combined(units, size) != crc) return kCorrupt;
+  std::atomic<uint32_t>* entry = kept_of(fd, at);
+  for (int64_t i = 0; i < kUnits; ++i) entry[i].store(units[i], std::memory_order_relaxed);
+  return 0;
+}
+
+// [offset, offset + length) of a chunk.
+int read_piece(const Content& chunk, int64_t offset, int64_t length, uint8_t* out,
+               uint8_t* scratch) {
+  const int fd = static_cast<int>(chunk.fd);
   for (int64_t at = offset; at < offset + length;) {
-    const int64_t start = at / block * block;
-    const int64_t end = start + block < size ? start + block : size;
-    const int64_t take = (end < offset + length ? end : offset + length) - at;
-    const bool whole = at == start && take == end - start;
-    uint8_t* target = whole ? out : scratch;
-    const int64_t got = read_all(fd, target, end - start, place + start);
-    if (got < 0) return static_cast<int>(got);
-    if (got < end - start || crc32c(target, end - start) != crcs[start / block]) return kCorrupt;
-    if (!whole) std::memcpy(out, scratch + (at - start), take);
+    const int64_t start = at / kBlock * kBlock;
+    const int64_t end = std::min(start + kBlock, chunk.size);
+    const int64_t take = std::min(end, offset + length) - at;
+    const uint32_t crc = chunk.crcs[start / kBlock];
+    const bool small = 2 * take < end - start;
+    const bool done = small && read_units(fd, chunk.place + start, end - start, crc, at - start,
+                                          take, out, scratch);
+    if (!done) {
+      const bool whole = take == end - start;
+      const int status =
+          read_block(fd, chunk.place + start, end - start, crc, small, whole ? out : scratch);
+      if (status) return status;
+      if (!whole) std::memcpy(out, scratch + (at - start), take);
+    }
     out += take, at += take;
   }
   return 0;
@@ -146,33 +151,38 @@ int read_one(int fd, int64_t place, int64_t size, int64_t offset, int64_t length
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT uint32_t wf_fs_crc32c(const uint8_t* data, int64_t size) { return crc32c(data, size); }
+// Once, before anything else: comm's wf_crc32c and wf_crc_combine.
+EXPORT void wf_fs_setup(Crc crc, Combine combine, int without_instructions) {
+  crc_of = crc, combine_of = combine, table_only = without_instructions;
+  by_unit.make(kUnit);
+  by_block.make(kBlock);
+}
 
 // Returns 0 or errno. crcs: one per block; whole: of everything. fd < 0: only the checksums.
-EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size, int64_t block,
-                       uint32_t* crcs, uint32_t* whole) {
+EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size, uint32_t* crcs,
+                       uint32_t* whole) {
   uint32_t all = 0;
-  for (int64_t at = 0; at < size; at += block) {
-    const int64_t take = size - at < block ? size - at : block;
-    const uint32_t crc = crc32c(data + at, take);
-    crcs[at / block] = crc;
-    all = powers().shift(all, take) ^ crc;
+  for (int64_t at = 0; at < size; at += kBlock) {
+    const int64_t take = std::min(kBlock, size - at);
+    const uint32_t crc = crcs[at / kBlock] = crc32c(data + at, take);
+    all = take == kBlock ? by_block(all) ^ crc : combine_of(1, all, crc, take);
   }
   *whole = all;
   return fd < 0 ? 0 : write_all(fd, data, size, place);
 }
 
+// plan: [count][2], offset and length of a piece of chunks[i]; out: the pieces, one after another.
 // status[i]: 0, -errno, or -100000 for a checksum that does not match.
-EXPORT void wf_fs_read(int64_t count, const int32_t* fds, const int64_t* places,
-                       const int64_t* sizes, const int64_t* offsets, const int64_t* lengths,
-                       const uint32_t* const* crcs, int64_t block, uint8_t* const* outs,
+EXPORT void wf_fs_read(int64_t count, const Content* chunks, const int64_t (*plan)[2], uint8_t* out,
                        int32_t* status) {
-  std::unique_ptr<uint8_t[]> scratch(new uint8_t[block]);
+  std::unique_ptr<uint8_t[]> scratch(new uint8_t[kBlock]);
   // A cold batch: let the disk work on all of it at once.
   for (int64_t i = 0; count > 1 && i < count; ++i)
-    if (lengths[i] >= 2 * block)
-      posix_fadvise(fds[i], places[i] + offsets[i], lengths[i], POSIX_FADV_WILLNEED);
-  for (int64_t i = 0; i < count; ++i)
-    status[i] = read_one(fds[i], places[i], sizes[i], offsets[i], lengths[i], crcs[i], block,
-                         outs[i], scratch.get());
+    if (plan[i][1] >= 2 * kBlock)
+      posix_fadvise(static_cast<int>(chunks[i].fd), chunks[i].place + plan[i][0], plan[i][1],
+                    POSIX_FADV_WILLNEED);
+  for (int64_t i = 0; i < count; ++i) {
+    status[i] = read_piece(chunks[i], plan[i][0], plan[i][1], out, scratch.get());
+    out += plan[i][1];
+  }
 }
