@@ -49,6 +49,14 @@ def test_500_schedules_keep_every_invariant() -> None:
     run_all(jobs)
 
 
+@pytest.mark.parametrize(
+    ("profile", "seed"),
+    [("mixed", 104_980)],  # a replica that was being filled kept other bytes than it was sent
+)
+def test_a_schedule_that_broke_once_holds(profile: str, seed: int) -> None:
+    assert not run_schedule(seed, False, profile).violation
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_10000_schedules_keep_every_invariant() -> None:

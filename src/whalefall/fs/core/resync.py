@@ -119,10 +119,13 @@ def _send_chunk(node: StorageNode, target: Target, version: int, chunk: bytes) -
             entry = target.store.entry(chunk)
         committed = entry.committed if entry else None
         data = (yield Load(target.target, chunk, pending=False)) if committed else b""
+        # Other bytes than these must not become a replica's content, with a checksum to match.
+        checksum = committed.checksum if committed else -1
         packet = Update(
             successor.target, version, chunk, Kind.REPLACE if committed else Kind.REMOVE, 0,
             committed.length if committed else 0, 0, None, committed.version if committed else 0,
             node.next_order(), True, committed.chain_version if committed else 0,
+            checksum, checksum,
         )  # fmt: skip
         yield from _ask(node, successor.node, packet, data, 4)
     finally:
