@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,6 +30,12 @@ _FREE = 2
 def allocate(sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """One uint8 array a sample, and where each begins ([n] uint64)."""
     lengths: list[int] = sizes.tolist()
+    if (
+        lengths
+        and 0 < len(lengths) * lengths[0] <= _BLOCK_BYTES[-1]
+        and (sizes == lengths[0]).all()
+    ):
+        return _allocate_equal(len(lengths), lengths[0])
     out: list[np.ndarray] = []
     where = np.empty(len(lengths), np.uint64)
     left = sum(lengths)
@@ -45,6 +52,19 @@ def allocate(sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         left -= at
         first = i
     return out, where
+
+
+def _allocate_equal(count: int, size: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Samples of one size, in one block: numpy cuts rows faster than we cut pieces."""
+    total = count * size
+    block = _block(total, size)
+    base: int = block.__array_interface__["data"][0]
+    return list(block[:total].reshape(count, size)), np.uint64(base) + _steps(count, size)
+
+
+@lru_cache(64)
+def _steps(count: int, size: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint64) * np.uint64(size)
 
 
 def _block(left: int, sample: int) -> np.ndarray:

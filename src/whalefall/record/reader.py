@@ -214,6 +214,7 @@ class FileReader:
             bad = np.flatnonzero(found[rows] != wanted)
             if len(bad):
                 sample = int(samples[rows][bad[0]])
+                self._open().still_reaches(file, int(self._indices[file].bounds[sample + 1]))
                 raise ChecksumError(
                     f"record: {self.fnames[file]}, sample {sample}: checksum is "
                     f"{found[rows][bad[0]]:08x}, wanted {wanted[bad[0]]:08x}: damaged"

@@ -6,7 +6,9 @@ CRC-32 of each piece. Local files are read with pread on descriptors, so a forke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -46,6 +48,9 @@ class Source(Protocol):
         Raises: CorruptError for a file that ends too soon, OSError.
         """  # fmt: skip
 
+    def still_reaches(self, file: int, end: int) -> None:
+        """Raises: CorruptError if a file is shorter now than `end`."""
+
     def close(self) -> None: ...
 
 
@@ -84,8 +89,34 @@ def _read_batch() -> Any:
     function = jit.build(Path(__file__).parent / "native" / "read_batch.cpp").wf_read_batch
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.restype = number
-    function.argtypes = [pointer] * 5 + [number, pointer, ctypes.c_int, pointer]
+    function.argtypes = [pointer] * 6 + [number, pointer, ctypes.c_int, pointer]
     return function
+
+
+class Maps:
+    """Files as memory, each mapped when first wanted.
+
+    Attributes:
+        bases: [files] uint64, addresses; 0: not mapped.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.bases = np.zeros(count, np.uint64)
+        self.missing = set(range(count))
+        self._kept: list[mmap.mmap] = []
+
+    def add(self, files: np.ndarray, fds: list[int], sizes: list[int]) -> None:
+        """Map those of `files` that are not yet; what cannot be mapped is left to pread."""
+        for file in self.missing.intersection(files.tolist()):
+            with contextlib.suppress(OSError, ValueError):
+                made = mmap.mmap(fds[file], sizes[file], prot=mmap.PROT_READ)
+                made.madvise(mmap.MADV_RANDOM)
+                self._kept.append(made)
+                self.bases[file] = np.frombuffer(made, np.uint8).ctypes.data
+            self.missing.discard(file)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 class LocalFiles:
@@ -102,6 +133,7 @@ class LocalFiles:
             raise MissingError(f"record: {error.filename}: {error.strerror}") from None
         self._table = np.array(self._fds, np.int32)
         self._sizes = [os.fstat(fd).st_size for fd in self._fds]
+        self._maps = Maps(len(names))
 
     def size(self, file: int) -> int:
         return self._sizes[file]
@@ -132,12 +164,16 @@ class LocalFiles:
             return self._read_plainly(files, offsets, sizes, out, check)
         count = len(where)
         fds = self._table[files]
+        maps = self._maps  # alive until the call is over, even if somebody closes the reader
+        if check and maps.missing:
+            maps.add(files, self._fds, self._sizes)
+        bases = maps.bases[files]
         found = np.empty(count, np.uint32)
         failed = ctypes.c_int(0)
         comm = native()
         done = call(
-            fds.ctypes.data, offsets.ctypes.data, sizes.ctypes.data, where.ctypes.data,
-            found.ctypes.data, count, _crc_address() if check else None, comm.level == "any",
+            fds.ctypes.data, bases.ctypes.data, offsets.ctypes.data, sizes.ctypes.data,
+            where.ctypes.data, found.ctypes.data, count, _crc_address() if check else None, comm.level == "any",
             ctypes.byref(failed),
         )  # fmt: skip
         if failed.value == -1:
@@ -145,6 +181,10 @@ class LocalFiles:
         if failed.value:
             raise OSError(failed.value, os.strerror(failed.value), self.names[files[done]])
         return found if check else None
+
+    def still_reaches(self, file: int, end: int) -> None:
+        if os.fstat(self._fds[file]).st_size < end:
+            raise _short(self.names[file], end)
 
     def _read_plainly(
         self,
@@ -169,7 +209,7 @@ class LocalFiles:
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
-        self._fds = []
+        self._fds, self._maps = [], Maps(len(self.names))
 
 
 @cache
@@ -227,6 +267,9 @@ class RemoteFiles:
             if check:
                 found[i] = crc32(piece)
         return found if check else None
+
+    def still_reaches(self, file: int, end: int) -> None:
+        """A range that is too short was refused already."""
 
     def close(self) -> None:
         pass
