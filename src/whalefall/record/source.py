@@ -173,8 +173,8 @@ class LocalFiles:
         comm = native()
         done = call(
             fds.ctypes.data, bases.ctypes.data, offsets.ctypes.data, sizes.ctypes.data,
-            where.ctypes.data, found.ctypes.data, count, _crc_address() if check else None, comm.level == "any",
-            ctypes.byref(failed),
+            where.ctypes.data, found.ctypes.data, count, _crc_address() if check else None,
+            comm.level == "any", ctypes.byref(failed),
         )  # fmt: skip
         if failed.value == -1:
             raise _short(self.names[files[done]], int(offsets[done] + sizes[done]))
