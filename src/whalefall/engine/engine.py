@@ -25,11 +25,12 @@ from whalefall.engine.drafter import Drafter
 from whalefall.engine.kv_cache import KV_DTYPES, KVCache
 from whalefall.engine.model_runner import ModelRunner
 from whalefall.engine.outputs import Delta, EngineStats
+from whalefall.engine.request_check import check_request
 from whalefall.engine.sampling import TokenLogprobs, sample
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.engine.structured import Grammars
 from whalefall.engine.turn import Turn, draft
-from whalefall.errors import ConfigError, LimitError, MissingError
+from whalefall.errors import ConfigError, MissingError
 from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
 from whalefall.model.step import COMPUTE, Step, make_step
 
@@ -227,24 +228,7 @@ class Engine:
                 self._scheduler.add(seq)
 
     def _check(self, request_id: str, prompt: Items[int], params: SamplingParams) -> None:
-        if not len(prompt):
-            raise ConfigError(f"add: request {request_id!r} has an empty prompt")
-        if len(prompt) >= self.max_model_len:
-            raise LimitError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.max_model_len}"
-                " with the answer; shorten it"
-            )
-        low, high = min(prompt), max(prompt)
-        vocab = self.model.vocab_size
-        if low < 0 or high >= vocab:
-            raise ConfigError(
-                f"add: the prompt has token {low if low < 0 else high}, wanted 0 … {vocab - 1}"
-            )
-        for token in (*params.logit_bias, *params.stop_token_ids):
-            if not 0 <= token < vocab:
-                raise ConfigError(
-                    f"add: logit_bias or stop_token_ids has {token}, wanted 0 … {vocab - 1}"
-                )
+        check_request(request_id, prompt, params, self.max_model_len, self.model.vocab_size)
 
     def _answer(
         self,

@@ -51,13 +51,13 @@ def read(events: Iterator[dict[str, Any]]) -> tuple[str, list[float]]:
 def test_a_stream_survives_kill_9_of_both_kinds_of_unit(model) -> None:
     with units(model, "1x2", "1x2") as gateway, served(gateway, Settings("tiny")) as running:
         with httpx.Client(base_url=running.url, timeout=90) as client:
-            whole = client.post("/v1/completions", json=body(400)).json()["choices"][0]
-            events, seen = stream(client, tokens=400), []
+            whole = client.post("/v1/completions", json=body(160)).json()["choices"][0]
+            events, seen = stream(client, tokens=160), []
             for event in events:
                 seen.append(event)
-                if len(seen) == 40:
+                if len(seen) == 30:
                     kill_one(gateway, "decode")
-                if len(seen) == 120:
+                if len(seen) == 80:
                     kill_one(gateway, "prefill")
                     kill_one(gateway, "decode")
             text, logprobs = read(iter(seen))
@@ -154,14 +154,14 @@ def command(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
 def test_sigterm_lets_an_open_answer_finish_and_ends_every_process(model) -> None:
     with command(model, "--prefill", "1x1", "--decode", "1x2") as (process, url):
         with httpx.Client(base_url=url, timeout=90) as client:
-            events = stream(client, tokens=300)
+            events = stream(client, tokens=60)
             first = next(events)
             children = children_of(process.pid)
             assert len(children) == 3
             process.send_signal(signal.SIGTERM)
             _, logprobs = read(events)
-        assert process.wait(20) == 0
-    assert first["choices"] and len(logprobs) + len(read(iter([first]))[1]) == 300
+        assert process.wait(60) == 0
+    assert first["choices"] and len(logprobs) + len(read(iter([first]))[1]) == 60
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -10,6 +10,8 @@ import pytest
 from tests.serve.units.conftest import collect, requests, units
 from whalefall import comm
 from whalefall.engine import SamplingParams
+from whalefall.engine.structured import StructuredOutputs
+from whalefall.errors import ConfigError
 from whalefall.serve.core import DecodeLoad, ScaleRule
 
 pytestmark = pytest.mark.ranks
@@ -195,3 +197,27 @@ def test_one_changed_line_of_a_balancer_shows_in_server_and_simulator(model, mon
     monkeypatch.setattr(DecodeLoad, "pressure", lambda self, kv: -lighter(self, kv))
     assert spread(model) == [76, 0]
     assert simulated_peak() == 1.0
+
+
+def test_an_answer_in_a_given_form_is_that_of_one_process_and_a_bad_form_is_refused(
+    model, alone
+) -> None:
+    form = StructuredOutputs(regex="[a-f]{30}")
+    wanted = [([9, 8, 7], SamplingParams(max_tokens=40, temperature=1.0, seed=3,
+                                         structured_outputs=form))]  # fmt: skip
+    right, killed = alone(wanted), []
+
+    def between(count: int) -> None:
+        if count > 8 and not killed:
+            kill_one(gateway, "decode")
+            killed.append(count)
+
+    with units(model, "1x1", "1x1") as gateway:
+        assert collect(gateway, wanted, between) == right
+        bad = SamplingParams(structured_outputs=StructuredOutputs(regex="[a-"))
+        with pytest.raises(ConfigError):
+            gateway.add("bad", [5, 6], bad)
+        with pytest.raises(ConfigError, match="token 999999"):
+            gateway.add("bad", [5, 999999], SamplingParams())
+        assert not gateway.has_work()
+    assert set(right["r0", 0]["text"]) <= set("abcdef")

@@ -7,6 +7,7 @@ port) can `fetch`. Memory is taken for what is under way and no longer.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 
 from whalefall import comm
 from whalefall.engine.kv_cache import KV_DTYPES
-from whalefall.errors import MissingError, WhalefallError
+from whalefall.errors import LimitError, MissingError, WhalefallError
 from whalefall.serve.units.messages import Transfer
 
 __all__ = ["Outbox", "fetch"]
 
+log = logging.getLogger("whalefall.serve")
 LIMITS = comm.Limits(payload_bytes=1 << 40)
 TIMEOUT_S = 30.0
 
@@ -39,37 +41,43 @@ class Outbox:
     Args:
         name: unique on this host; begins the regions' names.
         dtype: of the KV cache, as `KV_DTYPES` names it.
-        token: None: shared memory; else TCP, and the secret that fetchers must know.
+        token: the secret that fetchers over TCP must know.
+        shared: use shared memory, and TCP only where that is full.
         host: address to listen on.
     """
 
-    def __init__(self, name: str, dtype: str, token: bytes | None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, name: str, dtype: str, token: bytes, shared: bool = True, host: str = "127.0.0.1"
+    ) -> None:
         self._name, self._dtype, self._token, self._host = name, dtype, token, host
+        self._shared = shared
         self._regions: dict[str, comm.Region] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._count = 0
         self._listener: socket.socket | None = None
-        if token is not None:
-            self._listener = comm.listen(host)
-            threading.Thread(target=self._serve, name="hand-over", daemon=True).start()
 
     def put(self, key: str, pages: np.ndarray) -> Transfer:
-        """Keep a prompt's pages [layers, blocks, 64, latent + rope].
+        """Keep a prompt's pages [layers, blocks, 64, latent + rope]."""
+        if self._shared:
+            try:
+                return self._share(key, pages)
+            except LimitError as error:
+                log.warning("%s; handing over through TCP", error)
+        if self._listener is None:
+            self._listener = comm.listen(self._host)
+            threading.Thread(target=self._serve, name="hand-over", daemon=True).start()
+        self._arrays[key] = np.ascontiguousarray(pages)
+        port = self._listener.getsockname()[1]
+        return Transfer(key, self._host, port, list(pages.shape), self._dtype)
 
-        Raises: LimitError where shared memory is full.
-        """
-        shape = list(pages.shape)
-        if self._listener is not None:
-            self._arrays[key] = np.ascontiguousarray(pages)
-            port = self._listener.getsockname()[1]
-            return Transfer(key, self._host, port, shape, self._dtype)
+    def _share(self, key: str, pages: np.ndarray) -> Transfer:
         self._count += 1
         region = comm.Region.create(f"{self._name}-{self._count}", max(1, pages.nbytes))
         raw: Any = np.frombuffer(region.view, np.uint8, pages.nbytes)
-        raw.view(pages.dtype).reshape(shape)[...] = pages
+        raw.view(pages.dtype).reshape(pages.shape)[...] = pages
         del raw
         self._regions[key] = region
-        return Transfer(str(region.name), "", 0, shape, self._dtype)
+        return Transfer(str(region.name), "", 0, list(pages.shape), self._dtype)
 
     def release(self, key: str) -> None:
         """Give the memory back; unknown keys are ignored."""
@@ -82,7 +90,7 @@ class Outbox:
         return len(self._regions) + len(self._arrays)
 
     def _serve(self) -> None:
-        assert self._listener is not None and self._token is not None
+        assert self._listener is not None
         while True:
             try:
                 channel = comm.accept(self._listener, self._token, limits=LIMITS)

@@ -22,7 +22,7 @@ from whalefall.engine import EngineConfig
 from whalefall.engine.core.sequence import BLOCK_SIZE
 from whalefall.engine.outputs import Delta
 from whalefall.engine.unit_engine import UnitEngine
-from whalefall.errors import LimitError, MissingError, WhalefallError
+from whalefall.errors import MissingError, WhalefallError
 from whalefall.serve.units import messages as m
 from whalefall.serve.units.handover import Outbox, fetch
 
@@ -61,7 +61,7 @@ def main(
         group = ep.Engine(meeting, timeout_s=EP_TIMEOUT_S, chunk_bytes=1 << 20)
     config = EngineConfig(**engine)
     own = UnitEngine(model, config, group, kind == "prefill", overlap, redundant)
-    outbox = Outbox(f"kv-{os.getpid()}", config.kv_dtype, token if transfer == "tcp" else None)
+    outbox = Outbox(f"kv-{os.getpid()}", config.kv_dtype, token, transfer == "shm")
     channel = comm.connect("127.0.0.1", port, token)
     try:
         Rank(unit, rank, own, outbox, channel, token).run()
@@ -121,7 +121,7 @@ class Rank:
             behind = not found.busy
             self.events += [_tokens(delta) for delta in found.deltas]
             for key, pages in found.handed:
-                self._keep(key, pages)
+                self.events.append(m.Prefilled(key, self.outbox.put(key, pages)))
             self._report(idle)
 
     def _heed(self, idle: bool, behind: bool) -> bool:
@@ -179,12 +179,6 @@ class Rank:
             eplb.rebalance(loads, slots.shape[1], 1, 1, ranks, previous=slots, max_moves=0)
         )
         self.placement = body.version
-
-    def _keep(self, key: str, pages: np.ndarray) -> None:
-        try:
-            self.events.append(m.Prefilled(key, self.outbox.put(key, pages)))
-        except LimitError as error:
-            self.events.append(m.Refused(key, str(error)))
 
     def _report(self, idle: bool) -> None:
         loads, now = None, time.monotonic()
