@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests.model.forms import FORMS
 from whalefall.engine import LLM, Engine, EngineConfig, SamplingParams
 from whalefall.engine import engine as engine_module
+from whalefall.engine.answer import Answer
 from whalefall.engine.core import Scheduled
 from whalefall.errors import ConfigError
 from whalefall.model.synth import synth
@@ -105,7 +107,7 @@ def oracle(answer: list[int], num_prompt: int, seed: int) -> Callable[..., dict[
     """A drafter that knows the answer, and is wrong at random places."""
     rng = np.random.default_rng(seed)
 
-    def draft(items: Sequence[Scheduled], _: object) -> dict[str, list[int]]:
+    def draft(items: Items[Scheduled], _: object) -> dict[str, list[int]]:
         found = {}
         for item in items:
             start = len(item.seq.tokens) - num_prompt
@@ -205,3 +207,21 @@ def test_the_rule_knows_what_the_checkpoint_reads(tmp_path: Path) -> None:
     assert 1 / more == pytest.approx(
         (costs.step + expected + drafts) / (costs.step + 6 * costs.expert), rel=1e-6
     )
+
+
+def test_a_draft_is_sampled_as_if_those_before_it_were_there() -> None:
+    params = SamplingParams(
+        temperature=0.8, seed=3, frequency_penalty=1.0, min_tokens=3, max_tokens=9, logprobs=1
+    )
+    seq = Sequence("s", [4, 5], 2)
+    answer = Answer("r", 0, seq, params, 3, None, (1,), 99)
+    logits = np.zeros(32, np.float32)
+    ahead = answer.sample_row(logits, [7, 7, 9])
+    assert answer.sample_row(logits, [7]).banned == (1,)
+    for token in (7, 7, 9):
+        answer.push(token)
+    there = answer.sample_row(logits)
+    assert ahead.seen == there.seen == {4: 0, 5: 0, 7: 2, 9: 1}
+    assert (ahead.uniform, ahead.banned) == (there.uniform, there.banned)
+    assert there.banned == ()
+    assert (ahead.num_logprobs, there.num_logprobs) == (None, 1)
