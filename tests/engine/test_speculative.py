@@ -14,7 +14,7 @@ from tests.model.forms import FORMS
 from whalefall.engine import LLM, Engine, EngineConfig, SamplingParams
 from whalefall.engine import engine as engine_module
 from whalefall.engine.answer import Answer
-from whalefall.engine.core import Scheduled
+from whalefall.engine.core import Scheduled, Sequence
 from whalefall.errors import ConfigError
 from whalefall.model.synth import synth
 from whalefall.serve.commands import bundled_path
