@@ -53,10 +53,16 @@ def test_linears_agree_with_float64_and_rows_do_not_depend_on_m(
             plain = exact.astype(dtype)
             assert error(gemm.linear(x, plain, form), x, plain) < 1e-6
         x16 = x.astype(BF16)
+        wide = gemm.fp8_linear(x16, weight, scale, form, out_dtype="float32")
+        assert error(wide, x16, exact) < 1e-6  # bf16 times E4M3 is exact, by dot or by FMA
+        for i in range(m):
+            row = gemm.fp8_linear(x16[i : i + 1], weight, scale, form, out_dtype="float32")
+            assert (row == wide[i]).all()
         y16 = gemm.fp8_linear(x16, weight, scale, form)
-        wide = gemm.fp8_linear(x16.astype(np.float32), weight, scale, form)
         assert y16.dtype == BF16
         assert (y16 == wide.astype(BF16)).all()
+        half = exact.astype(BF16)
+        assert error(gemm.linear(x16, half, form, out_dtype="float32"), x16, half) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["few", "many"])

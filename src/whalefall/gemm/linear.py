@@ -17,6 +17,7 @@ import numpy as np
 from whalefall.dtypes import View, empty_like, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.native_calls import (
+    ACTIVATIONS,
     FORMS,
     KINDS,
     Expert,
@@ -142,7 +143,7 @@ def fused_experts(
         call.rows.factor = factors.address
     mean = tokens * topk / max(1, len(structs))
     call.form = _form(form, mean, "fused_experts")
-    call.quantize = quantize_activations
+    call.activations = ACTIVATIONS["e4m3" if quantize_activations else "keep"]
     library().wf_experts(ctypes.addressof(call))
     return out
 
@@ -232,7 +233,7 @@ def _run_linear(
     call.y = Output(y.address, y.strides[0], None, None, KINDS[y.dtype], 0)
     call.count = seen.shape[0]
     call.form = _form(form, seen.shape[0], name)
-    call.quantize = quantize
+    call.activations = ACTIVATIONS["e4m3" if quantize else "keep"]
     library().wf_linear(ctypes.addressof(call))
     return out
 

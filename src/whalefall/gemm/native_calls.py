@@ -12,6 +12,7 @@ __all__ = ["KINDS", "Expert", "ExpertsCall", "Input", "LinearCall", "Output", "W
 
 KINDS = {"float32": 0, "bfloat16": 1, "float8_e4m3fn": 2}
 FORMS = {"few": 0, "many": 1}
+ACTIVATIONS = {"keep": 0, "e4m3": 1, "half": 2}  # what a product does to fp32 activations first
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -58,7 +59,7 @@ class LinearCall(ctypes.Structure):
         ("y", Output),
         ("count", _INT64),
         ("form", _INT32),
-        ("quantize", _INT32),
+        ("activations", _INT32),
     )
 
 
@@ -80,7 +81,7 @@ class ExpertsCall(ctypes.Structure):
         ("x", Input),
         ("rows", Output),
         ("form", _INT32),
-        ("quantize", _INT32),
+        ("activations", _INT32),
     )
 
 

@@ -123,7 +123,7 @@ def _build(
         f"-I{INCLUDE}",
     ]
     if any(path.name == "simd.h" for path in headers(source)):
-        options += _measured_options()
+        options += _measured_options(level)
     folder = env.cache_dir() / "jit"
     folder.mkdir(exist_ok=True)
     target = folder / f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
@@ -132,10 +132,11 @@ def _build(
     return Library(target, level)
 
 
-def _measured_options() -> list[str]:
+def _measured_options(level: str) -> list[str]:
     from whalefall.jit import machine  # which builds a unit of its own, one without simd.h
 
-    return ["-DWF_SLOW_DENORMALS"] if machine.denormals_are_slow() else []
+    options = ["-DWF_SLOW_DENORMALS"] if machine.denormals_are_slow() else []
+    return [*options, "-DWF_DOT"] if machine.dot_is_fast(level) else options
 
 
 def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "cpu_model",
     "denormals_are_slow",
     "describe",
+    "dot_is_fast",
     "fma_peak",
     "limits",
     "memory_bytes",
@@ -58,8 +59,8 @@ def memory_bytes() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def _library() -> Library:
-    library = build(Path(__file__).parent / "native" / "limits.cpp")
+def _library(level: str | None = None) -> Library:
+    library = build(Path(__file__).parent / "native" / "limits.cpp", level=level)
     library.wf_read.restype = ctypes.c_int64
     library.wf_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.wf_fma.restype = ctypes.c_double
@@ -114,21 +115,56 @@ def denormals_are_slow() -> bool:
     return best(2.0**-128) > 3 * best(1.0)
 
 
+@functools.cache
+def dot_is_fast(level: str) -> bool:
+    """Whether bf16 dots do clearly more than fp32 multiply-adds at `level` (2 ms, measured once).
+
+    They do twice as much on AMD's Zen 4 and 5, half as much on some Xeons that have them too. The
+    answer is kept on disk: kernels' last bits hang on it.
+    """
+    if isa.LEVELS[level].rank < isa.LEVELS["avx512bf16"].rank:
+        return False
+    key, known = f"{cpu_model()}|{level}|dot", _remembered()
+    if key not in known:
+        library = _library(level)
+        library.wf_seconds_with_factor.restype = ctypes.c_double
+        library.wf_seconds_with_factor.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p]
+        library.wf_seconds_of_dots.restype = ctypes.c_double
+        library.wf_seconds_of_dots.argtypes = [ctypes.c_int64]
+        sink = (ctypes.c_float * 64)()
+        dots = min(float(library.wf_seconds_of_dots(2000)) for _ in range(9))
+        fmas = min(float(library.wf_seconds_with_factor(2000, 1.0, sink)) for _ in range(9))
+        # as many instructions in both, each dot doing twice the products
+        known = _remember(key, {"dot_over_fma": 2 * fmas / dots if dots else 0.0})
+    return known[key]["dot_over_fma"] > 1.3
+
+
+def _remembered() -> dict[str, dict[str, float]]:
+    try:
+        found: dict[str, dict[str, float]] = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _remember(key: str, value: dict[str, float]) -> dict[str, dict[str, float]]:
+    known = {**_remembered(), key: value}
+    temporary = _path().with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    os.replace(temporary, _path())
+    return known
+
+
+def _path() -> Path:
+    return env.cache_dir() / "machine.json"
+
+
 def limits(measure: bool = False) -> dict[str, float]:
     """Measured `read_bytes_s` and `fma_flops` of this machine, from the cache unless `measure`."""
     key = f"{cpu_model()}|{pool.get_num_threads()}|{isa.best_level()}"
-    path = env.cache_dir() / "machine.json"
-    known: dict[str, dict[str, float]] = {}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
+    known = _remembered()
     if measure or key not in known:
-        known[key] = {"read_bytes_s": read_bandwidth(), "fma_flops": fma_peak()}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        known = _remember(key, {"read_bytes_s": read_bandwidth(), "fma_flops": fma_peak()})
     return known[key]
 
 

@@ -19,7 +19,7 @@ from whalefall.attention.native_calls import paged_entry
 from whalefall.ep.routing import library as gate_library
 from whalefall.errors import WhalefallError
 from whalefall.gemm.linear import weight_struct
-from whalefall.gemm.native_calls import FORMS, Expert, Weight
+from whalefall.gemm.native_calls import ACTIVATIONS, FORMS, Expert, Weight
 from whalefall.gemm.native_calls import library as gemm_library
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import rules
@@ -29,6 +29,7 @@ from whalefall.model.weights import Experts, Layer, Linear, Mlp, MtpLayer, Weigh
 __all__ = ["NativeStep"]
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+_ACTIVATIONS = {"fp32": "keep", "w8a8": "e4m3", "w8a16": "half"}
 _ATTENTION_TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1}
 
 
@@ -77,7 +78,7 @@ class _Model(ctypes.Structure):
         ("mtp", _P),
         ("gate", _Gate),
         *((name, _F) for name in ("eps", "latent_eps", "softmax_scale")),
-        *((name, _I) for name in ("quantize", "bf16_rows")),
+        *((name, _I) for name in ("activations", "bf16_rows")),
         *((name, _P) for name in ("linear", "run_experts", "route", "attention")),
     )
 
@@ -195,7 +196,7 @@ class _Builder:
             eps=c.rms_norm_eps,
             latent_eps=c.norm_eps_latent,
             softmax_scale=c.softmax_scale,
-            quantize=compute == "w8a8",
+            activations=ACTIVATIONS[_ACTIVATIONS[compute]],
             bf16_rows=compute != "fp32",
             linear=_address(gemm.wf_linear),
             run_experts=_address(gemm.wf_experts),

@@ -21,12 +21,13 @@ class FusedExperts {
  public:
   // rows: [tokens * topk, H], kF32 or kBf16; rows.factor, if any, holds one factor a selection.
   void run(const Expert* experts, int64_t num_experts, const Selections& selected, const Input& x,
-           const Output& rows, int form, bool quantize = false);
+           const Output& rows, int form, int activations = kKeep);
 
  private:
   void sort(int64_t num_experts, const Selections& selected);
   Prepared x_, hidden_;
-  Scratch order_, tokens_, starts_, middle_;
+  Scratch order_, tokens_, starts_, active_, middle_;
+  int64_t num_active_ = 0;  // experts that were chosen
 };
 
 namespace detail {
@@ -48,12 +49,14 @@ inline void silu_mul(const float* g, const float* u, float* h, int64_t count) {
 
 // One part of one expert's product: rows [n, end) of w for the selections [first, last).
 inline void multiply(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                     int64_t last, const Output& out, int form) {
+                     int64_t last, const Output& out, int form, Next next = nullptr) {
   if (form == kMany) return multiply_many(w, n, end, x, first, last, out);
   Rows part = x;
   Output to = out;
   if (part.index)
     part.index += first;
+  else if (part.halves)
+    part.halves += first * part.pitch;
   else
     part.data += first * part.pitch;
   if (!part.index && part.scale) part.scale += first * part.scale_pitch;
@@ -62,7 +65,7 @@ inline void multiply(const Weight& w, int64_t n, int64_t end, const Rows& x, int
     to.index += first;
   else
     to.data = static_cast<float*>(to.data) + first * to.pitch;
-  multiply_few(w, n, end, part, last - first, to);
+  multiply_few(w, n, end, part, last - first, to, next);
 }
 }  // namespace detail
 
@@ -75,6 +78,10 @@ inline void FusedExperts::sort(int64_t num_experts, const Selections& selected) 
   for (int64_t i = 0; i < total; ++i)
     if (selected.expert[i] >= 0) ++start[selected.expert[i] + 2];
   for (int64_t e = 0; e <= num_experts; ++e) start[e + 1] += start[e];
+  int32_t* active = active_.get<int32_t>(num_experts + 1);
+  num_active_ = 0;
+  for (int64_t e = 0; e < num_experts; ++e)
+    if (start[e + 2] > start[e + 1]) active[num_active_++] = int32_t(e);
   for (int64_t i = 0; i < total; ++i) {
     if (selected.expert[i] < 0) continue;
     int64_t at = start[selected.expert[i] + 1]++;
@@ -85,13 +92,14 @@ inline void FusedExperts::sort(int64_t num_experts, const Selections& selected) 
 
 inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
                               const Selections& selected, const Input& x, const Output& rows,
-                              int form, bool quantize) {
+                              int form, int activations) {
   if (num_experts == 0 || selected.tokens * selected.topk == 0) return;
   int64_t width = experts[0].w1.rows, hidden = experts[0].w1.cols;
   sort(num_experts, selected);
   const int64_t* start = starts_.get<int64_t>(0);
   const int32_t* order = order_.get<int32_t>(0);
-  Rows tokens = x_.rows(x, selected.tokens, hidden, order_for(experts[0].w1.kind, form), quantize);
+  const int32_t* active = active_.get<int32_t>(0);
+  Rows tokens = x_.rows(x, selected.tokens, experts[0].w1, form, activations);
   tokens.index = tokens_.get<int32_t>(0);
   float* middle = middle_.get<float>(selected.tokens * selected.topk * width);
 
@@ -100,39 +108,52 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
       std::memset(static_cast<char*>(rows.data) + i * rows.pitch * kind_bytes(rows.kind), 0,
                   hidden * kind_bytes(rows.kind));
 
-  constexpr int64_t kChunk = 64;  // W rows of a task; few and many alike
-  constexpr int64_t kPart = 64;   // selections that share one pass of gate and up
-  static_assert(kChunk <= many::kColumns && kPart <= many::kChunkRows);
-  int64_t across = ceil_div(width, kChunk);
-  parallel_for(num_experts * across, [&](int64_t task, int) {
-    int64_t e = task / across, n = task % across * kChunk;
-    int64_t end = n + kChunk < width ? n + kChunk : width;
-    float gate[kPart * kChunk], up[kPart * kChunk];
-    int64_t step = form == kMany ? kPart : few::kRowsOfX;
+  // W rows of a task of gate and up, and of one of down; selections that share a pass of the former.
+  const int64_t chunk = form == kFew ? 128 : 64, down_chunk = form == kFew ? 256 : 64;
+  const int64_t step = form == kFew ? few::kRowsOfX : 64;
+  constexpr int64_t kMost = 4096;  // chunk * step
+  static_assert(128 * few::kRowsOfX <= kMost && 64 <= many::kColumns && 64 <= many::kChunkRows);
+  int64_t across = ceil_div(width, chunk), down = ceil_div(hidden, down_chunk);
+  // The weights that a thread reads first after a task: threads take tasks in turns, near enough.
+  auto after_gate = [&](int64_t task) -> Next {
+    const int64_t next = task + num_threads(), rest = next - num_active_ * across;
+    if (rest < 0) return experts[active[next / across]].w1.row(next % across * chunk);
+    return rest < num_active_ * down ? experts[active[rest / down]].w2.row(rest % down * down_chunk)
+                                     : nullptr;
+  };
+  auto after_down = [&](int64_t task) -> Next {
+    const int64_t next = task + num_threads();
+    return next < num_active_ * down ? experts[active[next / down]].w2.row(next % down * down_chunk)
+                                     : nullptr;
+  };
+  parallel_for(num_active_ * across, [&](int64_t task, int) {
+    int64_t e = active[task / across], n = task % across * chunk;
+    int64_t end = n + chunk < width ? n + chunk : width;
+    float gate[kMost], up[kMost];
     for (int64_t first = start[e]; first < start[e + 1]; first += step) {
       int64_t last = first + step < start[e + 1] ? first + step : start[e + 1];
-      Output g{gate - first * kChunk - n, kChunk, nullptr, nullptr, kF32, 0};
-      Output u{up - first * kChunk - n, kChunk, nullptr, nullptr, kF32, 0};
-      detail::multiply(experts[e].w1, n, end, tokens, first, last, g, form);
-      detail::multiply(experts[e].w3, n, end, tokens, first, last, u, form);
+      Output g{gate - first * chunk - n, chunk, nullptr, nullptr, kF32, 0};
+      Output u{up - first * chunk - n, chunk, nullptr, nullptr, kF32, 0};
+      detail::multiply(experts[e].w1, n, end, tokens, first, last, g, form, experts[e].w3.row(n));
+      detail::multiply(experts[e].w3, n, end, tokens, first, last, u, form, after_gate(task));
       for (int64_t i = first; i < last; ++i)
-        detail::silu_mul(gate + (i - first) * kChunk, up + (i - first) * kChunk,
+        detail::silu_mul(gate + (i - first) * chunk, up + (i - first) * chunk,
                          middle + i * width + n, end - n);
     }
   });
   Input h{middle, width, kF32, 0};
-  Rows inner =
-      hidden_.rows(h, start[num_experts], width, order_for(experts[0].w2.kind, form), quantize);
+  // between the products as before them: bf16 stays bf16
+  int between = x.kind == kBf16 && activations == kKeep ? int(kHalf) : activations;
+  Rows inner = hidden_.rows(h, start[num_experts], experts[0].w2, form, between);
   Output to = rows;
   to.index = order;
-  int64_t down = ceil_div(hidden, kChunk);
-  parallel_for(num_experts * down, [&](int64_t task, int) {
-    int64_t e = task / down, n = task % down * kChunk;
-    int64_t end = n + kChunk < hidden ? n + kChunk : hidden;
-    int64_t step = many::kChunkRows;
-    for (int64_t first = start[e]; first < start[e + 1]; first += step) {
-      int64_t last = first + step < start[e + 1] ? first + step : start[e + 1];
-      detail::multiply(experts[e].w2, n, end, inner, first, last, to, form);
+  parallel_for(num_active_ * down, [&](int64_t task, int) {
+    int64_t e = active[task / down], n = task % down * down_chunk;
+    int64_t end = n + down_chunk < hidden ? n + down_chunk : hidden;
+    for (int64_t first = start[e]; first < start[e + 1]; first += many::kChunkRows) {
+      int64_t last = first + many::kChunkRows;
+      last = last < start[e + 1] ? last : start[e + 1];
+      detail::multiply(experts[e].w2, n, end, inner, first, last, to, form, after_down(task));
     }
   });
 }

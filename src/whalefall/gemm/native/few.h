@@ -70,13 +70,15 @@ struct Group {
 // The rows of x of one pass.
 struct Tokens {
   const float* row[kRowsOfX];
+  const uint16_t* half[kRowsOfX];
   const float* scale[kRowsOfX];
   float unlift[kRowsOfX];
   int count;
 
   Tokens(const Rows& x, int64_t first, int64_t last) : count(int(last - first)) {
     for (int i = 0; i < count; ++i) {
-      row[i] = x.row(first + i);
+      row[i] = x.halves ? nullptr : x.row(first + i);
+      half[i] = x.halves ? x.half_row(first + i) : nullptr;
       scale[i] = x.row_scale(first + i);
       unlift[i] = x.row_unlift(first + i);
     }
@@ -234,15 +236,4 @@ void rows_of(const Weight& w, int64_t first, int64_t end, const Rows& x, int64_t
   }
 }
 }  // namespace few
-
-// y[:, n..end) for the rows [n, end) of W.
-inline void multiply_few(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t count,
-                         const Output& out) {
-  if (w.kind == kFp8)
-    few::rows_of<kFp8>(w, n, end, x, count, out);
-  else if (w.kind == kBf16)
-    few::rows_of<kBf16>(w, n, end, x, count, out);
-  else
-    few::rows_of<kF32>(w, n, end, x, count, out);
-}
 }  // namespace wf::gemm

@@ -2,7 +2,7 @@
 // DeepGEMM's products: both operands quantised, any layout; b is 32 or 128 columns of K, exact
 // products, fp32 sums within b, then scaled and added in fp32 (the two-level accumulation).
 //
-// A becomes fp32 rows once (a wave of up to 128 MB at a time); B is packed panel by panel as
+// A becomes rows of fp32, or of bf16, once (a wave of up to 128 MB at a time); B is packed panel by panel as
 // many.h describes. A dense product is one segment; grouped products are one for each group or run
 // of rows, so that groups of any size share the threads evenly.
 #pragma once
@@ -90,6 +90,29 @@ struct ScaledOperand : Operand {
   float scale(int64_t n, int64_t block) const { return Operand::scale(n, block * kLength); }
 };
 
+// One block of K of a row of A, as the kernels want it.
+inline void widen_block(const uint8_t* codes, int kind, float* to) {
+  for (int i = 0; i < kBlock; ++i) {
+    uint16_t half;
+    std::memcpy(&half, codes + 2 * i, 2);
+    to[i] = kind == kBf16 ? bf16_to_float(half) : fp8_table()[codes[i]];
+  }
+}
+inline void widen_block(const uint8_t* codes, int kind, uint16_t* to) {
+  if (kind == kBf16) {
+    std::memcpy(to, codes, 2 * kBlock);
+    return;
+  }
+#ifdef WF_DOT
+  const Fp8Decoder decode;
+  for (int i = 0; i < kBlock; i += 64) {
+    halves a, b;
+    decode(load_halves(codes + i), a, b);
+    undeal_halves(a, b, to + i);
+  }
+#endif
+}
+
 class Gemm {
  public:
   void run(const Product& product);
@@ -104,39 +127,36 @@ class Gemm {
   void wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows);
 
   Scratch values_, scales_, pieces_;
-  float *a_ = nullptr, *a_scale_ = nullptr;
+  float *a_ = nullptr, *a_scale_ = nullptr;  // A as fp32, its scales
+  uint16_t* halves_ = nullptr;               // or A as bf16, for the dot
   int64_t pitch_ = 0, blocks_ = 0;
 };
 
 inline void Gemm::prepare(const Product& p, const Piece& piece, int64_t row) {
   const Segment& s = p.segments[piece.segment];
   Operand a{s.a, s.a_scale, p.a, s.m, s.k};
-  int64_t m = piece.first + row;
-  float* to = a_ + (piece.at + row) * pitch_;
+  const int64_t m = piece.first + row, at = piece.at + row;
   uint8_t codes[2 * kBlock];
   for (int64_t k = 0; k < s.k; k += kBlock) {
     int64_t width = s.k - k < kBlock ? s.k - k : kBlock;
+    if (width < kBlock) std::memset(codes, 0, sizeof codes);
     a.copy(m, k, width, codes);
-    if (p.a.kind == kBf16) {
-      const uint16_t* halves = reinterpret_cast<const uint16_t*>(codes);
-      for (int64_t i = 0; i < width; ++i) to[k + i] = bf16_to_float(halves[i]);
-    } else {
-      const float* table = fp8_table();
-      for (int64_t i = 0; i < width; ++i) to[k + i] = table[codes[i]];
-    }
+    if (kDot)
+      widen_block(codes, p.a.kind, halves_ + at * pitch_ + k);
+    else
+      widen_block(codes, p.a.kind, a_ + at * pitch_ + k);
   }
-  for (int64_t k = s.k; k < round_up(s.k, kBlock); ++k) to[k] = 0;
   for (int64_t b = 0; b < ceil_div(s.k, p.length); ++b)
-    a_scale_[(piece.at + row) * blocks_ + b] = a.scale(m, b * p.length);
+    a_scale_[at * blocks_ + b] = a.scale(m, b * p.length);
   for (int64_t b = ceil_div(s.k, p.length); b < round_up(s.k, kBlock) / p.length; ++b)
-    a_scale_[(piece.at + row) * blocks_ + b] = 0;
+    a_scale_[at * blocks_ + b] = 0;
 }
 
 template <int kKind, int kLength>
 void Gemm::multiply(const Product& p, const Piece& piece, int64_t n, int64_t end) {
   const Segment& s = p.segments[piece.segment];
   ScaledOperand<kLength> b{{s.b, s.b_scale, p.b, p.n, s.k}};
-  Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr};
+  Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr, halves_};
   const float* sums =
       many::multiply<kKind, kLength>(b, n, end, a, piece.at, piece.at + piece.count);
   int64_t size = kind_bytes(p.d_kind);
@@ -160,7 +180,11 @@ void Gemm::multiply(const Product& p, const Piece& piece, int64_t n, int64_t end
 }
 
 inline void Gemm::wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows) {
-  a_ = values_.get<float>(rows * pitch_);
+  void* values = values_.get<float>(rows * pitch_);
+  if (kDot)
+    halves_ = static_cast<uint16_t*>(values);
+  else
+    a_ = static_cast<float*>(values);
   a_scale_ = scales_.get<float>(rows * blocks_ + 1);
   parallel_for(count, [&](int64_t i, int) {
     for (int64_t row = 0; row < pieces[i].count; ++row) prepare(p, pieces[i], row);
@@ -185,7 +209,7 @@ inline void Gemm::run(const Product& p) {
     if (p.segments[s].k > depth) depth = p.segments[s].k;
     total += ceil_div(p.segments[s].m, many::kChunkRows);
   }
-  pitch_ = round_up(depth, kBlock) + 16;  // not a power of two: rows must not share cache sets
+  pitch_ = round_up(depth, kBlock) + (kDot ? 32 : 16);  // not a power of two: rows must not share cache sets
   blocks_ = round_up(depth, kBlock) / p.length;
   int64_t most = (int64_t(128) << 20) / (pitch_ * 4);
   Piece* pieces = pieces_.get<Piece>(total + 1);

@@ -9,7 +9,7 @@ struct LinearCall {
   Output y;
   int64_t count;
   int32_t form;
-  int32_t quantize;
+  int32_t activations;
 };
 
 struct ExpertsCall {
@@ -19,19 +19,18 @@ struct ExpertsCall {
   Input x;
   Output rows;
   int32_t form;
-  int32_t quantize;
+  int32_t activations;
 };
 
 WF_EXPORT void wf_linear(const LinearCall* call) {
   static thread_local Prepared prepared;
   const Weight& w = call->weight;
-  Rows x = prepared.rows(call->x, call->count, w.cols, order_for(w.kind, call->form),
-                         call->quantize != 0);
+  Rows x = prepared.rows(call->x, call->count, w, call->form, call->activations);
   linear(w, x, call->count, call->y, call->form);
 }
 
 WF_EXPORT void wf_experts(const ExpertsCall* call) {
   static thread_local FusedExperts fused;
   fused.run(call->experts, call->num_experts, call->selected, call->x, call->rows, call->form,
-            call->quantize != 0);
+            call->activations);
 }

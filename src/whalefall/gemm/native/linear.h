@@ -1,19 +1,25 @@
 // y[M, N] = x[M, K] . W[N, K]^T on all threads, in either form; what a layer of a model calls.
 #pragma once
 #include "few.h"
+#include "few_dot.h"
 #include "many.h"
 
 namespace wf::gemm {
+// Whether the dot kernels multiply x with a weight of `kind`: then both are bf16, or may be.
+inline bool uses_dot(int weight_kind, int x_kind, int activations) {
+  return kDot && weight_kind != kF32 && (x_kind == kBf16 || activations != kKeep);
+}
 // The order in which a weight of `kind` wants x in a form.
-inline Order order_for(int kind, int form) {
-  return kind == kFp8 && form == kFew ? Order::kWords : Order::kPlain;
+inline Order order_for(int kind, int form, bool dot) {
+  if (kind != kFp8 || form != kFew) return Order::kPlain;
+  return dot ? Order::kDealt : Order::kWords;
 }
 
-// Rows of x as the kernels want them; in place where x is fp32, plain, and K a multiple of 128.
-// With `quantize`, each 128 of a row becomes e4m3 with its own scale (the published W8A8 numerics).
+// Rows of x as the kernels want them; in place where x is plain, of the kernels' type, and K a
+// multiple of 128.
 class Prepared {
  public:
-  Rows rows(const Input& x, int64_t count, int64_t cols, Order order, bool quantize = false);
+  Rows rows(const Input& x, int64_t count, const Weight& w, int form, int activations);
 
  private:
   Scratch values_, scales_;
@@ -98,6 +104,21 @@ inline void deal(const float* from, float* to, float lift) {
 #endif
 }
 
+// `padded` floats as bf16, each 64 in the order of Fp8Decoder if `deal`.
+inline void to_half_row(const float* from, int64_t padded, bool deal, uint16_t* to) {
+#ifdef WF_DOT
+  for (int64_t k = 0; k < padded; k += 4 * kLanes, from += 4 * kLanes, to += 4 * kLanes) {
+    halves first = to_halves(load(from), load(from + kLanes));
+    halves second = to_halves(load(from + 2 * kLanes), load(from + 3 * kLanes));
+    if (deal) deal_halves(first, second, first, second);
+    _mm512_storeu_si512(to, first);
+    _mm512_storeu_si512(to + 2 * kLanes, second);
+  }
+#else
+  (void)from, (void)padded, (void)deal, (void)to;
+#endif
+}
+
 // Order::kWords of `padded` floats, and the factor that undoes its lift.
 inline float order_words(float* row, int64_t padded) {
   float most = largest_finite(row, padded);
@@ -113,40 +134,61 @@ inline float order_words(float* row, int64_t padded) {
 }
 }  // namespace detail
 
-inline Rows Prepared::rows(const Input& x, int64_t count, int64_t cols, Order order,
-                           bool quantize) {
-  if (x.kind == kF32 && cols % kBlock == 0 && !quantize && order == Order::kPlain)
-    return Rows{static_cast<const float*>(x.data), x.pitch, nullptr, nullptr, 0, nullptr};
+inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int form,
+                           int activations) {
+  const int64_t cols = w.cols;
+  const bool dot = uses_dot(w.kind, x.kind, activations), quantize = activations == kE4m3;
+  const Order order = order_for(w.kind, form, dot);
+  if (cols % kBlock == 0 && !quantize && order == Order::kPlain && x.kind == (dot ? kBf16 : kF32)) {
+    Rows in_place{nullptr, x.pitch, nullptr, nullptr, 0, nullptr};
+    if (dot)
+      in_place.halves = static_cast<const uint16_t*>(x.data);
+    else
+      in_place.data = static_cast<const float*>(x.data);
+    return in_place;
+  }
   int64_t padded = round_up(cols, kBlock), blocks = padded / kBlock;
-  int64_t pitch = padded + 16;  // not a power of two: rows must not share cache sets
-  float* values = values_.get<float>(count * (pitch + 1));
+  int64_t pitch = padded + (dot ? 32 : 16);  // not a power of two: rows must not share cache sets
+  float* values = values_.get<float>(count * (pitch + 1) + num_threads() * padded);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(values);
   float* unlift = values + count * pitch;
+  float* own = unlift + count;
   float* scales = quantize ? scales_.get<float>(count * blocks) : nullptr;
   constexpr int64_t kRowsOfTask = 8;
-  parallel_for(ceil_div(count, kRowsOfTask), [&](int64_t task, int) {
+  parallel_for(ceil_div(count, kRowsOfTask), [&](int64_t task, int thread) {
     for (int64_t m = task * kRowsOfTask; m < (task + 1) * kRowsOfTask && m < count; ++m) {
-      float* row = values + m * pitch;
+      float* row = dot ? own + thread * padded : values + m * pitch;
       detail::row_to_float(x, m, cols, row, padded);
       if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
       unlift[m] = order == Order::kWords ? detail::order_words(row, padded) : 1.0f;
+      if (dot) detail::to_half_row(row, padded, order == Order::kDealt, halves + m * pitch);
     }
   });
-  return Rows{values, pitch, nullptr, scales, blocks, order == Order::kWords ? unlift : nullptr};
+  Rows rows{values, pitch, nullptr, scales, blocks, order == Order::kWords ? unlift : nullptr};
+  if (dot) rows.data = nullptr, rows.halves = halves;
+  return rows;
 }
 
 // Rows of W for one task of the few form: several tasks a thread, each long enough that its first
-// rows, which nothing has prefetched, do not count.
-inline int64_t few_chunk(int64_t rows) {
-  int64_t chunk = round_up(ceil_div(rows, int64_t(num_threads()) * 8), 8);
+// rows, which may come late, do not count.
+inline int64_t few_chunk(const Weight& w, bool dot) {
+  if (dot) {
+    const int64_t row = w.cols * kind_bytes(w.kind);
+    int64_t bytes = w.rows * row / (num_threads() * 3);
+    bytes = bytes < 65536 ? 65536 : bytes > 524288 ? 524288 : bytes;
+    return round_up(ceil_div(bytes, row), 8);
+  }
+  int64_t chunk = round_up(ceil_div(w.rows, int64_t(num_threads()) * 8), 8);
   return chunk < 16 ? 16 : chunk > 256 ? 256 : chunk;
 }
 
 inline void linear(const Weight& w, const Rows& x, int64_t count, const Output& y, int form) {
   if (form == kFew) {
-    int64_t chunk = few_chunk(w.rows);
+    int64_t chunk = few_chunk(w, x.halves != nullptr);
+    const int64_t stride = num_threads() * chunk;  // threads take tasks in turns, near enough
     parallel_for(ceil_div(w.rows, chunk), [&](int64_t task, int) {
       int64_t n = task * chunk, end = n + chunk < w.rows ? n + chunk : w.rows;
-      multiply_few(w, n, end, x, count, y);
+      multiply_few(w, n, end, x, count, y, n + stride < w.rows ? w.row(n + stride) : nullptr);
     });
     return;
   }

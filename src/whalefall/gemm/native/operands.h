@@ -5,14 +5,17 @@
 #include <cstdint>
 #include <cstring>
 #include <sys/mman.h>
+#include "whalefall/dot.h"
 #include "whalefall/pool.h"
-#include "whalefall/simd.h"
 
 namespace wf::gemm {
 constexpr int kBlock = 128;  // K of one partial sum; rows and columns of one scale of a weight
 
 enum Kind : int32_t { kF32 = 0, kBf16 = 1, kFp8 = 2 };
 enum Form : int32_t { kFew = 0, kMany = 1 };
+// What a product does to fp32 activations first: nothing; make each 128 E4M3 with a scale of its own
+// (the published W8A8 numerics); round them to bf16 where that lets it use the bf16 dot (W8A16).
+enum Activations : int32_t { kKeep = 0, kE4m3 = 1, kHalf = 2 };
 
 constexpr int64_t kind_bytes(int kind) { return kind == kF32 ? 4 : kind == kBf16 ? 2 : 1; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -45,17 +48,20 @@ struct Input {
   int32_t unused;
 };
 
-// Activations as the kernels read them: fp32 rows, zero from K to the next multiple of 128.
+// Activations as the kernels read them: rows of fp32, or of bf16 for the dot kernels, zero from K to
+// the next multiple of 128.
 struct Rows {
-  const float* data;
+  const float* data;  // null: `halves` has them
   int64_t pitch;
   const int32_t* index;  // row m is data[index[m]]; null: data[m]
   const float* scale;    // [rows, scale_pitch], one for each 128 of K; null: 1
   int64_t scale_pitch;
   const float* unlift;  // [rows], see Order::kWords; null: 1
+  const uint16_t* halves = nullptr;
 
   int64_t place(int64_t m) const { return index ? index[m] : m; }
   const float* row(int64_t m) const { return data + place(m) * pitch; }
+  const uint16_t* half_row(int64_t m) const { return halves + place(m) * pitch; }
   const float* row_scale(int64_t m) const {
     return scale ? scale + place(m) * scale_pitch : nullptr;
   }
@@ -69,6 +75,8 @@ enum class Order {
   // j]; and each row multiplied by a power of two that keeps products with value * kFp8Tiny away
   // from fp32's subnormals. `unlift` takes it, and kFp8Tiny, out again: exact.
   kWords,
+  // bf16, each 64 as `Fp8Decoder` delivers weights.
+  kDealt,
 };
 
 // Where results go: kF32 or kBf16, row m at index[m]. `factor` multiplies row m before rounding.

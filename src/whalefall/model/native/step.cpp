@@ -147,8 +147,13 @@ class Step {
                     {y, y_pitch, nullptr, nullptr, gemm::kF32, 0},
                     count,
                     form,
-                    m_.quantize && w.kind == gemm::kFp8};
+                    activations(w)};
     m_.linear(&call);
+  }
+  // Only FP8 weights take E4M3 activations; the others' products stay as exact as bf16 is.
+  int32_t activations(const Weight& w) const {
+    if (m_.activations == gemm::kE4m3 && w.kind != gemm::kFp8) return gemm::kKeep;
+    return m_.activations;
   }
   void linear(const Weight& w, const float* x, float* y) const {
     linear(w, x, w.cols, b_.count, y, w.rows, b_.form);
@@ -244,7 +249,7 @@ class Step {
                       {to, H * m_.value, nullptr, nullptr, gemm::kF32, 0},
                       count,
                       b_.form,
-                      0};
+                      m_.activations == gemm::kHalf ? gemm::kHalf : gemm::kKeep};
       m_.linear(&call);
     });
   }
@@ -259,7 +264,7 @@ class Step {
                      {normed_, m_.hidden, gemm::kF32, 0},
                      {rows, m_.hidden, nullptr, nullptr, bf16 ? gemm::kBf16 : gemm::kF32, 0},
                      b_.form,
-                     m_.quantize && experts->w1.kind == gemm::kFp8};
+                     activations(experts->w1)};
     m_.experts(&call);
   }
 
@@ -273,8 +278,19 @@ class Step {
     return true;
   }
 
+  // Always exact: a rounded activation could turn a close choice.
+  void route_logits(const Weight& gate) const {
+    LinearCall call{gate,
+                    {normed_, m_.hidden, gemm::kF32, 0},
+                    {gate_, gate.rows, nullptr, nullptr, gemm::kF32, 0},
+                    b_.count,
+                    b_.form,
+                    gemm::kKeep};
+    m_.linear(&call);
+  }
+
   bool route(const Layer& layer) const {
-    linear(layer.gate, normed_, gate_);
+    route_logits(layer.gate);
     GateCall gate = m_.gate;
     gate.logits = gate_, gate.bias = layer.gate_bias;
     gate.index = index_, gate.weight = weight_, gate.tokens = b_.count;

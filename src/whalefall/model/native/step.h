@@ -17,7 +17,7 @@ struct LinearCall {
   gemm::Input x;
   gemm::Output y;
   int64_t count;
-  int32_t form, quantize;
+  int32_t form, activations;
 };
 struct ExpertsCall {
   const Expert* experts;
@@ -26,7 +26,7 @@ struct ExpertsCall {
   int64_t tokens, topk;
   gemm::Input x;
   gemm::Output rows;
-  int32_t form, quantize;
+  int32_t form, activations;
 };
 // Of ep/native/routing.cpp.
 struct GateCall {
@@ -72,7 +72,7 @@ struct Model {
   const Mtp* mtp;           // null: the main model
   GateCall gate;            // the rules; pointers and counts are filled in for each layer
   float eps, latent_eps, softmax_scale;
-  int32_t quantize;   // W8A8: products with FP8 weights take E4M3 activations
+  int32_t activations;  // gemm's: kKeep ("fp32"), kE4m3 ("w8a8") or kHalf ("w8a16")
   int32_t bf16_rows;  // routed experts' rows are rounded to bf16
   void (*linear)(const LinearCall*);
   void (*experts)(const ExpertsCall*);

@@ -1,0 +1,94 @@
+// Panels of W for the many form: what can be packed, how they are cut, and the fp32 ones.
+#pragma once
+#include "operands.h"
+
+namespace wf::gemm::many {
+constexpr int kTileRows = WF_ISA >= 2 ? 12 : 6;  // 12 or 24 sums + 2 of W + 1 of x
+constexpr int kTileColumns = 2 * kLanes;
+constexpr int kColumns = WF_ISA >= 2 ? 128 : 64;  // W rows of a panel set
+constexpr int kDepth = 1024;                      // K of a panel set
+constexpr int kChunkRows = 512;                   // rows of x that share a decoded panel
+
+// Rows of kLanes vectors become columns.
+inline void transpose(vf* v) {
+#if WF_ISA == 1
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    v[i + 4] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+#elif WF_ISA >= 2
+  // log2(16) rounds of zipping row i with row i + 8
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  for (int round = 0; round < 4; ++round) {
+    __m512 t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_permutex2var_ps((__m512)v[i], low, (__m512)v[i + 8]);
+      t[2 * i + 1] = _mm512_permutex2var_ps((__m512)v[i], high, (__m512)v[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) v[i] = (vf)t[i];
+  }
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      float a = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = a;
+    }
+#endif
+}
+
+// What can be packed: rows of codes somewhere, with scales. `Weight` through this; gemm.h has more.
+struct WeightSource {
+  const Weight& w;
+  int64_t rows() const { return w.rows; }
+  int64_t cols() const { return w.cols; }
+  bool in_place() const { return true; }  // codes of a row lie side by side, as `decode` reads them
+  const uint8_t* at(int64_t n, int64_t k) const { return w.row(n) + k * kind_bytes(w.kind); }
+  void copy(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
+    std::memcpy(to, at(n, k), width * kind_bytes(w.kind));
+  }
+  float scale(int64_t n, int64_t block) const {
+    return w.kind == kFp8 ? w.row_scale(n)[block] : 1.0f;
+  }
+};
+
+// kLanes rows of W over one block of K: where they lie, or a copy of them padded with zeros. Brings
+// the rows of the next panel into L2: 16 streams are too many for the hardware.
+template <int kKind>
+struct RowBlock {
+  static constexpr int64_t kBytes = kind_bytes(kKind);
+  const uint8_t* row[kLanes];
+  alignas(64) uint8_t edge[kLanes][kBlock * kBytes];
+
+  template <class Source>
+  void find(const Source& w, int64_t n, int64_t k) {
+    const int64_t rows = w.rows() - n < kLanes ? w.rows() - n : kLanes;
+    const int64_t width = w.cols() - k < kBlock ? w.cols() - k : kBlock;
+    const bool inside = w.in_place() && rows == kLanes && width == kBlock;
+    for (int r = 0; r < kLanes; ++r) {
+      if (inside) {
+        row[r] = w.at(n + r, k);
+        const uint8_t* next = w.at(n + r + kTileColumns, k);
+        for (int64_t line = 0; line < kBytes * kBlock; line += 64) prefetch_l2(next + line);
+        continue;
+      }
+      row[r] = edge[r];
+      std::memset(edge[r], 0, sizeof edge[r]);
+      if (r < rows) w.copy(n + r, k, width, edge[r]);
+    }
+  }
+};
+}  // namespace wf::gemm::many
