@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from whalefall import jit
+from whalefall.jit import machine
 
 __all__ = [
     "FP8_ROW_BYTES",
@@ -122,9 +123,14 @@ class AppendArgs(ctypes.Structure):
     ]
 
 
-def group_rows(heads: int) -> int:
-    """Query rows computed together, by the query heads of a kv head."""
-    return heads if heads <= 2 else 4
+def group_rows(heads: int, row: str = "") -> int:
+    """Query rows computed together, by the query heads of a kv head.
+
+    Bf16 dots use up two stored vectors in a cycle, so more rows must share what is read.
+    """
+    if heads <= 2:
+        return heads
+    return 8 if row == "DotRow" and heads >= 8 else 4
 
 
 @functools.cache
@@ -139,26 +145,44 @@ def _entry(source: str, name: str, level: str, row: str = "", group: int = 0) ->
     return call  # type: ignore[no-any-return]
 
 
-def paged_entry(cache_type: int, heads_of_kv: int) -> Entry:
+def row_format(cache_type: int, bf16_q: bool, level: str) -> str:
+    """The row format that a unit is compiled for.
+
+    Args:
+        cache_type: of `TYPES`.
+        bf16_q: whether queries are bf16, or may be rounded to it: then bf16 dots serve bf16 rows.
+    """
+    row = _ROWS[cache_type]
+    return "DotRow" if row == "Bf16Row" and bf16_q and machine.dot_is_fast(level) else row
+
+
+def _mla_entry(source: str, name: str, cache_type: int, heads: int, bf16_q: bool) -> Entry:
+    level = jit.best_level()
+    row = row_format(cache_type, bf16_q, level)
+    return _entry(source, name, level, row, group_rows(heads, row))
+
+
+def paged_entry(cache_type: int, heads_of_kv: int, bf16_q: bool = False) -> Entry:
     """`wf_paged_attention` for a cache format and the query heads of a kv head."""
-    row, group = _ROWS[cache_type], group_rows(heads_of_kv)
-    return _entry("mla_paged.cpp", "wf_paged_attention", jit.best_level(), row, group)
+    return _mla_entry("mla_paged.cpp", "wf_paged_attention", cache_type, heads_of_kv, bf16_q)
 
 
-def decode_entry(cache_type: int, heads_of_kv: int) -> Entry:
+def decode_entry(cache_type: int, heads_of_kv: int, bf16_q: bool = False) -> Entry:
     """`wf_decode`, which returns 0, or 1 for a bad length, or 2 for a bad block."""
-    row, group = _ROWS[cache_type], group_rows(heads_of_kv)
-    return _entry("mla_paged.cpp", "wf_decode", jit.best_level(), row, group)
+    return _mla_entry("mla_paged.cpp", "wf_decode", cache_type, heads_of_kv, bf16_q)
 
 
-def sparse_entry(cache_type: int, heads: int) -> Entry:
+def sparse_entry(cache_type: int, heads: int, bf16_q: bool = False) -> Entry:
     """`wf_sparse_attention` for a cache format and the query heads."""
-    row, group = _ROWS[cache_type], group_rows(heads)
-    return _entry("mla_sparse.cpp", "wf_sparse_attention", jit.best_level(), row, group)
+    return _mla_entry("mla_sparse.cpp", "wf_sparse_attention", cache_type, heads, bf16_q)
 
 
 def varlen_entry(row_type: int) -> Entry:
-    """`wf_varlen_attention` for the format of K and V."""
+    """`wf_varlen_attention` for the format of K and V.
+
+    Always in fp32: a prompt's first tokens see few keys, whose weights rounded to bf16 would leave
+    the original's tolerance.
+    """
     return _entry("mha_varlen.cpp", "wf_varlen_attention", jit.best_level(), _ROWS[row_type])
 
 

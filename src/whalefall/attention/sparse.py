@@ -76,6 +76,6 @@ def flash_mla_sparse_fwd(
         *(Chosen(), float(sm_scale), math.inf, code, code, code),
     )
     if s_q * h_q:
-        sparse_entry(code, h_q)(ctypes.addressof(args))
+        sparse_entry(code, h_q, seen.dtype == "bfloat16")(ctypes.addressof(args))
     del kept, index_kept, lengths_kept
     return out, max_logits, lse

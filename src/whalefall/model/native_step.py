@@ -254,6 +254,7 @@ class NativeStep:
         for entry in ("wf_step", "wf_step_workspace", "wf_step_part"):
             getattr(self._library, entry).restype = _N
         self._config = config
+        self._bf16_q = compute != "fp32"  # core attention in bf16, as published
         self._builder = _Builder(config, load)
         self._model = self._builder.model(weights, compute, max_positions)
         self._mtp = self._builder.mtp(self._model, weights.mtp[0]) if weights.mtp else None
@@ -287,7 +288,7 @@ class NativeStep:
     ) -> tuple[_Batch, list[np.ndarray]]:
         """The native batch, and what it points to: the logits first."""
         kind = _ATTENTION_TYPES[kv.dtype]
-        model.attention = _address(paged_entry(kind, self._config.num_heads))
+        model.attention = _address(paged_entry(kind, self._config.num_heads, self._bf16_q))
         logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
         first = batch.block_tables.ctypes.data
         width = batch.block_tables.strides[0]

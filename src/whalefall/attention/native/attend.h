@@ -10,51 +10,27 @@
 // A row's bits depend on its own q, keys and length only, never on the rows beside it: each score
 // is one chain of multiply-adds and one fixed sum, each output one chain over the keys in order.
 #pragma once
-#include <algorithm>
-#include "rows.h"
+#include "weigh.h"
 
 namespace wf::attention {
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int kTile = 64;
-constexpr int kPadding = 16;                       // pointers behind a tile's last, all valid
-constexpr int kScores = kLanes == 4 ? 8 : kLanes;  // accumulators of `scores`
-
-// Stored rows, by address.
-using Rows = const void* const*;
-template <class Row>
-inline const typename Row::Element* row_at(Rows rows, int64_t t) {
-  return static_cast<const typename Row::Element*>(rows[t]);
-}
-
-// Rows to bring into L2 during one call of a kernel: a line at a time in the order of memory, as
-// DRAM likes best, and spread over the call, since lines asked for in a burst wait for each other.
-struct Fetch {
-  Rows rows = nullptr;
-  int count = 0;      // of rows
-  int64_t bytes = 0;  // of a row
-  int64_t offset = 0;
-
-  // The lines due at one of `beats` moments of a call.
-  int64_t each(int64_t beats) const {
-    return beats ? ceil_div(count * ceil_div(bytes, 64), beats) : 0;
-  }
-  void lines(int64_t due) {
-    for (; due > 0 && count > 0; --due) {
-      prefetch_l2(static_cast<const char*>(*rows) + offset);
-      offset += 64;
-      if (offset >= bytes) offset = 0, ++rows, --count;
-    }
-  }
-  // The same for one row, without the bookkeeping: what kernels bound by arithmetic can afford.
-  void line_of_each(int64_t at) const {
-    for (int i = 0; i < count; ++i) prefetch_l2(static_cast<const char*>(rows[i]) + at);
-  }
-};
-
 template <class Row, int R>
 inline void score_step(const typename Row::Element* const* k, int64_t step, const float* q,
                        vf* sum) {
   constexpr int T = kScores / R;
+#ifdef WF_DOT
+  if constexpr (kDots<Row>) {
+    halves key[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) key[t] = load_halves(k[t] + step * kStep);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const halves row = load_halves(q + r * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) sum[t * R + r] = dot(sum[t * R + r], key[t], row);
+    }
+    return;
+  } else {
+#endif
   vf a[T], b[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) Row::load2(k[t] + step * kStep, a[t], b[t]);
@@ -67,13 +43,16 @@ inline void score_step(const typename Row::Element* const* k, int64_t step, cons
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t)
       sum[t * R + r] = fma(b[t], load(q + (R + r) * kLanes), sum[t * R + r]);
+#ifdef WF_DOT
+  }
+#endif
 }
 
-// Scores of kScores / R keys with R rows: s[t * R + r]. q is packed [step][half][R][kLanes].
+// Scores of kScores / R keys with R rows: s[t * R + r]. q: see `pack_queries`.
 template <class Row, int R>
 __attribute__((noinline)) void scores(Rows key, const float* q, int64_t steps, float scale,
                                       const Fetch& fetch, float* s) {
-  constexpr int T = kScores / R, kFloats = 2 * R * kLanes;
+  constexpr int T = kScores / R, kFloats = R * kQueryFloats<Row>;
   constexpr int64_t kBytes = kStep * sizeof(typename Row::Element);
   constexpr int64_t kBeat = kBytes < 64 ? 64 / kBytes : 1;  // steps that use up a line
   const typename Row::Element* k[T];
@@ -97,81 +76,6 @@ __attribute__((noinline)) void scores(Rows key, const float* q, int64_t steps, f
   for (; step < steps; ++step, q += kFloats) score_step<Row, R>(k, step, q, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < T * R; i += kLanes) store(s + i, sums(sum + i) * scale);
-}
-
-template <class Row, int R, int S, int Steps>
-inline void weigh_step(const typename Row::Element* v, const float* p, vf (*sum)[2][R]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Steps; ++i) {
-    vf a, b;
-    Row::load2(v + i * kStep, a, b);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      vf weight = broadcast(p + r);
-      sum[i][0][r] = fma(a, weight, sum[i][0][r]);
-      sum[i][1][r] = fma(b, weight, sum[i][1][r]);
-    }
-  }
-}
-
-// O += P V for R rows of a group of S, `Steps` steps of columns at a time: one chain per output.
-template <class Row, int R, int S, int Steps>
-__attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const float* p, int begin,
-                                             int end, const Fetch& fetch, float* o) {
-  vf sum[Steps][2][R];
-#pragma GCC unroll 16
-  for (int i = 0; i < Steps * 2 * R; ++i)
-    sum[i / (2 * R)][i / R % 2][i % R] = load(o + (i / R * S + i % R) * kLanes);
-  int t = begin;
-  [[maybe_unused]] Fetch cursor = R < 4 ? fetch : Fetch{};
-  [[maybe_unused]] const int64_t each = R < 4 ? fetch.each((end - begin) / 2) : 0;
-  if (fetch.count)
-    for (int64_t at = 0; t + 2 <= end && at < fetch.bytes; t += 2, at += R < 4 ? 0 : 64) {
-      if constexpr (R < 4)
-        cursor.lines(each);
-      else
-        fetch.line_of_each(at);
-      weigh_step<Row, R, S, Steps>(row_at<Row>(value, t) + column, p + t * S, sum);
-      weigh_step<Row, R, S, Steps>(row_at<Row>(value, t + 1) + column, p + (t + 1) * S, sum);
-    }
-  for (; t < end; ++t) weigh_step<Row, R, S, Steps>(row_at<Row>(value, t) + column, p + t * S, sum);
-#pragma GCC unroll 16
-  for (int i = 0; i < Steps * 2 * R; ++i)
-    store(o + (i / R * S + i % R) * kLanes, sum[i / (2 * R)][i / R % 2][i % R]);
-}
-// Rows shared out over the calls of a kernel.
-class Share {
- public:
-  Share() = default;
-  Share(Rows rows, int64_t count, int64_t bytes, int64_t calls)
-      : rows_(rows), left_(int(count)), bytes_(bytes) {
-    each_ = calls ? int(ceil_div(count, calls)) : 0;
-  }
-  Fetch next() {
-    const int count = std::min(each_, left_);
-    left_ -= count;
-    rows_ += count;
-    return {rows_ - count, count, bytes_};
-  }
-
- private:
-  Rows rows_ = nullptr;
-  int left_ = 0, each_ = 0;
-  int64_t bytes_ = 0;
-};
-
-template <int R>
-constexpr int kWide = 4 / R;  // steps of columns in one call of `weigh_columns`
-
-template <class Row, int R, int S>
-inline void weigh(Rows value, int64_t steps, const float* p, int begin, int end, Share share,
-                  float* o) {
-  int64_t step = 0;
-  for (; step + kWide<R> <= steps; step += kWide<R>, o += kWide<R> * 2 * S * kLanes)
-    weigh_columns<Row, R, S, kWide<R>>(value, step * kStep, p, begin, end, share.next(), o);
-  if constexpr (kWide<R> > 1)
-    for (; step < steps; ++step, o += 2 * S * kLanes)
-      weigh_columns<Row, R, S, 1>(value, step * kStep, p, begin, end, {}, o);
 }
 
 // Maximum (in units of log2) and sum of exponentials; lane l belongs to row l % R.
@@ -271,10 +175,20 @@ inline void attend(const Tile& tile, const Ahead& ahead, const int* seen, const 
       if (t >= seen[r]) s[t * R + r] = -kInf;
   vf factor = soften<R>(s, tokens, state);
   if (!all_one(factor)) rescale<R>(o, v_steps, factor);
-  weigh<Row, R, R>(tile.v, v_steps, s, 0, least, ahead.during_weights(v_steps / kWide<R>), o);
+  const Weights<Row>* p = reinterpret_cast<const Weights<Row>*>(s);
+  int common = least;
+#ifdef WF_DOT
+  alignas(64) int32_t pairs[(kTile + kPadding) * R / 2];
+  if constexpr (kDots<Row>) {
+    pair_weights<R>(s, tokens, pairs);
+    p = pairs;
+    if (most > least) common = least / 2 * 2;  // a row's pairs are the same whatever others see
+  }
+#endif
+  weigh<Row, R, R>(tile.v, v_steps, p, 0, common, ahead.during_weights(v_steps / kWide<Row, R>), o);
   if (most > least)
     for (int r = 0; r < R; ++r)
-      if (seen[r] > least)
-        weigh<Row, 1, R>(tile.v, v_steps, s + r, least, seen[r], {}, o + r * kLanes);
+      if (seen[r] > common)
+        weigh<Row, 1, R>(tile.v, v_steps, p + r, common, seen[r], {}, o + r * kLanes);
 }
 }  // namespace wf::attention

@@ -76,17 +76,14 @@ struct Partial {
   }
 };
 
-// q of R rows in the order of `scores`: [step][half][R][kLanes], zero behind `width`.
+// q of R rows in the order of `scores`: [step][half][R][kLanes], zero behind `width`; for dots one
+// vector of bf16 a row instead of two halves.
 template <class Row, int R>
 inline void pack_queries(const void* q, Type type, const Query* rows, int64_t width,
                          float* packed) {
-  for (int64_t i = 0; i < width; i += kStep, packed += 2 * R * kLanes)
-    for (int r = 0; r < R; ++r) {
-      vf a, b;
-      read_step<Row>(q, type, rows[r].q + i, width - i, a, b);
-      store(packed + r * kLanes, a);
-      store(packed + (R + r) * kLanes, b);
-    }
+  for (int64_t i = 0; i < width; i += kStep, packed += R * kQueryFloats<Row>)
+    for (int r = 0; r < R; ++r)
+      pack_step<Row, R>(q, type, rows[r].q + i, width - i, r, packed);
 }
 
 // What the results are stored as, and how a row's end is reached.

@@ -49,7 +49,7 @@ class Expander {
  private:
   static int64_t pitch(int64_t width) { return ceil_div(width, kStep) * kStep; }
   void copy(const void* row, int64_t width, Element* to) const {
-    if constexpr (std::is_same_v<Row, Bf16Row>)
+    if constexpr (std::is_same_v<Row, Bf16Row> || kDots<Row>)
       if (fp8_) return expand_fp8_row(static_cast<const uint8_t*>(row), to);
     std::memcpy(to, row, size_t(width) * sizeof(Element));
     std::memset(to + width, 0, size_t(pitch(width) - width) * sizeof(Element));

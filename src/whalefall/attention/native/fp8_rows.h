@@ -25,8 +25,13 @@ inline void expand_fp8_row(const uint8_t* row, uint16_t* to) {
         fp8_decode_exact(row + i, a, b);
       else
         fp8_decode(row + i, a, b);
-      store_bf16(to + i, a * unit * factor);
-      store_bf16(to + i + kLanes, b * unit * factor);
+      a = a * unit * factor, b = b * unit * factor;
+#ifdef WF_DOT
+      _mm512_storeu_si512(to + i, to_halves(a, b));
+#else
+      store_bf16(to + i, a);
+      store_bf16(to + i + kLanes, b);
+#endif
     }
   }
   std::memcpy(to + kFp8Columns, row + kFp8Columns + 16, kFp8Rope * 2);

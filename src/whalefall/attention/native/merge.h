@@ -45,7 +45,7 @@ inline void merge_row(const MergeArgs& args, int64_t row) {
       if (lonely(lse)) continue;
       const vf weight = set1(weights[size_t(p)]);
       vf x, y;
-      read_step<Fp32Row>(args.out, args.type, (p * args.rows + row) * args.width + i, count, x, y);
+      read_plain(args.out, args.type, (p * args.rows + row) * args.width + i, count, x, y);
       a = fma(x, weight, a);
       b = fma(y, weight, b);
     }

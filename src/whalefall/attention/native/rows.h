@@ -1,13 +1,16 @@
 // Row formats: how 2 * kLanes stored elements become two vectors, and in which order.
 //
 // bf16 splits by a shift and a mask into its even and its odd elements (no shuffle); q and the
-// accumulators of the output are kept in that same order, and put right when they are stored.
+// accumulators of the output are kept in that same order, and put right when they are stored. For
+// bf16 dots rows are used as they are, q is bf16 too, and the output has an order of its own.
 #pragma once
 #include <cstdint>
 #include "lanes.h"
+#include "whalefall/dot.h"
 
 namespace wf::attention {
 constexpr int kStep = 2 * kLanes;  // elements handled at a time; rows are padded to it
+enum class Order { kPlain, kInterleaved, kQuads };  // of the elements of a step in two vectors
 enum class Type : int32_t { fp32 = 0, bf16 = 1, fp16 = 2, fp8 = 3 };
 
 inline float fp16_to_float(uint16_t h) {
@@ -43,7 +46,7 @@ inline uint16_t float_to_fp16(float f) {  // to nearest even; overflow gives inf
 
 struct Fp32Row {
   using Element = float;
-  static constexpr bool kInterleaved = false;
+  static constexpr Order kOrder = Order::kPlain;
   static void load2(const Element* p, vf& a, vf& b) {
     a = load(p);
     b = load(p + kLanes);
@@ -51,7 +54,7 @@ struct Fp32Row {
 };
 struct Bf16Row {
   using Element = uint16_t;
-  static constexpr bool kInterleaved = true;
+  static constexpr Order kOrder = Order::kInterleaved;
   static void load2(const Element* p, vf& a, vf& b) {
     vi words;
     std::memcpy(&words, p, sizeof words);
@@ -61,7 +64,7 @@ struct Bf16Row {
 };
 struct Fp16Row {
   using Element = uint16_t;
-  static constexpr bool kInterleaved = false;
+  static constexpr Order kOrder = Order::kPlain;
   static vf load1(const Element* p) {
 #if WF_ISA >= 2
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -76,6 +79,17 @@ struct Fp16Row {
     b = load1(p + kLanes);
   }
 };
+
+// bf16 for the dot kernels. Outputs: elements 8j … 8j + 3 in lanes 4j … of the first vector, the
+// next four in those of the second, as unpacking two rows into pairs leaves them.
+struct DotRow {
+  using Element = uint16_t;
+  static constexpr Order kOrder = Order::kQuads;
+};
+template <class Row>
+constexpr bool kDots = std::is_same_v<Row, DotRow>;
+template <class Row>
+constexpr int kQueryFloats = kDots<Row> ? kLanes : 2 * kLanes;  // memory of a step of a packed q
 
 // kLanes consecutive elements from index i, whatever their type, and back.
 inline vf read(const void* data, Type type, int64_t i) {
@@ -115,9 +129,14 @@ inline vf zip(vf x, vf y, std::integer_sequence<int, L...>) {
   return __builtin_shufflevector(x, y, (L / 2 + Upper * kLanes / 2 + L % 2 * kLanes)...);
 }
 
-// One step of a row in the order of `Row::load2`: elements i … i + count - 1, zeros behind them.
-template <class Row>
-inline void read_step(const void* data, Type type, int64_t i, int64_t count, vf& a, vf& b) {
+template <int Upper, int... L>
+inline vf quads(vf x, vf y, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(
+      x, y, (L / 4 % 2 * kLanes + L / 8 * 4 + L % 4 + Upper * kLanes / 2)...);
+}
+
+// One step of a row as it stands: elements i … i + count - 1, zeros behind them.
+inline void read_plain(const void* data, Type type, int64_t i, int64_t count, vf& x, vf& y) {
   alignas(64) char padded[kStep * 4] = {};
   if (count < kStep) {
     std::memcpy(padded, static_cast<const char*>(data) + i * bytes_of(type),
@@ -125,15 +144,32 @@ inline void read_step(const void* data, Type type, int64_t i, int64_t count, vf&
     data = padded;
     i = 0;
   }
-  vf x = read(data, type, i), y = read(data, type, i + kLanes);
-  a = Row::kInterleaved ? evens(x, y, kEachLane) : x;
-  b = Row::kInterleaved ? odds(x, y, kEachLane) : y;
+  x = read(data, type, i), y = read(data, type, i + kLanes);
 }
-// The way back; elements behind `count` are not stored.
+// A step of q as `scores` wants it: row r of R.
+template <class Row, int R>
+inline void pack_step(const void* data, Type type, int64_t i, int64_t count, int r, float* to) {
+  vf x, y;
+  read_plain(data, type, i, count, x, y);
+#ifdef WF_DOT
+  if constexpr (kDots<Row>) {
+    _mm512_storeu_si512(to + r * kLanes, to_halves(x, y));
+    return;
+  }
+#endif
+  constexpr bool kSplit = Row::kOrder == Order::kInterleaved;
+  store(to + r * kLanes, kSplit ? evens(x, y, kEachLane) : x);
+  store(to + (R + r) * kLanes, kSplit ? odds(x, y, kEachLane) : y);
+}
+// Two vectors of an output, in the row format's order, as a step of a row; elements behind `count`
+// are not stored.
 template <class Row>
 inline void write_step(void* data, Type type, int64_t i, int64_t count, vf a, vf b) {
-  vf x = Row::kInterleaved ? zip<0>(a, b, kEachLane) : a;
-  vf y = Row::kInterleaved ? zip<1>(a, b, kEachLane) : b;
+  vf x = a, y = b;
+  if constexpr (Row::kOrder == Order::kInterleaved)
+    x = zip<0>(a, b, kEachLane), y = zip<1>(a, b, kEachLane);
+  if constexpr (Row::kOrder == Order::kQuads)
+    x = quads<0>(a, b, kEachLane), y = quads<1>(a, b, kEachLane);
   alignas(64) char padded[kStep * 4];
   void* to = count < kStep ? padded : data;
   int64_t at = count < kStep ? 0 : i;

@@ -1,0 +1,125 @@
+// O += P V: the second half of attention over a tile. One chain per output, over the keys in order;
+// with bf16 dots over pairs of keys (2p, 2p + 1), whose rows are unpacked into pairs of elements.
+#pragma once
+#include "fetch.h"
+
+namespace wf::attention {
+// What P is kept as: [key][S] floats, or [key / 2][S] pairs of bf16.
+template <class Row>
+using Weights = std::conditional_t<kDots<Row>, int32_t, float>;
+
+template <class Row, int R, int S, int Steps>
+inline void weigh_step(const typename Row::Element* v, const float* p, vf (*sum)[2][R]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps; ++i) {
+    vf a, b;
+    Row::load2(v + i * kStep, a, b);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      vf weight = broadcast(p + r);
+      sum[i][0][r] = fma(a, weight, sum[i][0][r]);
+      sum[i][1][r] = fma(b, weight, sum[i][1][r]);
+    }
+  }
+}
+
+// O += P V for R rows of a group of S, `Steps` steps of columns at a time: one chain per output.
+template <class Row, int R, int S, int Steps>
+__attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const float* p, int begin,
+                                             int end, const Fetch& fetch, float* o) {
+  vf sum[Steps][2][R];
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps * 2 * R; ++i)
+    sum[i / (2 * R)][i / R % 2][i % R] = load(o + (i / R * S + i % R) * kLanes);
+  int t = begin;
+  [[maybe_unused]] Fetch cursor = R < 4 ? fetch : Fetch{};
+  [[maybe_unused]] const int64_t each = R < 4 ? fetch.each((end - begin) / 2) : 0;
+  if (fetch.count)
+    for (int64_t at = 0; t + 2 <= end && at < fetch.bytes; t += 2, at += R < 4 ? 0 : 64) {
+      if constexpr (R < 4)
+        cursor.lines(each);
+      else
+        fetch.line_of_each(at);
+      weigh_step<Row, R, S, Steps>(row_at<Row>(value, t) + column, p + t * S, sum);
+      weigh_step<Row, R, S, Steps>(row_at<Row>(value, t + 1) + column, p + (t + 1) * S, sum);
+    }
+  for (; t < end; ++t) weigh_step<Row, R, S, Steps>(row_at<Row>(value, t) + column, p + t * S, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps * 2 * R; ++i)
+    store(o + (i / R * S + i % R) * kLanes, sum[i / (2 * R)][i / R % 2][i % R]);
+}
+
+#ifdef WF_DOT
+// One pair of keys; `second` null: there is only the first.
+template <int R, int Steps>
+inline void weigh_pair(const uint16_t* first, const uint16_t* second, const int32_t* p,
+                       vf (*sum)[2][R]) {
+  halves low[Steps], high[Steps];
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps; ++i) {
+    halves a = load_halves(first + i * kStep);
+    halves b = second ? load_halves(second + i * kStep) : halves{};
+    low[i] = _mm512_unpacklo_epi16(a, b);
+    high[i] = _mm512_unpackhi_epi16(a, b);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const halves weight = broadcast_pair(p + r);
+#pragma GCC unroll 16
+    for (int i = 0; i < Steps; ++i) {
+      sum[i][0][r] = dot(sum[i][0][r], low[i], weight);
+      sum[i][1][r] = dot(sum[i][1][r], high[i], weight);
+    }
+  }
+}
+
+// As the above, for keys from an even one on.
+template <class Row, int R, int S, int Steps>
+__attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const int32_t* p,
+                                             int begin, int end, const Fetch& fetch, float* o) {
+  vf sum[Steps][2][R];
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps * 2 * R; ++i)
+    sum[i / (2 * R)][i / R % 2][i % R] = load(o + (i / R * S + i % R) * kLanes);
+  Fetch cursor = fetch;
+  const int64_t each = fetch.each((end - begin) / 2);
+  int t = begin;
+  for (; t + 2 <= end; t += 2) {
+    cursor.lines(each);
+    weigh_pair<R, Steps>(row_at<Row>(value, t) + column, row_at<Row>(value, t + 1) + column,
+                         p + t / 2 * S, sum);
+  }
+  if (t < end) weigh_pair<R, Steps>(row_at<Row>(value, t) + column, nullptr, p + t / 2 * S, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < Steps * 2 * R; ++i)
+    store(o + (i / R * S + i % R) * kLanes, sum[i / (2 * R)][i / R % 2][i % R]);
+}
+
+// s[t * R + r] of `tokens` keys, an even number, as pairs of bf16.
+template <int R>
+inline void pair_weights(const float* s, int tokens, int32_t* pairs) {
+  alignas(64) int16_t from[2 * kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    for (int upper = 0; upper < 2; ++upper)
+      from[2 * i + upper] = int16_t((i / R * 2 + upper) * R + i % R);
+  const __m512i order = _mm512_load_si512(from);
+  for (int i = 0; i < tokens * R; i += 2 * kLanes, pairs += kLanes)
+    _mm512_storeu_si512(
+        pairs, _mm512_permutexvar_epi16(order, to_halves(load(s + i), load(s + i + kLanes))));
+}
+#endif
+
+template <class Row, int R>
+constexpr int kWide = (kDots<Row> ? 8 : 4) / R;  // steps of columns in one call of `weigh_columns`
+
+template <class Row, int R, int S>
+inline void weigh(Rows value, int64_t steps, const Weights<Row>* p, int begin, int end, Share share,
+                  float* o) {
+  int64_t step = 0;
+  for (; step + kWide<Row, R> <= steps; step += kWide<Row, R>, o += kWide<Row, R> * 2 * S * kLanes)
+    weigh_columns<Row, R, S, kWide<Row, R>>(value, step * kStep, p, begin, end, share.next(), o);
+  if constexpr (kWide<Row, R> > 1)
+    for (; step < steps; ++step, o += 2 * S * kLanes)
+      weigh_columns<Row, R, S, 1>(value, step * kStep, p, begin, end, {}, o);
+}
+}  // namespace wf::attention
