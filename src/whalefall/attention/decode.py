@@ -12,6 +12,9 @@ import ctypes
 import math
 from typing import Any
 
+import numpy as np
+
+from whalefall import jit
 from whalefall.attention.metadata import check_metadata
 from whalefall.attention.native_calls import (
     TYPES,
@@ -29,7 +32,7 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
-from whalefall.dtypes import View, empty_like, view
+from whalefall.dtypes import NUMPY_DTYPES, CallMemo, View, address, empty_like
 from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["flash_mla_with_kvcache"]
@@ -79,6 +82,18 @@ def flash_mla_with_kvcache(
     Source: FlashMLA `flash_mla_with_kvcache`.
     """
     check_metadata(_HERE, tile_scheduler_metadata, num_splits)
+    given: tuple[Any, ...] = (q, k_cache, block_table, cache_seqlens)
+    more = (
+        *(indices, attn_sink, extra_k_cache, extra_indices_in_kvcache),
+        *(topk_length, extra_topk_length),
+    )
+    which = tuple([array is not None for array in more])
+    if True in which:
+        given = tuple(array for array in (*given, *more) if array is not None)
+    rest = (which, head_dim_v, softmax_scale, causal, is_fp8_kvcache, jit.best_level())
+    known = _MEMO.find(given, rest)
+    if known is not None:
+        return known(q)
     if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
         return _on_gpu(locals())
     seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
@@ -90,30 +105,76 @@ def flash_mla_with_kvcache(
         )
     scale = seen.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
     b, s_q, h_q, _ = seen.shape
-    out = empty_like(q, (b, s_q, h_q, head_dim_v), seen.dtype)
-    lse = empty_like(q, (b, s_q, h_q), "float32")
-    result = (out, lse.swapaxes(1, 2))
+    call = _Call((b, s_q, h_q, head_dim_v), seen.dtype)
     sink = sink_operand(_HERE, attn_sink, h_q)
     if indices is None:
         _refuse_sparse_arguments(
             extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
         )
-        _dense(
-            *(seen, k_cache, block_table, cache_seqlens, head_dim_v, scale, bool(causal)),
-            *(is_fp8_kvcache, sink, out, lse),
-        )
+        dense = (k_cache, block_table, cache_seqlens)
+        _dense(call, seen, dense, head_dim_v, scale, bool(causal), is_fp8_kvcache, sink)
     else:
         if causal:
             raise ConfigError(
                 f"{_HERE}: causal with indices; leave it out, indices choose the keys"
             )
         _sparse(
-            *(seen, head_dim_v, scale, is_fp8_kvcache, sink, out, lse),
+            *(call, seen, head_dim_v, scale, is_fp8_kvcache, sink),
             (k_cache, indices, topk_length),
             (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
         )
-    del kept
+    call.keep.append(kept)
+    result = call(q)
+    if call.in_place(given):
+        call.keep.clear()
+        _MEMO.keep(given, rest, call)
     return result
+
+
+_MEMO = CallMemo()
+
+
+class _Call:
+    """A checked call: allocates results, and runs its native struct on them.
+
+    Attributes:
+        args: the struct, and within it `paged`, which has the addresses of the results.
+        keep: what must stay alive while the struct is used: the arrays, or copies of them.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: str) -> None:
+        self.shape, self.dtype, self.numpy_dtype = shape, dtype, NUMPY_DTYPES[dtype]
+        self.lse_shape = shape[:3]
+        self.empty = 0 in shape
+        self.args: Any = None
+        self.paged: Any = None
+        self.address = 0
+        self.entry: Any = None
+        self.refuse: Any = None
+        self.keep: list[Any] = []
+
+    def set(self, args: Any, paged: Any, entry: Any, refuse: Any = None) -> None:
+        self.args, self.paged, self.entry, self.refuse = args, paged, entry, refuse
+        self.address = ctypes.addressof(args)
+
+    def in_place(self, given: tuple[Any, ...]) -> bool:
+        """Whether all that the struct points to are the caller's own arrays."""
+        own = {id(array) for array in given}
+        return all(id(array) in own for array in self.keep if array is not None)
+
+    def __call__(self, q: Any) -> tuple[Any, Any]:
+        if isinstance(q, np.ndarray):
+            out = np.empty(self.shape, self.numpy_dtype)
+            lse = np.empty(self.lse_shape, np.float32)
+        else:
+            out = empty_like(q, self.shape, self.dtype)
+            lse = empty_like(q, self.lse_shape, "float32")
+        if not self.empty:
+            self.paged.out, self.paged.lse = address(out), address(lse)
+            refusal = self.entry(self.address)
+            if refusal and self.refuse:
+                self.refuse(refusal)
+        return out, lse.swapaxes(1, 2)
 
 
 def _on_gpu(arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -130,58 +191,57 @@ def _refuse_sparse_arguments(*given: Any) -> None:
 
 
 def _dense(
+    call: _Call,
     q: View,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
+    arrays: tuple[Any, Any, Any],
     v_width: int,
     scale: float,
     causal: bool,
     fp8: bool,
     sink: int | None,
-    out: Any,
-    lse: Any,
 ) -> None:
     b, s_q, h_q, width = q.shape
-    cache, kind, kv_heads = cache_operand(_HERE, "k_cache", k_cache, fp8, width)
+    cache, kind, kv_heads = cache_operand(_HERE, "k_cache", arrays[0], fp8, width)
     if h_q % kv_heads:
         raise ShapeError(f"{_HERE}: {h_q} query heads, wanted a multiple of {kv_heads} kv heads")
-    table, table_kept = int32_operand(_HERE, "block_table", block_table, (b, None))
-    lengths, lengths_kept = int32_operand(_HERE, "cache_seqlens", cache_seqlens, (b,))
+    table, table_kept = int32_operand(_HERE, "block_table", arrays[1], (b, None))
+    lengths, lengths_kept = int32_operand(_HERE, "cache_seqlens", arrays[2], (b,))
     heads = (h_q * v_width, v_width)
     args = DecodeArgs(
         PagedArgs(
-            *(q.address, q.strides[1], q.strides[2], view(out).address, *heads),
-            *(view(lse).address, h_q, 1, sink, None, None, b * s_q, h_q, kv_heads),
+            *(q.address, q.strides[1], q.strides[2], None, *heads),
+            *(None, h_q, 1, sink, None, None, b * s_q, h_q, kv_heads),
             *(width, v_width, cache, scale, math.inf, TYPES[q.dtype], TYPES[q.dtype], kind),
         ),
         *(table.address, table.strides[0], table.shape[1], lengths.address, b, s_q, 0, 0, 0),
         causal,
     )
-    if b * s_q * h_q == 0:
-        return
-    refusal = decode_entry(kind, h_q // kv_heads)(ctypes.addressof(args))
-    del table_kept, lengths_kept
-    if refusal == 1:
-        raise ShapeError(
-            f"{_HERE}: cache_seqlens[{args.wrong_request}] is {args.wrong_value}, wanted 0 to "
-            f"{table.shape[1] * cache.page} = {table.shape[1]} blocks of {cache.page} keys"
-        )
-    if refusal == 2:
+    limits = (table.shape[1], cache.page, cache.blocks)
+
+    def refuse(refusal: int) -> None:
+        columns, page, blocks = limits
+        if refusal == 1:
+            raise ShapeError(
+                f"{_HERE}: cache_seqlens[{args.wrong_request}] is {args.wrong_value}, wanted 0 to "
+                f"{columns * page} = {columns} blocks of {page} keys"
+            )
         raise ShapeError(
             f"{_HERE}: block_table[{args.wrong_request}, {args.wrong_entry}] is "
-            f"{args.wrong_value}, wanted 0 to {cache.blocks - 1}: the length reaches this entry"
+            f"{args.wrong_value}, wanted 0 to {blocks - 1}: the length reaches this entry"
         )
+
+    call.keep += [table_kept, lengths_kept]
+    entry = decode_entry(kind, h_q // kv_heads, q.dtype == "bfloat16") if not call.empty else None
+    call.set(args, args.paged, entry, refuse)
 
 
 def _sparse(
+    call: _Call,
     q: View,
     v_width: int,
     scale: float,
     fp8: bool,
     sink: int | None,
-    out: Any,
-    lse: Any,
     main: tuple[Any, Any, Any],
     extra: tuple[Any, Any, Any],
 ) -> None:
@@ -190,29 +250,26 @@ def _sparse(
         raise ConfigError(
             f"{_HERE}: extra_k_cache and extra_indices_in_kvcache come together or not at all"
         )
-    first, kind, kept = _chosen(main, ("k_cache", "indices", "topk_length"), fp8, q)
+    first, kind = _chosen(call, main, ("k_cache", "indices", "topk_length"), fp8, q)
     second = Chosen()
     if extra[0] is not None:
         names = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
-        second, other, kept_too = _chosen(extra, names, fp8, q)
+        second, other = _chosen(call, extra, names, fp8, q)
         if other != kind:
             raise ConfigError(f"{_HERE}: extra_k_cache has another dtype than k_cache")
-        kept = (kept, kept_too)
     elif extra[2] is not None:
         raise ConfigError(f"{_HERE}: extra_topk_length without extra_k_cache")
     args = SparseArgs(
-        *(q.address, q.strides[1], q.strides[2], view(out).address, h_q * v_width, v_width),
-        *(view(lse).address, None, h_q, 1, sink, b * s_q, h_q, width, v_width, first, second),
+        *(q.address, q.strides[1], q.strides[2], None, h_q * v_width, v_width),
+        *(None, None, h_q, 1, sink, b * s_q, h_q, width, v_width, first, second),
         *(scale, math.inf, TYPES[q.dtype], TYPES[q.dtype], kind),
     )
-    if b * s_q * h_q:
-        sparse_entry(kind, h_q)(ctypes.addressof(args))
-    del kept
+    call.set(args, args, None if call.empty else sparse_entry(kind, h_q, q.dtype == "bfloat16"))
 
 
 def _chosen(
-    given: tuple[Any, Any, Any], names: tuple[str, str, str], fp8: bool, q: View
-) -> tuple[Chosen, int, Any]:
+    call: _Call, given: tuple[Any, Any, Any], names: tuple[str, str, str], fp8: bool, q: View
+) -> tuple[Chosen, int]:
     b, s_q, _, width = q.shape
     cache, kind, kv_heads = cache_operand(_HERE, names[0], given[0], fp8, width)
     if kv_heads != 1:
@@ -222,7 +279,8 @@ def _chosen(
     if given[2] is not None:
         seen, lengths_kept = int32_operand(_HERE, names[2], given[2], (b,))
         lengths = seen.address
+    call.keep += [kept, lengths_kept]
     chosen = Chosen(
         *(cache, indices.address, indices.strides[1], indices.shape[2], lengths, max(1, s_q))
     )
-    return chosen, kind, (kept, lengths_kept)
+    return chosen, kind

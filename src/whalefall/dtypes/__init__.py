@@ -5,7 +5,7 @@ Out: views (address, shape, strides, dtype name), arrays of the caller's library
 conversions to and from E4M3, UE8M0 and E2M1.
 """
 
-from whalefall.dtypes.arrays import View, as_numpy, empty_like, restore, view
+from whalefall.dtypes.arrays import NUMPY_DTYPES, View, address, as_numpy, empty_like, restore, view
 from whalefall.dtypes.formats import (
     E4M3_MAX,
     FP4_MAX,
@@ -19,11 +19,15 @@ from whalefall.dtypes.formats import (
     ue8m0_to_float,
     unpack_ue8m0,
 )
+from whalefall.dtypes.memo import CallMemo
 
 __all__ = [
     "E4M3_MAX",
     "FP4_MAX",
+    "NUMPY_DTYPES",
+    "CallMemo",
     "View",
+    "address",
     "as_numpy",
     "ceil_to_ue8m0",
     "e2m1_to_float",

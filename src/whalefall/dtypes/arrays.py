@@ -17,7 +17,7 @@ import numpy as np
 
 from whalefall.errors import DtypeError, UnsupportedError
 
-__all__ = ["NUMPY_DTYPES", "View", "as_numpy", "empty_like", "restore", "view"]
+__all__ = ["NUMPY_DTYPES", "View", "address", "as_numpy", "empty_like", "restore", "view"]
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
@@ -84,6 +84,16 @@ def view(array: Any, name: str = "array") -> View:
     raise DtypeError(
         f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
     )
+
+
+def address(array: Any) -> int:
+    """Where the elements of a numpy array or CPU torch tensor begin, without a look at the rest."""
+    if type(array) is not np.ndarray:
+        return int(array.data_ptr())
+    flags = array.flags
+    if array.size and array.dtype.char in "fdilqB" and flags.c_contiguous and flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))  # half the time of the other
+    return int(array.__array_interface__["data"][0])
 
 
 _NAMES_TEXT = tuple(NUMPY_DTYPES)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from whalefall import jit
 
-__all__ = ["Layout", "Product", "run"]
+__all__ = ["Layout", "Prepared", "Product", "prepare", "run"]
 
 _INT64, _INT32 = ctypes.c_int64, ctypes.c_int32
 
@@ -55,7 +56,26 @@ def _library(level: str) -> jit.Library:
     return library
 
 
-def run(product: Product, segments: npt.NDArray[np.int64]) -> None:
-    """Compute all segments: rows of `a, a_scale, b, b_scale, d, c` addresses, then `m, k`."""
+class Prepared(NamedTuple):
+    """A checked product: calling it computes it; holds its structs, but not the arrays."""
+
+    entry: Any
+    address: int
+    product: Product
+    segments: npt.NDArray[np.int64]
+
+    def __call__(self) -> None:
+        """Compute all segments."""
+        self.entry(self.address)
+
+
+def prepare(product: Product, segments: npt.NDArray[np.int64]) -> Prepared:
+    """A product and its segments: rows of `a, a_scale, b, b_scale, d, c` addresses, then `m, k`."""
     product.segments, product.num_segments = segments.ctypes.data, len(segments)
-    _library(jit.best_level()).wf_gemm(ctypes.addressof(product))
+    entry = _library(jit.best_level()).wf_gemm
+    return Prepared(entry, ctypes.addressof(product), product, segments)
+
+
+def run(product: Product, segments: npt.NDArray[np.int64]) -> None:
+    """Compute all segments; see `prepare`."""
+    prepare(product, segments)()

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.dtypes import as_numpy, view
+from whalefall import jit
+from whalefall.dtypes import CallMemo, as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Product, run
+from whalefall.gemm.calls import Prepared, Product, prepare
 from whalefall.gemm.operands import (
     Operand,
     Pair,
@@ -47,6 +48,9 @@ __all__ = [
 ]
 
 
+_MEMO = CallMemo()
+
+
 def check_dims(where: str, compiled_dims: str) -> None:
     """ConfigError where `compiled_dims` (which changes no result) is no subset of "mnk"."""
     if not set(compiled_dims) <= set("mnk"):
@@ -66,8 +70,8 @@ def scale_dtype(pair: Any) -> str:
     return ""
 
 
-def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> None:
-    """D = C + A · Bᵀ of two matrices."""
+def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> Prepared | None:
+    """D = C + A · Bᵀ of two matrices. Returns: what computes it again, if there was anything."""
     check_k(where, a, b)
     to = target(where, "d", d, (a.rows, b.rows))
     segments = empty_segments(1)
@@ -89,12 +93,14 @@ def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> None:
             refuse_overlap(where, to.seen, (add.seen,))
         c_address, product.c_pitch = add.seen.address, add.pitch
     if a.rows == 0 or b.rows == 0:
-        return
+        return None
     segments[0] = (
         a.address, a.scale_address, b.address, b.scale_address, to.seen.address, c_address,
         a.rows, a.k,
     )  # fmt: skip
-    run(product, segments)
+    prepared = prepare(product, segments)
+    prepared()
+    return prepared
 
 
 def _fp8(
@@ -109,11 +115,22 @@ def _fp8(
     recipe_b: Pair | None,
     compiled_dims: str,
 ) -> None:
+    rest = (where, recipe, recipe_a, recipe_b, compiled_dims, jit.best_level())
+    given: tuple[Any, ...] = ()
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        given = (*a, *b, d) if c is None else (*a, *b, d, c)
+        known = _MEMO.find(given, rest)
+        if known is not None:
+            known()
+            return
     check_dims(where, compiled_dims)
     of_a, of_b = recipes(where, scale_dtype(b), recipe, recipe_a, recipe_b)
     left = fp8_operand(where, "a", a, of_a, swap=layout[0] == "t")
     right = fp8_operand(where, "b", b, of_b, swap=layout[1] == "n")
-    multiply(where, left, right, d, c)
+    prepared = multiply(where, left, right, d, c)
+    unpacked = any(operand.keep[2] is not None for operand in (left, right))
+    if given and prepared and not unpacked:
+        _MEMO.keep(given, rest, prepared)
 
 
 def fp8_fp4_gemm_nt(
@@ -231,10 +248,18 @@ def fp8_gemm_nt_skip_head_mid(
 
 
 def _bf16(where: str, layout: str, a: Any, b: Any, d: Any, c: Any, compiled_dims: str) -> None:
+    given = (a, b, d) if c is None else (a, b, d, c)
+    rest = (where, compiled_dims, jit.best_level())
+    known = _MEMO.find(given, rest)
+    if known is not None:
+        known()
+        return
     check_dims(where, compiled_dims)
     left = bf16_operand(where, "a", a, swap=layout[0] == "t")
     right = bf16_operand(where, "b", b, swap=layout[1] == "n")
-    multiply(where, left, right, d, c)
+    prepared = multiply(where, left, right, d, c)
+    if prepared:
+        _MEMO.keep(given, rest, prepared)
 
 
 def bf16_gemm_nt(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "nk") -> None:

@@ -70,7 +70,11 @@ def best_level() -> str:
 
     Raises: ConfigError for an unknown name, UnsupportedError for a level the machine lacks.
     """
-    forced = env.get("WHALEFALL_ISA")
+    return _level(env.get("WHALEFALL_ISA"))
+
+
+@functools.cache
+def _level(forced: str) -> str:
     if not forced:
         return levels()[-1]
     if forced not in LEVELS:

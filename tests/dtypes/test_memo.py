@@ -1,0 +1,76 @@
+"""A remembered call is found for the same arrays only."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from whalefall import attention, gemm
+from whalefall.dtypes import CallMemo
+from whalefall.errors import ShapeError
+
+
+def test_the_same_arrays_are_found_and_others_are_not() -> None:
+    memo, x, y = CallMemo(), np.zeros((2, 3)), np.zeros((2, 3))
+    memo.keep((x, y), "rest", "value")
+    assert memo.find((x, y), "rest") == "value"
+    assert memo.find((y, x), "rest") is None
+    assert memo.find((x, y), "other") is None
+    assert memo.find((x, y), ["unhashable"]) is None
+
+
+def test_an_array_whose_shape_changed_in_place_is_another() -> None:
+    memo, x, t = CallMemo(), np.zeros((2, 3)), torch.zeros(6)
+    memo.keep((x, t), None, 1)
+    x.shape = (3, 2)
+    assert memo.find((x, t), None) is None
+    memo.keep((x, t), None, 2)
+    t.set_(torch.ones(6).untyped_storage())
+    assert memo.find((x, t), None) is None
+
+
+def test_a_new_array_at_an_old_ones_place_is_another() -> None:
+    memo = CallMemo()
+    for _ in range(100):  # ids come back soon
+        x = np.zeros(3)
+        assert memo.find((x,), None) is None
+        memo.keep((x,), None, 1)
+        del x
+
+
+def test_each_thread_has_its_own() -> None:
+    memo, x, found = CallMemo(), np.zeros(3), []
+    memo.keep((x,), None, 1)
+    thread = threading.Thread(target=lambda: found.append(memo.find((x,), None)))
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def test_a_repeated_call_sees_new_content_and_still_refuses() -> None:
+    weight, scale = gemm.per_block_cast_to_fp8(np.ones((4, 8), np.float32), False)
+    x, out = np.ones((2, 8), np.float32), np.empty((2, 4), np.float32)
+    assert (gemm.fp8_linear(x, weight, scale, out=out) == 8).all()
+    x[:] = 2
+    assert (gemm.fp8_linear(x, weight, scale, out=out) == 16).all()
+    x.shape = (4, 4)
+    with pytest.raises(ShapeError):
+        gemm.fp8_linear(x, weight, scale, out=out)
+
+
+def test_a_repeated_decode_sees_new_lengths_and_still_refuses() -> None:
+    q, kv = np.ones((1, 1, 2, 576), np.float32), np.zeros((2, 64, 1, 576), np.float32)
+    kv[0, 1:] = 3
+    table, lengths = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    call = (q, kv, table, lengths, 512, *attention.get_mla_metadata())
+    first, _ = attention.flash_mla_with_kvcache(*call)
+    lengths[0] = 2
+    second, _ = attention.flash_mla_with_kvcache(*call)
+    assert (first == 0).all()
+    assert (second > 2.9).all()
+    table[0, 0] = 7
+    with pytest.raises(ShapeError, match="block_table"):
+        attention.flash_mla_with_kvcache(*call)
