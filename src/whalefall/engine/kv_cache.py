@@ -12,12 +12,18 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from whalefall.attention.native_calls import FP8_ROW_BYTES
 from whalefall.engine.core.sequence import BLOCK_SIZE
 from whalefall.errors import ConfigError
 
 __all__ = ["KV_DTYPES", "KVCache", "map_array"]
 
-KV_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
+KV_DTYPES = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
+    "fp8": np.dtype(np.uint8),  # rows of 656 bytes, FlashMLA's layout
+}
+_FP8_COLUMNS = 576  # of latent and rope that such a row holds
 _HUGE = 2 << 20
 
 
@@ -32,24 +38,40 @@ def map_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
 
+def row_width(latent_dim: int, dtype: str) -> int:
+    """Elements of a token's row.
+
+    Raises: ConfigError for "fp8" where latent and rope are not of 512 and 64 columns.
+    """
+    if dtype != "fp8":
+        return latent_dim
+    if latent_dim != _FP8_COLUMNS:
+        raise ConfigError(
+            f"kv is 'fp8', whose rows hold {_FP8_COLUMNS} columns (512 latent, 64 rope); this "
+            f"model has {latent_dim}: use bf16"
+        )
+    return FP8_ROW_BYTES
+
+
 class KVCache:
     """Latent KV in pages of 64 tokens.
 
     Attributes:
-        array: [layers, blocks, 64, latent + rope].
+        array: [layers, blocks, 64, latent + rope], or 656 bytes for "fp8".
     """
 
     def __init__(self, layers: int, num_blocks: int, latent_dim: int, dtype: str) -> None:
         """Map the pages. Raises: ConfigError for an unknown dtype."""
         if dtype not in KV_DTYPES:
             raise ConfigError(f"kv is {dtype!r}, wanted one of {', '.join(KV_DTYPES)}")
-        self.array = map_array((layers, num_blocks, BLOCK_SIZE, latent_dim), KV_DTYPES[dtype])
+        shape = (layers, num_blocks, BLOCK_SIZE, row_width(latent_dim, dtype))
+        self.array = map_array(shape, KV_DTYPES[dtype])
         self._swapped: dict[str, np.ndarray] = {}
 
     @staticmethod
     def block_bytes(layers: int, latent_dim: int, dtype: str) -> int:
         """Bytes of one block over all layers."""
-        return layers * BLOCK_SIZE * latent_dim * KV_DTYPES[dtype].itemsize
+        return layers * BLOCK_SIZE * row_width(latent_dim, dtype) * KV_DTYPES[dtype].itemsize
 
     def swap_out(self, seq_id: str, blocks: Sequence[int]) -> None:
         """Put the content of a sequence's blocks aside."""

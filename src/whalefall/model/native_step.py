@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from whalefall import jit
-from whalefall.attention.native_calls import paged_entry
+from whalefall.attention.native_calls import TYPES, paged_entry
 from whalefall.ep.routing import library as gate_library
 from whalefall.errors import WhalefallError
 from whalefall.gemm.linear import weight_struct
@@ -30,7 +30,11 @@ __all__ = ["NativeStep"]
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _ACTIVATIONS = {"fp32": "keep", "w8a8": "e4m3", "w8a16": "half"}
-_ATTENTION_TYPES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1}
+_ATTENTION_TYPES = {
+    np.dtype(np.float32): TYPES["float32"],
+    np.dtype(ml_dtypes.bfloat16): TYPES["bfloat16"],
+    np.dtype(np.uint8): TYPES["fp8"],
+}
 
 
 class _Layer(ctypes.Structure):
@@ -92,7 +96,7 @@ class _Batch(ctypes.Structure):
         ("kv", _P),
         ("kv_layer_bytes", _N),
         ("kv_blocks", _N),
-        ("kv_bf16", _I),
+        ("kv_type", _I),
         ("form", _I),
         ("logits", _P),
         ("hidden", _P),
@@ -304,7 +308,7 @@ class NativeStep:
             kv=kv.ctypes.data,
             kv_layer_bytes=kv.strides[0],
             kv_blocks=kv.shape[1],
-            kv_bf16=kind == 1,
+            kv_type=kind,
             form=FORMS["many" if batch.in_prompt else "few"],
             logits=logits.ctypes.data,
             hidden=None if hidden is None else hidden.ctypes.data,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from whalefall.errors import UnsupportedError
 from whalefall.model import reference as plain
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import choose_experts
@@ -33,7 +34,9 @@ class NumpyStep:
     def __call__(
         self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
     ) -> np.ndarray:
-        """See `step.Step`."""
+        """See `step.Step`. Raises: UnsupportedError for a cache of FP8 rows."""
+        if kv.dtype == np.uint8:
+            raise UnsupportedError("kv is 'fp8', which wants the native step; install a compiler")
         c, w = self.config, self.weights
         x = w.embed[batch.tokens].astype(np.float32)
         for index, layer in enumerate(w.layers):

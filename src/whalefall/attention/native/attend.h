@@ -31,18 +31,18 @@ inline void score_step(const typename Row::Element* const* k, int64_t step, cons
     return;
   } else {
 #endif
-  vf a[T], b[T];
+    vf a[T], b[T];
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) Row::load2(k[t] + step * kStep, a[t], b[t]);
+    for (int t = 0; t < T; ++t) Row::load2(k[t] + step * kStep, a[t], b[t]);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sum[t * R + r] = fma(a[t], load(q + r * kLanes), sum[t * R + r]);
+      for (int t = 0; t < T; ++t) sum[t * R + r] = fma(a[t], load(q + r * kLanes), sum[t * R + r]);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-      sum[t * R + r] = fma(b[t], load(q + (R + r) * kLanes), sum[t * R + r]);
+      for (int t = 0; t < T; ++t)
+        sum[t * R + r] = fma(b[t], load(q + (R + r) * kLanes), sum[t * R + r]);
 #ifdef WF_DOT
   }
 #endif

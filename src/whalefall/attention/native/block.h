@@ -82,8 +82,7 @@ template <class Row, int R>
 inline void pack_queries(const void* q, Type type, const Query* rows, int64_t width,
                          float* packed) {
   for (int64_t i = 0; i < width; i += kStep, packed += R * kQueryFloats<Row>)
-    for (int r = 0; r < R; ++r)
-      pack_step<Row, R>(q, type, rows[r].q + i, width - i, r, packed);
+    for (int r = 0; r < R; ++r) pack_step<Row, R>(q, type, rows[r].q + i, width - i, r, packed);
 }
 
 // What the results are stored as, and how a row's end is reached.

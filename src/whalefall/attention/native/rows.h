@@ -131,8 +131,8 @@ inline vf zip(vf x, vf y, std::integer_sequence<int, L...>) {
 
 template <int Upper, int... L>
 inline vf quads(vf x, vf y, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(
-      x, y, (L / 4 % 2 * kLanes + L / 8 * 4 + L % 4 + Upper * kLanes / 2)...);
+  return __builtin_shufflevector(x, y,
+                                 (L / 4 % 2 * kLanes + L / 8 * 4 + L % 4 + Upper * kLanes / 2)...);
 }
 
 // One step of a row as it stands: elements i … i + count - 1, zeros behind them.

@@ -108,7 +108,8 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
       std::memset(static_cast<char*>(rows.data) + i * rows.pitch * kind_bytes(rows.kind), 0,
                   hidden * kind_bytes(rows.kind));
 
-  // W rows of a task of gate and up, and of one of down; selections that share a pass of the former.
+  // W rows of a task of gate and up, and of one of down; selections that share a pass of the
+  // former.
   const int64_t chunk = form == kFew ? 128 : 64, down_chunk = form == kFew ? 256 : 64;
   const int64_t step = form == kFew ? few::kRowsOfX : 64;
   constexpr int64_t kMost = 4096;  // chunk * step

@@ -2,9 +2,9 @@
 // DeepGEMM's products: both operands quantised, any layout; b is 32 or 128 columns of K, exact
 // products, fp32 sums within b, then scaled and added in fp32 (the two-level accumulation).
 //
-// A becomes rows of fp32, or of bf16, once (a wave of up to 128 MB at a time); B is packed panel by panel as
-// many.h describes. A dense product is one segment; grouped products are one for each group or run
-// of rows, so that groups of any size share the threads evenly.
+// A becomes rows of fp32, or of bf16, once (a wave of up to 128 MB at a time); B is packed panel by
+// panel as many.h describes. A dense product is one segment; grouped products are one for each
+// group or run of rows, so that groups of any size share the threads evenly.
 #pragma once
 #include "many.h"
 
@@ -209,7 +209,8 @@ inline void Gemm::run(const Product& p) {
     if (p.segments[s].k > depth) depth = p.segments[s].k;
     total += ceil_div(p.segments[s].m, many::kChunkRows);
   }
-  pitch_ = round_up(depth, kBlock) + (kDot ? 32 : 16);  // not a power of two: rows must not share cache sets
+  pitch_ = round_up(depth, kBlock) +
+           (kDot ? 32 : 16);  // not a power of two: rows must not share cache sets
   blocks_ = round_up(depth, kBlock) / p.length;
   int64_t most = (int64_t(128) << 20) / (pitch_ * 4);
   Piece* pieces = pieces_.get<Piece>(total + 1);

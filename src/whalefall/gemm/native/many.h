@@ -57,7 +57,7 @@ struct Workspace {
 // kChunkRows and kColumns; returns them, kColumns apart, until the thread's next product.
 template <class Path, int kKind, int kLength, class Source>
 const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                      int64_t last) {
+                         int64_t last) {
   using Value = typename Path::Value;
   Workspace space;
   Value* panels = reinterpret_cast<Value*>(space.panels);
@@ -76,10 +76,9 @@ const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x,
         if (row_scale[i]) row_scale[i] += k / kLength;
       }
       for (int64_t c = 0; c < end - n; c += kTileColumns)
-        tile_of<Path, kLength>(rows, row, row_scale, blocks,
-                               panels + c / kTileColumns * Path::panel_values(padded),
-                               space.scales + c * blocks, space.sums + (m - first) * kColumns + c,
-                               kColumns);
+        tile_of<Path, kLength>(
+            rows, row, row_scale, blocks, panels + c / kTileColumns * Path::panel_values(padded),
+            space.scales + c * blocks, space.sums + (m - first) * kColumns + c, kColumns);
     }
   }
   return space.sums;

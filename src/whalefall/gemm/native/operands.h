@@ -13,8 +13,9 @@ constexpr int kBlock = 128;  // K of one partial sum; rows and columns of one sc
 
 enum Kind : int32_t { kF32 = 0, kBf16 = 1, kFp8 = 2 };
 enum Form : int32_t { kFew = 0, kMany = 1 };
-// What a product does to fp32 activations first: nothing; make each 128 E4M3 with a scale of its own
-// (the published W8A8 numerics); round them to bf16 where that lets it use the bf16 dot (W8A16).
+// What a product does to fp32 activations first: nothing; make each 128 E4M3 with a scale of its
+// own (the published W8A8 numerics); round them to bf16 where that lets it use the bf16 dot
+// (W8A16).
 enum Activations : int32_t { kKeep = 0, kE4m3 = 1, kHalf = 2 };
 
 constexpr int64_t kind_bytes(int kind) { return kind == kF32 ? 4 : kind == kBf16 ? 2 : 1; }
@@ -48,8 +49,8 @@ struct Input {
   int32_t unused;
 };
 
-// Activations as the kernels read them: rows of fp32, or of bf16 for the dot kernels, zero from K to
-// the next multiple of 128.
+// Activations as the kernels read them: rows of fp32, or of bf16 for the dot kernels, zero from K
+// to the next multiple of 128.
 struct Rows {
   const float* data;  // null: `halves` has them
   int64_t pitch;

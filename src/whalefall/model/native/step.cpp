@@ -195,7 +195,10 @@ class Step {
     linear(mtp.eh_proj, both_, x_);
   }
 
-  int64_t row_bytes() const { return (m_.latent + m_.rope) * (b_.kv_bf16 ? 2 : 4); }
+  int64_t row_bytes() const {
+    if (b_.kv_type == attention::Type::fp8) return attention::kFp8RowBytes;
+    return (m_.latent + m_.rope) * attention::bytes_of(b_.kv_type);
+  }
 
   // Norms a token's latent, rotates its rope key, and writes both to its page.
   void append(const Layer& layer, int64_t t, char* pages) const {
@@ -204,7 +207,14 @@ class Step {
     rotate(kv + m_.latent, angles(t), m_.rope, kv + m_.latent);
     const int64_t position = b_.positions[t];
     char* page = pages + b_.tables[t][position / kPage] * kPage * row_bytes();
-    to_cache(kv, m_.latent + m_.rope, b_.kv_bf16, page + position % kPage * row_bytes());
+    char* row = page + position % kPage * row_bytes();
+    if (b_.kv_type == attention::Type::fp8) {
+      attention::AppendArgs args{};
+      args.latent = kv, args.rope = kv + m_.latent, args.type = attention::Type::fp32;
+      attention::append_fp8(args, 0, row);
+    } else {
+      to_cache(kv, m_.latent + m_.rope, b_.kv_type == attention::Type::bf16, row);
+    }
   }
   const float* angles(int64_t t) const { return m_.rope_table + b_.positions[t] * m_.rope; }
 
@@ -239,7 +249,7 @@ class Step {
     args.cache.blocks = b_.kv_blocks, args.cache.page = kPage;
     args.scale = m_.softmax_scale;
     args.q_type = args.out_type = attention::Type::fp32;
-    args.cache_type = b_.kv_bf16 ? attention::Type::bf16 : attention::Type::fp32;
+    args.cache_type = b_.kv_type;
     m_.attention(&args);
     // a call from within a task runs on the task's own thread
     for_heads(count * m_.value * m_.latent, [&](int64_t h) {

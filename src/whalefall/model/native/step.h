@@ -2,6 +2,7 @@
 // Python fills these structs through ctypes (native_step.py mirrors them).
 #pragma once
 #include <cstdint>
+#include "../../attention/native/append.h"
 #include "../../attention/native/mla.h"
 #include "../../gemm/native/operands.h"
 
@@ -73,7 +74,7 @@ struct Model {
   GateCall gate;            // the rules; pointers and counts are filled in for each layer
   float eps, latent_eps, softmax_scale;
   int32_t activations;  // gemm's: kKeep ("fp32"), kE4m3 ("w8a8") or kHalf ("w8a16")
-  int32_t bf16_rows;  // routed experts' rows are rounded to bf16
+  int32_t bf16_rows;    // routed experts' rows are rounded to bf16
   void (*linear)(const LinearCall*);
   void (*experts)(const ExpertsCall*);
   int64_t (*route)(const GateCall*);
@@ -87,10 +88,10 @@ struct Batch {
   int64_t count;
   const int32_t* logit_rows;
   int64_t num_logit_rows;
-  void* kv;  // [layers, blocks, 64, latent + rope]
+  void* kv;  // [layers, blocks, 64, latent + rope], or of 656 bytes
   int64_t kv_layer_bytes, kv_blocks;
-  int32_t kv_bf16;
-  int32_t form;  // gemm's: kFew for generated tokens, kMany for prompts
+  attention::Type kv_type;  // fp8: rows of 656 bytes
+  int32_t form;             // gemm's: kFew for generated tokens, kMany for prompts
   float* logits;
   // [tokens, hidden]: in: the main model's (for mtp only); out: the final norm's; null: not wanted
   float* hidden;
