@@ -49,8 +49,8 @@ class EngineConfig:
 
     Attributes:
         compute: "w8a16" (activations kept), "w8a8" (as published) or "fp32" (exact path).
-        kv: type of the KV cache, "bf16", "fp32" or "fp8" (656 bytes a token and layer, for 512 latent
-            and 64 rope columns); None: fp32 for compute="fp32", else bf16.
+        kv: type of the KV cache, "bf16", "fp32" or "fp8" (656 bytes a token and layer, for 512
+            latent and 64 rope columns); None: fp32 for compute="fp32", else bf16.
         max_batch_tokens: tokens of one step.
         max_sequences: answers that run at once.
         kv_cache_bytes: memory of the KV cache; None: 1 GiB, or what max_model_len needs.

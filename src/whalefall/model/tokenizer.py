@@ -256,19 +256,25 @@ class Detokenizer:
         """Add a token; returns the text that became certain."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids, self._skip_special)
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._shown < 8:
-            return ""
-        return self._take(text)
+        if not text.endswith(_REPLACEMENT):
+            return self._take(text, len(self._ids))
+        # Bytes that are no text may go on and on; only the last three can still begin a character.
+        for count in range(len(self._ids) - 3, self._shown + 4, -1):
+            certain = self._tokenizer.decode(self._ids[:count], self._skip_special)
+            if text.startswith(certain):
+                return self._take(certain, count)
+        return ""
 
     def flush(self) -> str:
         """The text still held back (an incomplete character shows as U+FFFD)."""
-        return self._take(self._tokenizer.decode(self._ids, self._skip_special))
+        return self._take(self._tokenizer.decode(self._ids, self._skip_special), len(self._ids))
 
-    def _take(self, text: str) -> str:
+    def _take(self, text: str, count: int) -> str:
+        """Show the first `count` ids, whose text is `text`."""
         new = text[len(self._text) :]
-        self._ids = self._ids[self._shown :] if self._shown else self._ids
-        self._shown = len(self._ids)
-        self._text = self._tokenizer.decode(self._ids, self._skip_special)
+        window = self._shown
+        self._ids, self._shown = self._ids[window:], count - window
+        self._text = self._tokenizer.decode(self._ids[: self._shown], self._skip_special)
         return new
 
 
