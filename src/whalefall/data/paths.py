@@ -62,7 +62,6 @@ def is_data(path: str) -> bool:
 def _resolve_url(url: str, recursive: bool, suffix: str) -> list[str]:
     import fsspec
 
-    protocol = url.split("://", 1)[0]
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -73,4 +72,4 @@ def _resolve_url(url: str, recursive: bool, suffix: str) -> list[str]:
         names = filesystem.glob(f"{path.rstrip('/')}/{'**/' if recursive else ''}*{suffix}")
     else:
         return [url]
-    return [f"{protocol}://{name}" for name in names]
+    return [filesystem.unstrip_protocol(name) for name in names]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from whalefall.data.constants import PARQUET_METADATA_KEY_PREFIX, TOPLEVEL_DIMENSION
 from whalefall.data.dataset import DataSet, PartitionedDataSet
+from whalefall.data.duck import forget_remote
 from whalefall.data.errors import PlanError
 from whalefall.data.fingerprint import fingerprint
 from whalefall.data.parquet import ParquetDataSet
@@ -142,6 +143,7 @@ class Task:
         self.runtime_ctx, self.retry_count = runtime_ctx, retry_count
         self.runtime_output_abspath, self.temp_abspath = output_dir, temp_dir
         runtime_ctx.task = self
+        forget_remote()
         self._lap = time.perf_counter()
 
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
@@ -225,21 +227,25 @@ class Task:
         return {PARQUET_METADATA_KEY_PREFIX + name: value for name, value in notes.items()}
 
     # -- DuckDB
-    def connect(self) -> Any:
-        """A connection with the task's threads, memory and spill folder."""
-        from whalefall.data.duck import connect
+    def connect(self, private: bool = False) -> Any:
+        """A connection with the task's threads, memory and spill folder.
+
+        Args:
+            private: to a database of its own, for queries that leave more than temporary views.
+        """
+        from whalefall.data import duck
 
         os.makedirs(self.temp_abspath, exist_ok=True)
         memory = int(self.memory_limit * 0.9) if self.memory_limit else None
-        return connect(max(1, int(self.cpu_limit)), memory, self.temp_abspath)
+        opened = duck.connect if private else duck.task_cursor
+        return opened(max(1, int(self.cpu_limit)), memory, self.temp_abspath)
 
     def prepare_connection(self, conn: Any) -> None:
         """Give a connection of the caller's own the task's limits."""
-        conn.execute(f"set threads={max(1, int(self.cpu_limit))}").fetchall()
-        if self.memory_limit:
-            conn.execute(f"set memory_limit='{int(self.memory_limit * 0.9) // 1000}KB'").fetchall()
-        if self.temp_abspath:
-            conn.execute(f"set temp_directory='{self.temp_abspath}'").fetchall()
+        from whalefall.data.duck import limit
+
+        memory = int(self.memory_limit * 0.9) if self.memory_limit else None
+        limit(conn, max(1, int(self.cpu_limit)), memory, self.temp_abspath)
 
     def create_input_views(self, conn: Any, inputs: Sequence[DataSet]) -> list[str]:
         """Make a view of each input; returns their names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from whalefall.data.tasks.parquet_out import ParquetOptions, file_in
 from whalefall.data.template import render
 
 __all__ = ["SqlEngineTask", "written"]
+
+TEMPORARY = re.compile(r"\s*create\s+or\s+replace\s+temp(orary)?\s+(view|table)\b", re.I)
 
 
 class SqlEngineTask(Task):
@@ -59,9 +62,13 @@ class SqlEngineTask(Task):
         place = ", ".join(str(info) for info in self.partition_key)
         return f"SQL node {self.node_id}" + (f", partition {place}" if place else "")
 
+    def _leaves_traces(self) -> bool:
+        """Whether functions, settings or tables would stay in the database."""
+        return bool(self.udfs) or not all(map(TEMPORARY.match, self.queries[:-1]))
+
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
         path = file_in(self.runtime_output_abspath, f"{self.output_filename}.parquet")
-        conn = self.connect()
+        conn = self.connect(private=self._leaves_traces())
         try:
             for udf in self.udfs:
                 udf.bind(conn)
