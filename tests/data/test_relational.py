@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks._tpch_queries import QUERIES, TABLES
 from whalefall.data import Session
 from whalefall.data.aggregates import two_phase
-from whalefall.data.errors import PlanError
+from whalefall.data.errors import PlanError, SqlError
 from whalefall.data.tasks.exchange import range_number
 
 
@@ -60,6 +60,18 @@ def test_operations_equal_duckdbs(sp: Session, path: str, n: int | None) -> None
         if " t join " in query or ">=" in query:  # `using` puts the keys first
             ours = ours.select(want.column_names)
         assert sorted(rows(ours), key=repr) == sorted(rows(want), key=repr), query
+
+
+def test_sums_of_integers_are_exact(sp: Session) -> None:
+    big = 2**53 + 1  # which a DOUBLE cannot hold
+    frame = sp.from_items([{"x": big}, {"x": 0}, {"x": 2**62}])
+    exact = frame.map("sum(x) as s, sum(x) as s, typeof(sum(x)) as t")
+    assert exact.take_all() == [{"s": big + 2**62, "s_1": big + 2**62, "t": "HUGEINT"}]
+    assert frame.group_by("x > 5 as k", 2).agg(s="sum(x)").filter("k").take_all() == [
+        {"k": True, "s": big + 2**62}
+    ]
+    with pytest.raises(SqlError, match=r"INT128(.*\n)+in the query: select sum\(x\) \* 4"):
+        frame.map("sum(x) * 4 as s").compute()
 
 
 @pytest.mark.parametrize("items", [["b", "a desc"], ["a nulls first", "s desc", "f"], ["s"]])

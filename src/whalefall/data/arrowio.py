@@ -52,13 +52,13 @@ def open_parquet(path: str, filesystem: Any = None) -> Any:
         raise CorruptError(f"{path} is no readable Parquet file: {error}") from None
 
 
-def convert_type_to_large(kind: pa.DataType) -> pa.DataType:
+def convert_type_to_large(type_: pa.DataType) -> pa.DataType:
     """`large_string` for string, `large_binary` for binary, also within lists and structs."""
-    if pa.types.is_string(kind):
+    if pa.types.is_string(type_):
         return pa.large_string()
-    if pa.types.is_binary(kind):
+    if pa.types.is_binary(type_):
         return pa.large_binary()
-    return _convert_nested(kind, convert_type_to_large)
+    return _convert_nested(type_, convert_type_to_large)
 
 
 def _convert_type_to_large_string(kind: pa.DataType) -> pa.DataType:

@@ -96,15 +96,17 @@ class Driver:
         job["num_executors"] = job["num_executors"] or 0
         return argparse.Namespace(**user), argparse.Namespace(**job)
 
-    def get_arguments(self) -> dict[str, Any]:
-        """The script's arguments by name."""
-        return vars(self.parse_arguments()[0])
+    def get_user_arguments(self, to_dict: bool = True) -> Any:
+        """The script's arguments: by name, or as a namespace."""
+        arguments = self.parse_arguments()[0]
+        return vars(arguments) if to_dict else arguments
 
-    get_user_arguments = get_arguments
+    get_arguments = get_user_arguments
 
-    def get_driver_arguments(self) -> dict[str, Any]:
-        """The job's arguments by name."""
-        return vars(self.parse_arguments()[1])
+    def get_driver_arguments(self, to_dict: bool = True) -> Any:
+        """The job's arguments: by name, or as a namespace."""
+        arguments = self.parse_arguments()[1]
+        return vars(arguments) if to_dict else arguments
 
     @property
     def mode(self) -> str:

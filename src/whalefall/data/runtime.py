@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from whalefall.data.constants import TB, TOPLEVEL_DIMENSION
+from whalefall.errors import ConfigError
 
 __all__ = ["JobId", "PartitionInfo", "PartitionKey", "RuntimeContext", "available_cpus"]
 
@@ -80,11 +81,20 @@ def available_memory() -> int:
     return total
 
 
+WITHOUT_EFFECT = frozenset(
+    """bind_numa_node disable_log_rotation enable_diagnostic_metrics enable_profiling
+    enforce_memory_limit env_overrides fault_inject_prob max_num_missed_probes
+    secs_wq_poll_interval shared_log_root""".split()
+)
+
+
 class RuntimeContext:
     """A job's folders and limits; inside a task, `task` is the task that runs.
 
-    The root is `{data_root}/{job_time}.{job_id}`. Finished tasks' results lie in `results` (or
-    under `output` where the node has an output_name), what running tasks write in `staging`.
+    Takes all arguments of the original's; those of its queues, probes, faults and profiles
+    (`WITHOUT_EFFECT`) change nothing here. The root is `{data_root}/{job_time}.{job_id}`. Finished
+    tasks' results lie in `results` (or under `output` where the node has an output_name), what
+    running tasks write in `staging`.
     """
 
     def __init__(
@@ -104,7 +114,10 @@ class RuntimeContext:
         console_log_level: str = "INFO",
         file_log_level: str = "DEBUG",
         output_path: str | None = None,
+        **without_effect: Any,
     ) -> None:
+        if unknown := set(without_effect) - WITHOUT_EFFECT:
+            raise ConfigError(f"RuntimeContext: unknown argument {min(unknown)!r}")
         self.job_id = JobId(job_id)
         self.job_time = job_time
         self.data_root = os.path.abspath(os.path.expanduser(data_root))

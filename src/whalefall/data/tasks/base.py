@@ -211,11 +211,11 @@ class Task:
         """A random number in [0, 1)."""
         return self.python_random_gen.random()
 
-    def add_elapsed_time(self, name: str | None = None) -> None:
-        """Add the seconds since the last call to `perf_metrics[name]`."""
+    def add_elapsed_time(self, metric_name: str | None = None) -> None:
+        """Add the seconds since the last call to `perf_metrics[metric_name]`."""
         now = time.perf_counter()
-        if name is not None:
-            self.perf_metrics[name] += now - self._lap  # type: ignore[assignment]
+        if metric_name is not None:
+            self.perf_metrics[metric_name] += now - self._lap  # type: ignore[assignment]
         self._lap = now
 
     def parquet_metadata(self) -> dict[str, str]:

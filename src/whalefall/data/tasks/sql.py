@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from whalefall.data.dataset import DataSet, quote
+from whalefall.data.dataset import DataSet, identifier, quote
 from whalefall.data.duck import execute
 from whalefall.data.errors import SqlError
 from whalefall.data.parquet import ParquetDataSet
@@ -85,12 +85,32 @@ class SqlEngineTask(Task):
             conn.close()
 
     def _copy(self, conn: Any, query: str, path: str) -> ParquetDataSet:
+        made = whole_numbers(conn, query, self.where())
         options = self.options.copy_options(self.parquet_metadata())
-        statement = f"copy ({query}\n) to {quote(path)} ({options})"
-        try:
-            return written(execute(conn, statement, self.where()))
-        except SqlError as error:
-            raise SqlError(str(error).replace(statement, query)) from None
+        statement = f"copy ({made}\n) to {quote(path)} ({options})"
+        return written(execute_as(query, conn, statement, self.where()))
+
+
+def execute_as(shown: str, conn: Any, statement: str, where: str) -> Any:
+    """`execute`, with the user's query in the place of the whole statement in an error."""
+    try:
+        return execute(conn, statement, where)
+    except SqlError as error:
+        raise SqlError(str(error).replace(statement, shown)) from None
+
+
+def whole_numbers(conn: Any, query: str, where: str) -> str:
+    """The query with its 128-bit integers, such as sums of integers, as BIGINT.
+
+    Parquet has no such type, and DuckDB would write them as DOUBLE, which rounds them; a number
+    that does not fit a BIGINT is an error.
+    """
+    described = execute_as(query, conn, f"describe select * from ({query}\n)", where)
+    wide = [identifier(row[0]) for row in described if row[1] in ("HUGEINT", "UHUGEINT")]
+    if not wide:
+        return query
+    casts = ", ".join(f"cast({name} as bigint) as {name}" for name in wide)
+    return f"select * replace ({casts}) from ({query}\n)"
 
 
 def written(stats: Sequence[Sequence[Any]]) -> ParquetDataSet:

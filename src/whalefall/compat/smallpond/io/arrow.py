@@ -1,5 +1,8 @@
 """smallpond.io.arrow: Parquet files and Arrow tables."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from whalefall.data.arrowio import (
     build_batch_reader_from_files,
     cast_columns_to_large_string,
@@ -23,4 +26,11 @@ __all__ = [
     "read_parquet_files_into_table",
 ]
 
-read_parquet_files_into_table = load_from_parquet_files
+
+def read_parquet_files_into_table(
+    paths_or_ranges: Sequence[str | RowRange],
+    columns: Sequence[str] | None = None,
+    filesystem: Any = None,
+) -> Any:
+    """`load_from_parquet_files` with one thread."""
+    return load_from_parquet_files(paths_or_ranges, columns, 1, filesystem)
