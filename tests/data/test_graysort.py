@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from whalefall.data.graysort import Summary, make_records, sort_file, summarize, valsort
+from whalefall.data import Session
+from whalefall.data.graysort import (
+    Summary,
+    gray_sort,
+    make_records,
+    sort_file,
+    summarize,
+    valsort,
+)
 from whalefall.errors import ConfigError, MissingError
 
 A, C = 0x2360ED051FC65DA44385DF649FCCF645, 0x4A696D47726179524950202020202001
@@ -155,3 +163,32 @@ def test_command_line(tmp_path: Path) -> None:
     }
     bad = run("sort", source, target, "--memory", "much")
     assert bad.returncode == 2 and bad.stderr.startswith("ConfigError: size is 'much'")
+
+
+@pytest.mark.parametrize("kind", ["plain", "skewed", "hot key", "one record"])
+def test_as_a_plan_it_is_the_same_sort(sp: Session, tmp_path: Path, kind: str) -> None:
+    sizes = (3000, 0, 5001) if kind != "one record" else (0, 1)
+    records = make_records(sum(sizes), skewed=kind == "skewed").copy()
+    if kind == "hot key":
+        records[np.arange(len(records)) % 5 != 0, :10] = 7
+    (tmp_path / "in").mkdir()
+    for index, end in enumerate(np.cumsum(sizes)):
+        part = records[end - sizes[index] : end]
+        (tmp_path / "in" / f"{index}.dat").write_bytes(part.tobytes())
+    gray_sort(sp, str(tmp_path / "in"), str(tmp_path / "out"), npartitions=3)
+    parts = sorted((tmp_path / "out").glob("*.dat"))
+    assert [p.name for p in parts] == [f"part-{i:05d}.dat" for i in range(3)]
+    got = np.concatenate([np.fromfile(p, np.uint8) for p in parts]).reshape(-1, 100)
+    keys = records[:, :10].copy().view(">u8,>u2").ravel()
+    assert (got == records[np.argsort(keys, kind="stable", order=["f0", "f1"])]).all()
+    if kind == "plain":
+        assert max(p.stat().st_size for p in parts) < 1.5 * len(records) / 3 * 100
+
+
+def test_a_plan_without_whole_records_is_refused(sp: Session, tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"x" * 150)
+    with pytest.raises(ConfigError, match="150 bytes"):
+        gray_sort(sp, str(tmp_path / "odd"), str(tmp_path / "out"))
+    with pytest.raises(MissingError, match="no file matches"):
+        gray_sort(sp, str(tmp_path / "*.dat"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

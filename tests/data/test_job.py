@@ -7,14 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from whalefall.data import Session, init, storage
+from whalefall.data.driver import execute_plan
 from whalefall.data.errors import WorkerLost
 from whalefall.data.executor.local import LocalExecutor
+from whalefall.data.memory import ArrowTableDataSet
+from whalefall.data.nodes import (
+    ArrowComputeNode,
+    Context,
+    DataSetPartitionNode,
+    DataSourceNode,
+)
+from whalefall.data.plan import LogicalPlan
+from whalefall.data.runtime import RuntimeContext
 from whalefall.errors import ConfigError
 
 SCRIPT = """
@@ -66,6 +78,74 @@ def test_a_killed_worker_is_replaced(fresh: Session, tmp_path: Path) -> None:
     frame = fresh.from_items(list(range(10))).map(die_until(marks, 5))
     assert [row["item"] for row in frame.take_all()] == list(range(10))
     assert len(list(marks.iterdir())) == 5
+
+
+def fragile(runtime_ctx: Any, tables: Any) -> pa.Table:
+    runtime_ctx.task.inject_fault()
+    return tables[0]
+
+
+def test_injected_faults_kill_and_are_survived(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ctx, plan_ctx = (
+        RuntimeContext("j", datetime.now(), str(tmp_path), fault_inject_prob=0.5),
+        Context(),
+    )
+    ctx.usable_cpu_count = 2
+    source = DataSourceNode(plan_ctx, ArrowTableDataSet(pa.table({"i": list(range(8))})))
+    parts = DataSetPartitionNode(plan_ctx, (source,), 4, partition_by_rows=True)
+    root = ArrowComputeNode(plan_ctx, (parts,), process_func=fragile)
+    plan = execute_plan(LogicalPlan(plan_ctx, root), ctx)
+    assert plan.final_output.to_arrow_table().column("i").to_pylist() == list(range(8))
+    assert "killed by signal 9" in caplog.text
+    with pytest.raises(ConfigError, match="unknown argument 'speed'"):
+        RuntimeContext("j", datetime.now(), str(tmp_path), speed=9)
+
+
+BUSY = """
+import os, signal, sys, threading, time
+from whalefall.data import init
+sp = init(job_id="j", job_time="2026-01-02T03:04:05", data_root=sys.argv[1], cpus=2,
+          _remove_output_root=False)
+executor, killed = sp._job.executor, []
+
+def killer():
+    while True:
+        time.sleep(float(sys.argv[2]))
+        busy = [w for w in executor._workers if w.key is not None]
+        for worker in [w for w in busy if w.key not in killed and len(killed) < 3][:1]:
+            killed.append(worker.key)
+            os.kill(worker.pid, signal.SIGKILL)
+
+def slow(row):
+    time.sleep(0.04)
+    return {"x": row["item"] * 2}
+
+if len(sys.argv) > 2:
+    threading.Thread(target=killer, daemon=True).start()
+frame = sp.from_items(list(range(240))).repartition(6, hash_by="item").map(slow)
+frame = frame.repartition(3, hash_by="x").partial_sort("x")
+frame.write_parquet(sys.argv[1] + "/out")
+rows = sp.sql("select x from f order by x", f=frame).to_arrow().column("x").to_pylist()
+print(sp.num_tasks_executed, len(killed), rows == list(range(0, 480, 2)))
+sp.shutdown()
+"""
+
+
+def test_workers_killed_again_and_again_change_nothing(tmp_path: Path) -> None:
+    """A real loop: a busy worker dies every second, three in all."""
+    executed, killed, right = script(BUSY, str(tmp_path), "1.0").split()
+    assert right == "True" and int(killed) >= 2 and int(executed) >= 11
+    assert script(BUSY, str(tmp_path)).split() == ["0", "0", "True"]
+
+
+def test_a_worker_killed_while_it_comes_up_is_replaced(tmp_path: Path) -> None:
+    with init(data_root=str(tmp_path), cpus=1) as session:
+        executor = session._job.executor
+        assert isinstance(executor, LocalExecutor)
+        os.kill(executor.pids[0], signal.SIGKILL)
+        assert session.from_items([1]).map("item").count() == 1
 
 
 def test_the_sixth_death_ends_the_job(fresh: Session, tmp_path: Path) -> None:

@@ -115,11 +115,11 @@ def test_nested_partitions_consolidate_and_load_again(ctx: RuntimeContext) -> No
 
 
 class ByParity(UserDefinedPartitionNode):
-    """Files by the parity of their place."""
+    """Files by the parity of their place; the third part gets none."""
 
     def partition(self, runtime_ctx: Any, dataset: Any) -> list[Any]:
         files = dataset.resolved_paths
-        return [ParquetDataSet(files[0::2]), ParquetDataSet(files[1::2])]
+        return [ParquetDataSet(files[0::2]), ParquetDataSet(files[1::2]), ParquetDataSet([])]
 
 
 def test_partitions_of_the_users_own(ctx: RuntimeContext, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_partitions_of_the_users_own(ctx: RuntimeContext, tmp_path: Path) -> Non
         pq.write_table(pa.table({"i": [part] * 3}), tmp_path / f"{part}.parquet")
     plan_ctx = Context()
     source = DataSourceNode(plan_ctx, ParquetDataSet([str(tmp_path / "*.parquet")]))
-    parts = ByParity(plan_ctx, (source,), 2)
+    parts = ByParity(plan_ctx, (source,), 3)
     chosen = ProjectionNode(plan_ctx, parts, ["i + 10 as j"], ["filename"])
     root = SqlEngineNode(
         plan_ctx, (chosen,), "select distinct j, filename like '%parquet' as f from {0} order by j"

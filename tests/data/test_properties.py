@@ -64,8 +64,9 @@ def rows_of(frame: DataFrame, columns: str = "k, s, f") -> list[tuple[Any, ...]]
 
 
 def truth(files: list[list[tuple[Any, ...]]], query: str) -> list[tuple[Any, ...]]:
-    t = table_of([row for rows in files for row in rows])  # noqa: F841  (DuckDB reads it by name)
-    return duckdb.connect().execute(query).fetchall()
+    conn = duckdb.connect()
+    conn.register("t", table_of([row for rows in files for row in rows]))
+    return conn.execute(query).fetchall()
 
 
 @EXAMPLES
@@ -149,9 +150,10 @@ def test_join_is_duckdbs(
     other = stored(sp, folder, right).map("k, s, f as g")
     frame = stored(sp, folder, left).join(other, ["k", "s"], how, count)
     columns = "k, s, f" + ("" if how in ("semi", "anti") else ", g")
-    tables = [table_of([row for rows in files for row in rows]) for files in (left, right)]
-    l, r = tables  # noqa: F841  (DuckDB reads them by name)
-    want = duckdb.connect().execute(
+    conn = duckdb.connect()
+    for name, files in (("l", left), ("r", right)):
+        conn.register(name, table_of([row for rows in files for row in rows]))
+    want = conn.execute(
         f"select {columns} from l {how} join (select k, s, f as g from r) using (k, s)"
     )
     assert bag(rows_of(frame, columns)) == bag(want.fetchall())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from whalefall.data import Session, init
+from whalefall.data.graysort import gensort, gray_sort, make_records, summarize, valsort
 
 pytestmark = pytest.mark.ranks
 pytest.importorskip("ray")
@@ -40,6 +41,21 @@ def digest(session: Session) -> list[dict[str, object]]:
         .sort("k")
         .take_all()
     )
+
+
+def sorted_bytes(session: Session, source: Path, target: Path) -> bytes:
+    gray_sort(session, str(source), str(target), npartitions=3)
+    return b"".join(part.read_bytes() for part in sorted(target.glob("*.dat")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graysort_on_ray_is_the_local_one(cluster: str, sp: Session, tmp_path: Path) -> None:
+    gensort(str(tmp_path / "in.dat"), 20_000)
+    want = sorted_bytes(sp, tmp_path / "in.dat", tmp_path / "local")
+    with init(data_root=str(tmp_path), ray_address=cluster) as session:
+        assert sorted_bytes(session, tmp_path / "in.dat", tmp_path / "ray") == want
+    found = valsort(sorted(map(str, (tmp_path / "ray").glob("*.dat"))))
+    assert found.ok and found.checksum == summarize(make_records(20_000)).checksum
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -63,7 +63,9 @@ def task_cursor(threads: int, memory_bytes: int | None, temp_dir: str) -> Any:
 
 def limit(conn: Any, threads: int, memory_bytes: int | None, temp_dir: str) -> None:
     """Set a database's threads, memory and spill folder."""
-    memory = f"set memory_limit='{memory_bytes // 1000}KB'" if memory_bytes else "reset memory_limit"
+    memory = (
+        f"set memory_limit='{memory_bytes // 1000}KB'" if memory_bytes else "reset memory_limit"
+    )
     folder = temp_dir.replace("'", "''")
     for statement in (f"set temp_directory='{folder}'", f"set threads={threads}", memory):
         conn.execute(statement).fetchall()

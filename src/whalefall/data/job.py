@@ -21,6 +21,7 @@ from whalefall.data.dataset import DataSet
 from whalefall.data.errors import TaskFailed, WorkerLost, failure_like
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, perform
 from whalefall.data.parquet import ParquetDataSet
+from whalefall.data.paths import is_url
 from whalefall.data.planner import ExecutionPlan
 from whalefall.data.runtime import RuntimeContext
 from whalefall.data.scheduler import Scheduler, Start
@@ -82,7 +83,7 @@ class Job:
         except (FileNotFoundError, json.JSONDecodeError):
             return False
         outputs = [KINDS[d["kind"]].revive(d) for d in noted["outputs"]]
-        if not all(os.path.isfile(p) for d in outputs for p in d.resolved_paths):
+        if not all(is_url(p) or os.path.isfile(p) for d in outputs for p in d.resolved_paths):
             return False
         self.results[task.key] = outputs
         return True

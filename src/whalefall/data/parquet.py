@@ -205,6 +205,10 @@ class ParquetDataSet(DataSet):
         )  # fmt: skip
 
     # -- dividing
+    def without_rows(self) -> ParquetDataSet:
+        """The schema alone."""
+        return self.of_ranges(self._none_of(), self)
+
     def _none_of(self) -> list[RowRange]:
         """A range without rows, which keeps the schema; nothing where there is no file."""
         if not self.resolved_paths:

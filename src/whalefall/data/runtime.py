@@ -81,17 +81,24 @@ def available_memory() -> int:
     return total
 
 
-WITHOUT_EFFECT = frozenset(
-    """bind_numa_node disable_log_rotation enable_diagnostic_metrics enable_profiling
-    enforce_memory_limit env_overrides fault_inject_prob max_num_missed_probes
-    secs_wq_poll_interval shared_log_root""".split()
-)
+# Arguments of the original's `RuntimeContext` that change nothing here.
+WITHOUT_EFFECT = {
+    "bind_numa_node",
+    "disable_log_rotation",
+    "enable_diagnostic_metrics",
+    "enable_profiling",
+    "enforce_memory_limit",
+    "env_overrides",
+    "max_num_missed_probes",
+    "secs_wq_poll_interval",
+    "shared_log_root",
+}
 
 
 class RuntimeContext:
     """A job's folders and limits; inside a task, `task` is the task that runs.
 
-    Takes all arguments of the original's; those of its queues, probes, faults and profiles
+    Takes all arguments of the original's; those of its queues, probes and profiles
     (`WITHOUT_EFFECT`) change nothing here. The root is `{data_root}/{job_time}.{job_id}`. Finished
     tasks' results lie in `results` (or under `output` where the node has an output_name), what
     running tasks write in `staging`.
@@ -106,6 +113,7 @@ class RuntimeContext:
         num_executors: int = 1,
         random_seed: bytes | None = None,
         secs_executor_probe_interval: float = 30,
+        fault_inject_prob: float = 0.0,
         max_usable_cpu_count: int = 1024,
         max_usable_gpu_count: int = 1024,
         max_usable_memory_size: int = 16 * TB,
@@ -123,6 +131,7 @@ class RuntimeContext:
         self.data_root = os.path.abspath(os.path.expanduser(data_root))
         self.num_executors = num_executors
         self.random_seed = random_seed if random_seed is not None else str(job_id).encode()
+        self.fault_inject_prob = fault_inject_prob
         self.secs_executor_probe_interval = secs_executor_probe_interval
         self.usable_cpu_count = max(1, min(available_cpus(), max_usable_cpu_count))
         self.usable_gpu_count = max_usable_gpu_count

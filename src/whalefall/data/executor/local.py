@@ -16,6 +16,7 @@ import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from whalefall.data.constants import DEFAULT_MAX_RETRY_COUNT
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, pack
 from whalefall.errors import RankFailure
 from whalefall.launch import Group, Task
@@ -46,10 +47,15 @@ class Worker:
         return self._member.process.pid
 
     @property
+    def ready(self) -> bool:
+        """Whether it has come up."""
+        return self._channel is not None
+
+    @property
     def channel(self) -> Connection:
         """The socket; waits until the process has come up.
 
-        Raises: EOFError if it died before.
+        Raises: RankFailure if it died before.
         """
         if self._channel is None:
             end = time.monotonic() + START_TIMEOUT_S
@@ -116,10 +122,18 @@ class LocalExecutor(Executor):
 
     def start(self, work: Work) -> None:
         data = pack(work)
+        failed_starts = 0
         while True:
-            worker = next(w for w in self._workers if w.key is None)
+            idle = [w for w in self._workers if w.key is None]
+            worker = next((w for w in idle if w.ready), idle[0])
             try:
                 worker.channel.send_bytes(data)
+            except RankFailure:  # it died while it came up: killed, or it never will
+                failed_starts += 1
+                if failed_starts > DEFAULT_MAX_RETRY_COUNT:
+                    raise
+                self._replace(worker)
+                continue
             except OSError:  # it died while idle
                 self._replace(worker)
                 continue

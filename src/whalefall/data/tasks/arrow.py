@@ -212,4 +212,10 @@ class PartitionFunctionTask(Task):
             raise PlanError(
                 f"{self.label}: partition() gave {len(parts)}, wanted {self.num_outputs}"
             )
+        whole = inputs[0]
+        if isinstance(whole, ParquetDataSet):  # a part without files keeps the schema
+            none = whole.without_rows()
+            parts = [
+                p if p.resolved_paths or type(p) is not ParquetDataSet else none for p in parts
+            ]
         return parts

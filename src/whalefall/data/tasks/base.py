@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from whalefall.data.constants import PARQUET_METADATA_KEY_PREFIX, TOPLEVEL_DIMENSION
+from whalefall.data.constants import (
+    DEFAULT_MAX_RETRY_COUNT,
+    PARQUET_METADATA_KEY_PREFIX,
+    TOPLEVEL_DIMENSION,
+)
 from whalefall.data.dataset import DataSet, PartitionedDataSet
 from whalefall.data.duck import forget_remote
 from whalefall.data.errors import PlanError
@@ -217,6 +222,13 @@ class Task:
         if metric_name is not None:
             self.perf_metrics[metric_name] += now - self._lap  # type: ignore[assignment]
         self._lap = now
+
+    def inject_fault(self) -> None:
+        """Kill this process, with the job's `fault_inject_prob`; the last attempt is spared."""
+        chance = random.Random(f"{self.random_seed} {self.retry_count}").random()
+        prob = self.runtime_ctx.fault_inject_prob if self.runtime_ctx else 0.0
+        if chance < prob and self.retry_count < DEFAULT_MAX_RETRY_COUNT:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def parquet_metadata(self) -> dict[str, str]:
         """What the task notes in its Parquet files: `LoadPartitionedDataSetNode` reads it."""
