@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -192,10 +193,20 @@ def main() -> None:
         rows += speed(3 if args.quick else 9)
     if not args.speed:
         rows += curves(30 if args.quick else args.steps)
-    for row in rows:
-        print(row.what, row.ours, row.theirs, row.ratio, row.note)
-    if not (args.curves or args.speed):
-        save("train", rows, {"torch": torch.__version__, "transformers": transformers.__version__})
+    if not args.quick:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        save("train", [*rows, *other_half(rows)], versions)
+    else:
+        print(*rows, sep="\n")
+
+
+def other_half(rows: list[Row]) -> list[Row]:
+    """Rows measured earlier by `--speed` or `--curves` that this run did not measure."""
+    path = ROOT / "docs/benchmarks/train.json"
+    if not path.exists():
+        return []
+    earlier = [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    return [row for row in earlier if row.unit not in {row.unit for row in rows}]
 
 
 if __name__ == "__main__":
