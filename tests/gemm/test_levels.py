@@ -13,13 +13,19 @@ from whalefall.jit.compile import _OPTIONS, INCLUDE
 from whalefall.jit.compiler import compiler
 
 NATIVE = Path(gemm.__file__).parent / "native"
-# gemm.cpp is the same code at all levels from avx512 on
-UNITS = [("linear.cpp", "avx512"), ("linear.cpp", "amx"), ("gemm.cpp", "avx512")]
+# gemm.cpp is the same code at all levels from avx512 on, but for bf16 dots
+UNITS = [
+    ("linear.cpp", "avx512"),
+    ("linear.cpp", "amx"),
+    ("gemm.cpp", "avx512"),
+    ("gemm.cpp", "amx"),
+]
 
 
 @pytest.mark.parametrize(("unit", "level"), [u for u in UNITS if u[1] not in jit.levels()])
 def test_units_compile_at_levels_beyond_this_machine(tmp_path: Path, unit: str, level: str) -> None:
     command = [*compiler().command, *_OPTIONS, "-O1", "-Werror", *isa.flags(level)]
+    command += ["-DWF_DOT"] if level == "amx" else []
     command += [f"-I{INCLUDE}", str(NATIVE / unit), "-o", str(tmp_path / "unit.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

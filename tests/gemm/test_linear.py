@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,9 @@ import pytest
 
 from whalefall import gemm, jit
 from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.linear import weight_struct
+from whalefall.gemm.native_calls import ACTIVATIONS, KINDS, Input, LinearCall, Output, library
+from whalefall.jit import machine
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 SHAPES = [(1, 1), (5, 3), (64, 128), (129, 257), (200, 1200), (300, 512)]
@@ -163,3 +167,24 @@ def test_refusals_say_what_is_wrong() -> None:
         gemm.linear(x, weight)
     with pytest.raises(ConfigError, match="form is 'some'"):
         gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not machine.dot_is_fast(jit.levels()[-1]), reason="needs fast bf16 dots")
+@pytest.mark.parametrize("form", [0, 1])
+def test_rounding_activations_gives_what_bf16_activations_give(form: int) -> None:
+    rng = np.random.default_rng(3)
+    weight, scale, _ = fp8_weight(rng, 70, 300)
+    x = rng.standard_normal((6, 300)).astype(np.float32)
+    results = []
+    for given, activations in ((x, "half"), (x.astype(BF16), "keep"), (x, "keep")):
+        y = np.empty((6, 70), np.float32)
+        call = LinearCall(
+            weight_struct(weight, scale, "test"),
+            Input(given.ctypes.data, 300, KINDS[str(given.dtype)], 0),
+            Output(y.ctypes.data, 70, None, None, 0, 0),
+            6, form, ACTIVATIONS[activations],
+        )  # fmt: skip
+        library().wf_linear(ctypes.addressof(call))
+        results.append(y)
+    assert (results[0] == results[1]).all()
+    assert (results[0] != results[2]).any()  # the exact product of fp32 activations
