@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,8 +154,13 @@ def serve(
         )
         # uvicorn repeats the signal that ended it: leave through `closing`, not at once
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        with contextlib.closing(Gateway(folder, config)) as gateway:
-            run(server, gateway, settings)
+        leave = partial(os.kill, os.getpid(), signal.SIGTERM)
+        with contextlib.closing(Gateway(folder, config, leave)) as gateway:
+            try:
+                run(server, gateway, settings)
+            finally:
+                if gateway.failure is not None:
+                    raise gateway.failure
         return
     from whalefall.engine import Engine, EngineConfig
     from whalefall.jit import set_num_threads

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def alive(pid: int) -> bool:
             return file.read().split(")")[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_server_whose_units_cannot_start_again_ends_and_says_why(model, tmp_path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    with command(str(folder), "--prefill", "1x1", "--decode", "1x1") as (process, _):
+        (folder / "config.json").write_text("{}")
+        os.kill(max(children_of(process.pid)), signal.SIGKILL)
+        assert process.wait(90) == 2
+        assert process.stdout is not None
+        assert "units do not start" in process.stdout.read()
 
 
 @pytest.mark.parametrize(

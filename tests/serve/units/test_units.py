@@ -8,10 +8,10 @@ import time
 import pytest
 
 from tests.serve.units.conftest import collect, requests, units
-from whalefall import comm
+from whalefall import comm, trace
 from whalefall.engine import SamplingParams
 from whalefall.engine.structured import StructuredOutputs
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, RankFailure
 from whalefall.serve.core import DecodeLoad, ScaleRule
 
 pytestmark = pytest.mark.ranks
@@ -106,6 +106,21 @@ def test_a_stopped_gateway_leaves_no_process_and_no_memory(model) -> None:
             os.kill(pid, 0)
     assert not folder.exists()
     assert comm.sweep("kv-") == []
+
+
+def test_units_that_do_not_start_say_why(model) -> None:
+    with pytest.raises(RankFailure, match=r"(?s)do not start.*kv_cache_bytes is 1"):
+        with units(model, "1x1", "1x1", engine={"num_blocks": None, "kv_cache_bytes": 1}):
+            pass
+
+
+def test_each_rank_leaves_a_trace_where_asked(model, tmp_path) -> None:
+    with units(model, "1x1", "1x2", trace=str(tmp_path)) as gateway:
+        collect(gateway, requests(2))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["decode-1-0.json.gz", "decode-1-1.json.gz", "prefill-0-0.json.gz"]
+    found = trace.summarize(tmp_path / names[0])
+    assert {"ep.dispatch", "MLP0.0", "MLP1.1"} <= {kernel.name for kernel in found.kernels}
 
 
 def test_a_cancelled_request_frees_its_ranks(model) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +34,26 @@ class Gateway:
     Args:
         model_path: checkpoint folder.
         config: units and their settings.
+        on_failure: called once if units cannot be kept up any more.
     Attributes:
         model, tokenizer, grammars, max_model_len: as an `Engine`'s.
         fleet, router, experts: the units, the books over their answers, the expert balancer.
     Raises: RankFailure where the units do not come up.
     """
 
-    def __init__(self, model_path: str | Path, config: UnitsConfig) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: UnitsConfig,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
         self.model = load_config(model_path)
         try:
             self.tokenizer = load_tokenizer(Path(model_path), self.model.vocab_size)
         except MissingError:
             self.tokenizer = None  # type: ignore[assignment]
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
+        self._on_failure = on_failure
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
@@ -60,6 +68,8 @@ class Gateway:
 
     def _deliver(self, delta: Delta | None) -> None:
         self._outbox.put(delta)
+        if delta is None and self._on_failure is not None:  # the thread has failed
+            self._on_failure()
         if delta is not None and delta.finish_reason is not None:
             with self._lock:
                 self._open[delta.request_id] -= 1
@@ -74,7 +84,9 @@ class Gateway:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> None:
-        """Queue a request. Raises: as `Engine.add`."""
+        """Queue a request. Raises: as `Engine.add`; RankFailure once units cannot be kept up."""
+        if self._control.failure is not None:
+            raise self._control.failure
         check_request(request_id, prompt, params, self.max_model_len, self.model.vocab_size)
         if params.structured_outputs is not None:
             self.grammars.matcher(params.structured_outputs)  # refuse here what no rank can compile
@@ -95,6 +107,8 @@ class Gateway:
     def step(self) -> list[Delta]:
         """What came in since the last call; waits for something, but not long."""
         if self._control.failure is not None:
+            with self._lock:
+                self._open.clear()
             raise self._control.failure
         deltas = []
         with contextlib.suppress(queue.Empty):
@@ -130,6 +144,11 @@ class Gateway:
             disk_failures=total["disk_failures"],
             expert_load=np.zeros(shape, np.int64) if load is None else load,
         )
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why no unit can be kept up any more, if so."""
+        return self._control.failure
 
     def unit_stats(self) -> dict[Place, m.Stats]:
         """The last counters of each rank that lives."""
