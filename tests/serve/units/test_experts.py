@@ -75,3 +75,10 @@ def test_what_a_lost_unit_chose_stays_in_the_total(model) -> None:
     before = b.total()
     b.unit_down("decode-0")
     assert before is not None and (b.total() == before).all()
+
+
+def test_a_placement_that_is_no_better_is_not_sent(model) -> None:
+    b = balancer(model, max_moves=0)
+    see(b, skewed(b))
+    assert b.look(10.0) == []
+    assert b.units["decode-0"].now > 1.5
