@@ -5,6 +5,11 @@
 // generation spins for kSpin rounds (about 100 us), yielding now and then, and then sleeps on a
 // futex: waking one costs 16-60 us, so the spin must outlast the gaps between the kernels of one
 // step. A caller that finds the pool taken (another Python thread computes) runs its tasks itself.
+//
+// A worker enters a job through its gate, and the caller closes the gate when no task is left: it
+// waits for workers inside, never for one that sleeps or has lost its core to another process. So
+// on a machine with other work a job takes as long as one thread needs, not as long as the
+// scheduler's next turn for every worker.
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -37,7 +42,8 @@ struct State {
   std::atomic<uint32_t> generation{0};
   std::atomic<int> sleepers{0};
   std::atomic<int64_t> next{0};
-  std::atomic<int> running{0};  // workers that may still touch the job
+  // High half: the generation of the open job, 0 while none is open; low half: workers inside.
+  std::atomic<uint64_t> gate{0};
   Job job{};
   int wanted = 1;
   int started = 1;  // threads that exist, the caller included
@@ -51,6 +57,15 @@ void take_tasks(const Job& job, int thread) {
     if (task >= job.tasks) return;
     job.call(job.context, task, thread);
   }
+}
+
+constexpr uint64_t kInside = 0xffffffff;
+
+bool enter(uint32_t generation) {
+  uint64_t gate = state->gate.load(std::memory_order_acquire);
+  while (gate >> 32 == generation)
+    if (state->gate.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire)) return true;
+  return false;
 }
 
 void sleep_while(uint32_t seen) {
@@ -75,9 +90,9 @@ void* work(void* argument) {
       }
     }
     seen = now;
-    if (thread < state->active.load(std::memory_order_relaxed)) {
+    if (thread < state->active.load(std::memory_order_relaxed) && enter(now)) {
       take_tasks(state->job, thread);
-      state->running.fetch_sub(1, std::memory_order_release);
+      state->gate.fetch_sub(1, std::memory_order_release);
     }
   }
   return nullptr;
@@ -103,14 +118,17 @@ void run(int64_t tasks, void (*call)(void*, int64_t, int), void* context) {
   int active = state->wanted < state->started ? state->wanted : state->started;
   state->job = {call, context, tasks};
   state->active.store(active, std::memory_order_relaxed);
-  state->running.store(active - 1, std::memory_order_relaxed);
   state->next.store(0, std::memory_order_relaxed);
-  state->generation.fetch_add(1, std::memory_order_seq_cst);
+  uint32_t generation = state->generation.load(std::memory_order_relaxed) + 1;
+  generation += generation == 0;
+  state->gate.store(uint64_t(generation) << 32, std::memory_order_release);
+  state->generation.store(generation, std::memory_order_seq_cst);
   if (state->sleepers.load() > 0)
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&state->generation), FUTEX_WAKE_PRIVATE, 1 << 20,
             nullptr, nullptr, 0);
   take_tasks(state->job, 0);
-  for (int spin = 0; state->running.load(std::memory_order_acquire) > 0; ++spin) {
+  state->gate.fetch_and(kInside, std::memory_order_acq_rel);
+  for (int spin = 0; state->gate.load(std::memory_order_acquire) != 0; ++spin) {
     relax();
     if (spin % 1024 == 1023) sched_yield();
   }
