@@ -97,6 +97,7 @@ def fused_experts(
     *,
     topk_weights: Any = None,
     quantize_activations: bool = False,
+    half_activations: bool = False,
     out: Any = None,
     out_dtype: str | None = None,
 ) -> Any:
@@ -109,6 +110,7 @@ def fused_experts(
         form: as in `fp8_linear`; None: by the rows an expert gets on average.
         topk_weights: [T, top-k] float32; row (t, j) is multiplied by its weight before rounding.
         quantize_activations: W8A8 for both products.
+        half_activations: round fp32 activations to bf16 where the machine's bf16 dots are fast.
         out: [T, top-k, H]; None allocates in `out_dtype` (default bfloat16).
     Returns: one row per selection in top-k order; adding them up is the caller's.
     Raises: ShapeError, DtypeError.
@@ -140,7 +142,9 @@ def fused_experts(
         call.rows.factor = factors.address
     mean = tokens * topk / max(1, len(structs))
     call.form = _form(form, mean, "fused_experts")
-    call.activations = ACTIVATIONS["e4m3" if quantize_activations else "keep"]
+    call.activations = ACTIVATIONS[
+        "e4m3" if quantize_activations else "half" if half_activations else "keep"
+    ]
     library().wf_experts(ctypes.addressof(call))
     return out
 

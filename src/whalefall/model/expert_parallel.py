@@ -23,7 +23,7 @@ from whalefall.errors import ShapeError
 from whalefall.gemm.linear import ExpertWeights, expert_structs, fused_experts
 from whalefall.model.config import ModelConfig
 from whalefall.model.micro_batches import OverlapClock, split
-from whalefall.model.native_step import NativeStep, StepParts
+from whalefall.model.native_step import STEP_ACTIVATIONS, NativeStep, StepParts
 from whalefall.model.step import StepBatch
 from whalefall.model.weights import Experts, Mlp, Weights
 from whalefall.pipeline import Action
@@ -76,7 +76,9 @@ class ExpertParallelStep:
         self.hidden_size = config.hidden_size
         self._first, self._layers = config.first_k_dense, config.num_layers - config.first_k_dense
         self._rows_dtype = "float32" if compute == "fp32" else "bfloat16"
-        self._quantize = compute == "w8a8" and config.weight_block is not None
+        self._activations = STEP_ACTIVATIONS[compute]
+        if self._activations == "e4m3" and config.weight_block is None:
+            self._activations = "keep"
         self._experts = [
             expert_structs([_expert(mlp) for mlp in layer.mlp.experts])
             for layer in weights.layers
@@ -232,7 +234,8 @@ class _Rows:
             step._held[layer - step._first],
             slot[:, None],
             self.form,  # type: ignore[arg-type]
-            quantize_activations=step._quantize,
+            quantize_activations=step._activations == "e4m3",
+            half_activations=step._activations == "half",
             out_dtype=step._rows_dtype,
         )[:, 0]
 

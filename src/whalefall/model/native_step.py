@@ -26,10 +26,10 @@ from whalefall.model.gate import rules
 from whalefall.model.step import StepBatch
 from whalefall.model.weights import Experts, Layer, Linear, Mlp, MtpLayer, Weights
 
-__all__ = ["NativeStep"]
+__all__ = ["STEP_ACTIVATIONS", "NativeStep"]
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
-_ACTIVATIONS = {"fp32": "keep", "w8a8": "e4m3", "w8a16": "half"}
+STEP_ACTIVATIONS = {"fp32": "keep", "w8a8": "e4m3", "w8a16": "half"}
 _ATTENTION_TYPES = {
     np.dtype(np.float32): TYPES["float32"],
     np.dtype(ml_dtypes.bfloat16): TYPES["bfloat16"],
@@ -200,7 +200,7 @@ class _Builder:
             eps=c.rms_norm_eps,
             latent_eps=c.norm_eps_latent,
             softmax_scale=c.softmax_scale,
-            activations=ACTIVATIONS[_ACTIVATIONS[compute]],
+            activations=ACTIVATIONS[STEP_ACTIVATIONS[compute]],
             bf16_rows=compute != "fp32",
             linear=_address(gemm.wf_linear),
             run_experts=_address(gemm.wf_experts),
