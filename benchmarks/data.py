@@ -6,11 +6,15 @@ Run: whalefall bench data [--quick] [--scale 1]
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,10 +23,11 @@ from pathlib import Path
 import duckdb
 import polars
 
+from benchmarks._graysort import against, graysort_rows
 from benchmarks._tpch_queries import QUERIES, TABLES
 from whalefall.data import Session, init
-from whalefall.data.graysort import gensort, sort_file, valsort
-from whalefall.testing.benchmark import Row, Timing, interleave, save
+from whalefall.data.executor.local import LocalExecutor
+from whalefall.testing.benchmark import Row, interleave, save
 
 README = """
 import time; begin = time.perf_counter()
@@ -35,22 +40,6 @@ df = sp.partial_sql("SELECT ticker, min(price), max(price) FROM {0} GROUP BY tic
 df.write_parquet(sys.argv[1] + "/output"); df.to_pandas()
 print(start, time.perf_counter() - begin)
 """
-
-
-def against(
-    what: str,
-    peer: str,
-    ours: Timing,
-    theirs: Timing,
-    target: str,
-    wanted: float,
-    note: str = "",
-) -> Row:
-    """A row of seconds; `wanted` is the least ratio theirs / ours."""
-    ratio = theirs.median_s / ours.median_s
-    return Row(
-        what, peer, target, ours.median_s, theirs.median_s, "s", ratio, ratio >= wanted, note
-    )
 
 
 def start_rows(folder: Path, rounds: int) -> list[Row]:
@@ -78,7 +67,7 @@ def start_rows(folder: Path, rounds: int) -> list[Row]:
 
 def tpch_files(folder: Path, scale: float) -> Path:
     """TPC-H tables as Parquet, made once."""
-    target = folder / "tpch"
+    target = folder / f"tpch{scale:g}"
     if not target.exists():
         tool = shutil.which("tpchgen-cli", path=os.path.dirname(sys.executable)) or "tpchgen-cli"
         command = [tool, "parquet", "-s", str(scale), f"--output-dir={target}"]
@@ -86,42 +75,147 @@ def tpch_files(folder: Path, scale: float) -> Path:
     return target
 
 
-def tpch_rows(session: Session, data: Path, scale: float, rounds: int) -> list[Row]:
-    """Q1, an aggregate of many groups, and all 22 queries, against DuckDB on the same files."""
+GROUPS = "select l_partkey, sum(l_quantity) as q, count(*) as n from lineitem group by l_partkey"
+
+
+def views(data: Path) -> duckdb.DuckDBPyConnection:
+    """DuckDB with the tables as views."""
     conn = duckdb.connect()
     for name in TABLES:
         conn.execute(f"create view {name} as from read_parquet('{data}/{name}.parquet')").fetchall()
+    return conn
+
+
+def by_us(session: Session, data: Path) -> Callable[[str], None]:
+    """Runs a query through `Session.sql`, all of it anew."""
     frames = {name: session.read_parquet(f"{data}/{name}.parquet") for name in TABLES}
 
-    def ours(query: str) -> None:
+    def run(query: str) -> None:
         frame = session.sql(query, **{n: f for n, f in frames.items() if n in query})
         frame.recompute().to_arrow()
 
-    def theirs(query: str) -> None:
-        conn.sql(query).to_arrow_table()
+    return run
 
-    groups = (
-        "select l_partkey % 1000000 as k, l_suppkey % 5 as j, sum(l_quantity) as q, count(*) as n "
-        "from lineitem group by 1, 2"
-    )
+
+def big_rows(session: Session, data: Path, scale: float, rounds: int) -> list[Row]:
+    """Q1 and an aggregate of many groups, against DuckDB and Polars on the same files."""
+    conn, ours = views(data), by_us(session, data)
+    lazy = polars.scan_parquet(f"{data}/lineitem.parquet")
+    price = polars.col("l_extendedprice") * (1 - polars.col("l_discount"))
+    q1 = (
+        lazy.filter(polars.col("l_shipdate") <= datetime.date(1998, 9, 2))
+        .group_by("l_returnflag", "l_linestatus")
+        .agg(
+            polars.col("l_quantity").sum(), polars.col("l_extendedprice").sum(),
+            price.sum().alias("disc"), (price * (1 + polars.col("l_tax"))).sum().alias("charge"),
+            polars.col("l_quantity").mean().alias("avg_qty"),
+            polars.col("l_extendedprice").mean().alias("avg_price"),
+            polars.col("l_discount").mean(), polars.len(),
+        )
+        .sort("l_returnflag", "l_linestatus")
+    )  # fmt: skip
+    groups = lazy.group_by("l_partkey").agg(polars.col("l_quantity").sum(), polars.len())
     rows = []
-    for what, query in (("TPC-H Q1", QUERIES[1]), ("aggregate of ~1 M groups", groups)):
-        timed = interleave({"ours": partial(ours, query), "duckdb": partial(theirs, query)}, rounds)
-        rows.append(
-            against(f"{what}, SF{scale:g}", f"DuckDB {duckdb.__version__}", timed["ours"],
-                    timed["duckdb"], "<= 1.2x its time", 1 / 1.2)
-        )  # fmt: skip
+    count = duckdb.execute(f"select count(distinct l_partkey) from '{data}/lineitem.parquet'")
+    name = f"aggregate of {count.fetchall()[0][0]:,} groups"
+    for what, query, plan in (("TPC-H Q1", QUERIES[1], q1), (name, GROUPS, groups)):
+        timed = interleave(
+            {
+                "ours": partial(ours, query),
+                "duckdb": partial(lambda text: conn.sql(text).to_arrow_table(), query),
+                "polars": partial(lambda lazy: lazy.collect(engine="streaming"), plan),
+            },
+            rounds,
+        )
+        what = f"{what}, SF{scale:g}"
+        rows += [
+            against(what, f"DuckDB {duckdb.__version__}", timed["ours"], timed["duckdb"],
+                    "<= 1.2x its time", 1 / 1.2),
+            against(what, f"Polars {polars.__version__} streaming", timed["ours"],
+                    timed["polars"], "faster", 1.0),
+        ]  # fmt: skip
+    return rows
 
-    def all_of(run: Callable[[str], None]) -> Callable[[], None]:
+
+PEAK = """
+import re, sys, duckdb
+duckdb.connect().sql(sys.argv[1]).to_arrow_table()
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def memory_row(folder: Path, data: Path, scale: float) -> Row:
+    """Peak resident memory of the aggregate: of the busiest worker, of a process with DuckDB."""
+    query = GROUPS.replace("lineitem", f"'{data}/lineitem.parquet'")
+    out = subprocess.run([sys.executable, "-c", PEAK, query], check=True, capture_output=True)
+    theirs = int(out.stdout) / 1024
+    with init(data_root=str(folder / "jobs")) as session:
+        by_us(session, data)(GROUPS)
+        executor = session._job.executor
+        assert isinstance(executor, LocalExecutor)
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in executor.pids]
+    ours = max(int(text.split("VmHWM:")[1].split()[0]) for text in status) / 1024
+    what = f"aggregate, SF{scale:g}: peak resident of a worker"
+    peer = f"DuckDB {duckdb.__version__}, a process"
+    return Row(what, peer, "<= 1.5x", ours, theirs, "MB", theirs / ours, ours <= 1.5 * theirs)
+
+
+def tpch_rows(session: Session, data: Path, scale: float, rounds: int) -> list[Row]:
+    """All 22 queries, against DuckDB on the same files."""
+    conn, ours = views(data), by_us(session, data)
+
+    def all_of(run: Callable[[str], object]) -> Callable[[], None]:
         return lambda: [run(query) for query in QUERIES.values()] and None
 
-    timed = interleave({"ours": all_of(ours), "duckdb": all_of(theirs)}, max(1, rounds // 2))
-    note = "22 queries, sum"
-    rows.append(
+    timed = interleave(
+        {"ours": all_of(ours), "duckdb": all_of(lambda text: conn.sql(text).to_arrow_table())},
+        max(1, rounds // 2),
+    )
+    return [
         against(f"all TPC-H queries, SF{scale:g}", f"DuckDB {duckdb.__version__}", timed["ours"],
-                timed["duckdb"], "<= 1.3x its time", 1 / 1.3, note)
-    )  # fmt: skip
-    return rows
+                timed["duckdb"], "<= 1.3x its time", 1 / 1.3, "22 queries, sum")
+    ]  # fmt: skip
+
+
+def fault_row(folder: Path, data: Path) -> Row:
+    """Exchanges and sorts while a busy worker is killed every 5 s, against no faults."""
+    want = duckdb.execute(
+        f"select sum(hash(l_orderkey, l_linenumber, l_comment)) from '{data}/lineitem.parquet'"
+    ).fetchall()[0][0] % 2**40  # fmt: skip
+
+    def run(kill_s: float) -> tuple[float, int]:
+        with init(data_root=str(folder / "jobs")) as session:
+            stop, killed = threading.Event(), 0
+
+            def killer() -> None:
+                nonlocal killed
+                while not stop.wait(kill_s):
+                    busy = [w for w in session._job.executor._workers if w.key is not None]
+                    if busy:
+                        os.kill(random.choice(busy).pid, signal.SIGKILL)
+                        killed += 1
+
+            frame = session.read_parquet(f"{data}/lineitem.parquet")
+            for key in ("l_orderkey", "l_partkey"):
+                frame = frame.repartition(16, hash_by=key).partial_sort("l_extendedprice")
+            frame = frame.map("sum(hash(l_orderkey, l_linenumber, l_comment)) % (1 << 40) as h")
+            thread = threading.Thread(target=killer)
+            thread.start()
+            begin = time.perf_counter()
+            try:
+                total = sum(row["h"] for row in frame.take_all()) % 2**40
+            finally:
+                stop.set()
+                thread.join()
+            if total != want:
+                raise RuntimeError(f"faults changed the answer: {total}, wanted {want}")
+            return time.perf_counter() - begin, killed
+
+    calm, _ = run(3600.0)
+    hit, killed = run(5.0)
+    what = "two hash exchanges and sorts of lineitem, a busy worker killed every 5 s"
+    return Row(what, "no faults", "<= 2x its time", hit, calm, "s", calm / hit, hit <= 2 * calm,
+               f"same answer, {killed} kills, once")  # fmt: skip
 
 
 def exchange_rows(session: Session, data: Path, rounds: int) -> list[Row]:
@@ -159,104 +253,35 @@ def exchange_rows(session: Session, data: Path, rounds: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def graysort_rows(folder: Path, count: int, rounds: int) -> list[Row]:
-    """Raw file in, raw file out, validated; against GNU sort and DuckDB on the same file."""
-    source, target = str(folder / "in.dat"), str(folder / "out.dat")
-    gensort(source, count)
-    checksum = valsort([source]).checksum
-
-    def ours() -> None:
-        sort_file(source, target)
-
-    def by_duckdb() -> None:
-        # fixed-width records as BLOBs: read as a numpy array, sorted, written raw
-        import numpy as np
-        import pyarrow as pa
-
-        raw = np.fromfile(source, np.uint8)
-        array = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(100), len(raw) // 100, [None, pa.py_buffer(raw)]
-        )
-        table = pa.table({"r": array})
-        conn = duckdb.connect()
-        conn.register("t", table)
-        done = conn.sql("select r from t order by r[1:10]").to_arrow_table()
-        with open(folder / "duck.dat", "wb") as file:
-            for chunk in done.column("r").chunks:
-                file.write(memoryview(chunk.buffers()[-1])[: len(chunk) * 100])
-            os.fsync(file.fileno())
-
-    def limit() -> None:
-        with open(source, "rb", buffering=0) as read, open(folder / "copy.dat", "wb") as write:
-            while block := read.read(8 << 20):
-                write.write(block)
-            write.flush()
-            os.fsync(write.fileno())
-
-    timed = interleave({"ours": ours, "duckdb": by_duckdb, "copy": limit}, max(1, rounds // 2), 1)
-    found = valsort([target])
-    if not found.ok or found.checksum != checksum:
-        raise RuntimeError(f"the sorted file is wrong: {found}")
-    size = count / 1e7
-    begin = time.perf_counter()
-    gnu_sort(folder, count)
-    gnu = time.perf_counter() - begin
-    rows = [
-        against(f"GraySort {size:g} GB, in memory", f"DuckDB {duckdb.__version__} ORDER BY",
-                timed["ours"], timed["duckdb"], "faster", 1.0),
-        against(f"GraySort {size:g} GB, in memory", "copying the file, synced (limit)",
-                timed["ours"], timed["copy"], ">= 0.5x", 0.5),
-        against(f"GraySort {size:g} GB, in memory", "GNU sort -S 8G --parallel, ASCII records",
-                timed["ours"], Timing(gnu, gnu, gnu, 1), "faster", 1.0, "GNU sort once"),
-    ]  # fmt: skip
-    begin = time.perf_counter()
-    code = (
-        "import re, sys; from whalefall.data.graysort import sort_file; "
-        "sort_file(sys.argv[1], sys.argv[2], 512 << 20); "  # ru_maxrss would count this process's
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    )
-    out = subprocess.run([sys.executable, "-c", code, source, target], check=True,
-                         capture_output=True, text=True).stdout  # fmt: skip
-    seconds, peak = time.perf_counter() - begin, int(out) / 1024
-    ok = valsort([target]).checksum == checksum
-    rows.append(
-        Row(f"GraySort {size:g} GB with --memory 512MB: peak resident", "limit 700 MB", "<= 700 MB",
-            peak, 700.0, "MB", 700 / peak, ok and peak <= 700, f"{seconds:.1f} s")
-    )  # fmt: skip
-    return rows
-
-
-def gnu_sort(folder: Path, count: int) -> None:
-    """GNU sort of as many ASCII records (it cannot sort the binary ones)."""
-    source = str(folder / "ascii.dat")
-    if not os.path.exists(source):
-        gensort(source, count, ascii=True)
-    command = ["sort", "-S", "8G", f"--parallel={os.cpu_count()}", "-k1.1,1.10", "-o",
-               str(folder / "gnu.dat"), source]  # fmt: skip
-    subprocess.run(command, check=True, env={**os.environ, "LC_ALL": "C"})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="whalefall bench data")
     parser.add_argument("--quick", action="store_true", help="small data, few rounds")
-    parser.add_argument("--scale", type=float, default=1.0, help="TPC-H scale factor")
+    parser.add_argument("--scale", type=float, default=1.0, help="TPC-H scale of most rows")
+    parser.add_argument("--big-scale", type=float, default=5.0, help="of Q1 and the aggregate")
     parser.add_argument("--records", type=int, default=10_000_000, help="of GraySort")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="where the data lie; default a temporary folder")
-    parser.add_argument("--only", nargs="*", default=["start", "tpch", "exchange", "graysort"])
+    parts = ["start", "big", "tpch", "exchange", "faults", "graysort"]
+    parser.add_argument("--only", nargs="*", default=parts, choices=parts)
     args = parser.parse_args()
     if args.quick:
-        args.scale, args.records, args.rounds = 0.1, 1_000_000, 3
+        args.scale, args.big_scale, args.records, args.rounds = 0.1, 0.5, 1_000_000, 3
     with tempfile.TemporaryDirectory(prefix="whalefall-bench-") as made:
         folder = Path(args.folder or made)
         rows: list[Row] = []
         if "start" in args.only:
             rows += start_rows(folder, args.rounds)
         with init(data_root=str(folder / "jobs")) as session:
+            if "big" in args.only:
+                big = tpch_files(folder, args.big_scale)
+                rows += big_rows(session, big, args.big_scale, args.rounds)
+                rows.append(memory_row(folder, big, args.big_scale))
             if "tpch" in args.only:
                 rows += tpch_rows(session, tpch_files(folder, args.scale), args.scale, args.rounds)
             if "exchange" in args.only:
                 rows += exchange_rows(session, tpch_files(folder, args.scale), args.rounds)
+        if "faults" in args.only:
+            rows.append(fault_row(folder, tpch_files(folder, args.scale)))
         if "graysort" in args.only:
             rows += graysort_rows(folder, args.records, args.rounds)
         versions = {"duckdb": duckdb.__version__, "polars": polars.__version__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from whalefall.data.driver import Driver, execute_plan
-from whalefall.data.errors import PlanError
+from whalefall.data.errors import PlanError, TaskFailed
 from whalefall.data.memory import ArrowTableDataSet
 from whalefall.data.nodes import (
     ArrowComputeNode,
@@ -39,7 +40,7 @@ from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.plan import LogicalPlan
 from whalefall.data.planner import ExecutionPlan, Planner
 from whalefall.data.runtime import JobId, RuntimeContext
-from whalefall.data.tasks.arrow import StreamOutput
+from whalefall.data.tasks.arrow import ArrowComputeTask, StreamOutput
 
 
 @pytest.fixture
@@ -59,6 +60,55 @@ class CopyStream(ArrowStreamNode):
     def process(self, runtime_ctx: Any, readers: Sequence[Any]) -> Iterator[Any]:
         for index, batch in enumerate(readers[0]):
             yield StreamOutput(pa.Table.from_batches([batch]), batch_indices=[index])
+
+
+class Adds(ArrowComputeTask):
+    """A task class of the user's own."""
+
+    def __init__(self, step: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.step = step
+
+    def process(self, runtime_ctx: Any, inputs: Any, *more: Any) -> pa.Table:
+        return pa.table({"i": [i + self.step for i in inputs[0].column("i").to_pylist()]})
+
+
+class AddsNode(ArrowComputeNode):
+    step = 10
+
+    def spawn(self, *args: Any, **kwargs: Any) -> Adds:
+        return Adds(self.step, *args, **kwargs)
+
+
+def test_a_task_class_of_the_users_own_runs_and_counts_by_its_content(ctx: RuntimeContext) -> None:
+    plan_ctx = Context()
+    root = AddsNode(plan_ctx, (numbers(plan_ctx, 3),))
+    plan = run(root, plan_ctx, ctx)
+    assert plan.final_output.to_arrow_table().column("i").to_pylist() == [10, 11, 12]
+    keys = [t.key for t in plan.tasks]
+    root.step = 20  # the same class with other attributes is another task
+    again = run(root, plan_ctx, ctx)
+    assert again.final_output.to_arrow_table().column("i").to_pylist() == [20, 21, 22]
+    assert keys != [t.key for t in again.tasks]
+
+
+def test_functions_beside_what_cannot_travel_go_by_name(
+    ctx: RuntimeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside.py").write_text(
+        "import threading\nLOCK = threading.Lock()\ndef keep(ctx, tables):\n"
+        "    with LOCK:\n        return tables[0]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # where workers look for modules
+    keep = importlib.import_module("beside").keep
+    plan_ctx = Context()
+    root = ArrowComputeNode(plan_ctx, (numbers(plan_ctx, 3),), process_func=keep)
+    assert run(root, plan_ctx, ctx).final_output.num_rows == 3
+    (tmp_path / "beside.py").unlink()
+    other = RuntimeContext(JobId.new(), datetime.now(), str(tmp_path / "jobs"))
+    with pytest.raises(TaskFailed, match="No module named 'beside'"):
+        run(root, plan_ctx, other)
 
 
 def add_one(runtime_ctx: Any, tables: Sequence[pa.Table]) -> pa.Table:

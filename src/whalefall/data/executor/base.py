@@ -108,8 +108,14 @@ def pack(work: Work) -> bytes:
     """An attempt as bytes for another process of the job's own.
 
     Functions of modules that are not installed travel by value, so the other process need not find
-    the script.
+    the script; by name where a global of theirs cannot travel.
+
+    Raises: PlanError for what cannot be pickled either way.
     """
+    spec = Work(
+        work.task.detached(), work.inputs, work.runtime_ctx.for_worker(), work.attempt,
+        work.output_dir, work.temp_dir,
+    )  # fmt: skip
     by_value = []
     for module in _user_modules(work.task):
         try:
@@ -118,16 +124,18 @@ def pack(work: Work) -> bytes:
         except ValueError:
             continue
     try:
-        spec = Work(
-            work.task.detached(), work.inputs, work.runtime_ctx.for_worker(), work.attempt,
-            work.output_dir, work.temp_dir,
-        )  # fmt: skip
         return bytes(cloudpickle.dumps(spec))
     except Exception as error:
-        raise PlanError(f"Can't pickle task {work.task.label}: {error}. {LOGURU_HINT}") from error
+        reason = error
     finally:
         for module in by_value:
             cloudpickle.unregister_pickle_by_value(module)
+    try:
+        if by_value:
+            return bytes(cloudpickle.dumps(spec))
+    except Exception as error:
+        reason = error
+    raise PlanError(f"Can't pickle task {work.task.label}: {reason}. {LOGURU_HINT}") from reason
 
 
 def _user_modules(task: Task) -> list[types.ModuleType]:

@@ -26,10 +26,9 @@ __all__ = ["RayExecutor"]
 
 def serve(data: bytes) -> tuple[Any, ...]:
     """Run one attempt inside a Ray worker; the answer as the local worker gives it."""
-    work: Work = pickle.loads(data)
     begin = time.perf_counter()
     try:
-        outputs = perform(work)
+        outputs = perform(pickle.loads(data))
         return ("done", outputs, time.perf_counter() - begin)
     except Exception as error:
         return ("raised", *portable_error(error))

@@ -27,13 +27,13 @@ def main(path: str) -> None:
 
     while True:
         try:
-            work = pickle.loads(channel.recv_bytes())
+            data = channel.recv_bytes()
         except (EOFError, OSError):
             return
         begin = time.perf_counter()
         answer: tuple[Any, ...]
         try:
-            outputs = perform(work)
+            outputs = perform(pickle.loads(data))
             answer = ("done", outputs, time.perf_counter() - begin)
         except SystemExit as error:
             sys.exit(error.code)

@@ -54,14 +54,14 @@ class FunctionNode(Node):
         function = self.process_func
         return "" if function is None else str(getattr(function, "__name__", function))
 
-    def function(self) -> Callable[..., Any]:
-        """What the task calls: `process_func`, or the subclass's `process`."""
+    def function(self) -> Callable[..., Any] | None:
+        """What the task calls: `process_func`, or the subclass's `process`; None for its own."""
         if self.process_func is not None:
             return self.process_func
         method = getattr(self.slim_copy(), "process", None)
-        if method is None:
+        if method is None and type(self).spawn is FunctionNode.spawn:
             raise PlanError(f"{self!r}: neither process_func nor a `process` method")
-        return method  # type: ignore[no-any-return]
+        return method
 
     def arguments(self) -> dict[str, Any]:
         """What else the task is made with."""

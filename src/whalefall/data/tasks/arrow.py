@@ -43,7 +43,8 @@ class FunctionTask(Task):
     """What the tasks below share: a function of the user's.
 
     Args:
-        function: called as `function(runtime_ctx, inputs)`.
+        function: called as `function(runtime_ctx, inputs)`; None where a subclass of the user's,
+            made by a node's `spawn`, has a method `process`.
         use_duckdb_reader: read the inputs through DuckDB, so that columns may be SQL.
     """
 
@@ -52,7 +53,7 @@ class FunctionTask(Task):
         node: Any,
         inputs: Sequence[Input],
         partition_key: PartitionKey,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | None,
         options: ParquetOptions | None = None,
         use_duckdb_reader: bool = False,
         batch_size: int = 0,
@@ -60,9 +61,23 @@ class FunctionTask(Task):
         super().__init__(node, inputs, partition_key)
         self.function, self.options = function, options or ParquetOptions()
         self.use_duckdb_reader, self.batch_size = use_duckdb_reader, batch_size
+        self._ours = {*vars(self), "_ours"}
 
     def content(self) -> Sequence[Any]:
-        return (self.function, self.options, self.use_duckdb_reader, self.batch_size)
+        function: Any = self.function
+        if function is None:
+            theirs = {k: v for k, v in sorted(vars(self).items()) if k not in self._ours}
+            function = (type(self), theirs)
+        return (function, self.options, self.use_duckdb_reader, self.batch_size)
+
+    def call(self, inputs: Sequence[Any], *more: Any) -> Any:
+        """What the user's function makes of the inputs."""
+        function = self.function if self.function is not None else self.process
+        return function(self.runtime_ctx, inputs, *more)
+
+    def process(self, runtime_ctx: Any, inputs: Any, *more: Any) -> Any:
+        """For a subclass of the user's to override."""
+        raise NotImplementedError(f"{type(self).__name__}.process")
 
     def _tables(self, inputs: Sequence[DataSet]) -> list[Any]:
         conn = self.connect() if self.use_duckdb_reader else None
@@ -111,7 +126,7 @@ class ArrowComputeTask(FunctionTask):
     """`function(ctx, [Table])` → Table."""
 
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
-        return self._write([self.function(self.runtime_ctx, self._tables(inputs))])
+        return self._write([self.call(self._tables(inputs))])
 
 
 class PandasComputeTask(FunctionTask):
@@ -119,14 +134,14 @@ class PandasComputeTask(FunctionTask):
 
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
         frames = [table.to_pandas() for table in self._tables(inputs)]
-        return self._write([from_frame(self.function(self.runtime_ctx, frames), self.label)])
+        return self._write([from_frame(self.call(frames), self.label)])
 
 
 class ArrowStreamTask(FunctionTask):
     """`function(ctx, [RecordBatchReader])` yields Tables or StreamOutputs."""
 
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
-        return self._write(self.function(self.runtime_ctx, self._readers(inputs)))
+        return self._write(self.call(self._readers(inputs)))
 
 
 class ArrowBatchTask(FunctionTask):
@@ -137,7 +152,7 @@ class ArrowBatchTask(FunctionTask):
 
     def _results(self, readers: Sequence[Any]) -> Iterator[Any]:
         for tables in batches_in_step(readers):
-            yield self.function(self.runtime_ctx, tables)
+            yield self.call(tables)
 
 
 class PandasBatchTask(ArrowBatchTask):
@@ -146,7 +161,7 @@ class PandasBatchTask(ArrowBatchTask):
     def _results(self, readers: Sequence[Any]) -> Iterator[Any]:
         for tables in batches_in_step(readers):
             frames = [table.to_pandas() for table in tables]
-            yield from_frame(self.function(self.runtime_ctx, frames), self.label)
+            yield from_frame(self.call(frames), self.label)
 
 
 def batches_in_step(readers: Sequence[Any]) -> Iterator[list[Any]]:
@@ -182,7 +197,7 @@ class PythonScriptTask(FunctionTask):
         os.makedirs(self.runtime_output_abspath, exist_ok=True)
         for dataset in inputs:
             dataset.require_files()
-        done = self.function(self.runtime_ctx, inputs, self.runtime_output_abspath)
+        done = self.call(inputs, self.runtime_output_abspath)
         if not done:
             raise TaskFailed(f"{self.label}: the script returned {done!r}, wanted True")
         files = [
