@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from whalefall.data.paths import is_url
 from whalefall.errors import ConfigError
@@ -122,12 +123,10 @@ def foreign_entries(target: str) -> list[str]:
         return []
     if not os.path.isdir(target):
         raise ConfigError(f"{target} is a file, wanted a folder to write to")
-    listed = {MANIFEST}
-    try:
-        with open(os.path.join(target, MANIFEST), encoding="utf-8") as file:
+    listed, manifest = {MANIFEST}, os.path.join(target, MANIFEST)
+    if os.path.exists(manifest):
+        with open(manifest, encoding="utf-8") as file:
             listed |= {os.path.basename(line.rstrip("\n")) for line in file}
-    except FileNotFoundError:
-        pass
     foreign = [name for name in sorted(os.listdir(target)) if name not in listed]
     data = [name for name in foreign if name.endswith(".parquet")]
     if data:
@@ -217,9 +216,10 @@ def _commit_remote(target: str, files: Sequence[str], names: Sequence[str]) -> l
     return placed
 
 
-def _listed(filesystem: object, manifest: str) -> set[str]:
+def _listed(filesystem: Any, manifest: str) -> set[str]:
+    """The names that an earlier result's manifest lists; none where there is no manifest."""
     try:
-        text = filesystem.cat_file(manifest).decode()  # type: ignore[attr-defined]
-    except (FileNotFoundError, OSError):
+        text = filesystem.cat_file(manifest).decode()
+    except FileNotFoundError:
         return set()
     return {os.path.basename(line) for line in text.splitlines()}

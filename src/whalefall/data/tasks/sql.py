@@ -18,6 +18,7 @@ from whalefall.data.template import render
 
 __all__ = ["SqlEngineTask", "written"]
 
+TOO_WIDE = "128-bit numbers are kept as BIGINT; cast what does not fit, such as sum(x)::double"
 TEMPORARY = re.compile(r"\s*create\s+or\s+replace\s+temp(orary)?\s+(view|table)\b", re.I)
 
 
@@ -88,7 +89,12 @@ class SqlEngineTask(Task):
         made = whole_numbers(conn, query, self.where())
         options = self.options.copy_options(self.parquet_metadata())
         statement = f"copy ({made}\n) to {quote(path)} ({options})"
-        return written(execute_as(query, conn, statement, self.where()))
+        try:
+            return written(execute_as(query, conn, statement, self.where()))
+        except SqlError as error:
+            if made != query and "INT128" in str(error):
+                raise SqlError(f"{error}\n{TOO_WIDE}") from None
+            raise
 
 
 def execute_as(shown: str, conn: Any, statement: str, where: str) -> Any:
