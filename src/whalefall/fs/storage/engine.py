@@ -203,8 +203,7 @@ class ChunkEngine:
     ) -> None:
         old = self._records.get(chunk) or Record()
         new = Record(old.committed, meta, old.committed_at, old.committed_crcs, place, crcs)
-        files = (self._slots.file(place.size_class),) if place else ()
-        self._write(chunk, new, files=files)
+        self._write(chunk, new)
         self.step("pending recorded")
         self._replace(chunk, new, freed=old.pending_at)
 
@@ -271,14 +270,13 @@ class ChunkEngine:
                 self._slots.give_back(place)
             return False
         new = Record(old.committed, old.pending, place, crcs, old.pending_at, old.pending_crcs)
-        self._write(chunk, new, files=(descriptor,))
+        self._write(chunk, new)
         self._replace(chunk, new, freed=old.committed_at)
         return True
 
     def _write(
-        self, chunk: bytes, new: Record | None, tags: list[Remembered] | None = None,
-        files: tuple[int, ...] = (),
-    ) -> None:  # fmt: skip
+        self, chunk: bytes, new: Record | None, tags: list[Remembered] | None = None
+    ) -> None:
         row = None
         if new is not None:
             row = msgspec.msgpack.encode(Row(
@@ -286,7 +284,7 @@ class ChunkEngine:
                 new.pending, new.pending_at, new.pending_crcs,
             ))  # fmt: skip
         rows = [_tag_row(t) for t in tags or []]
-        self._journal.write(Batch([(chunk, row)], rows, files))
+        self._journal.write(Batch([(chunk, row)], rows))
 
     def _replace(self, chunk: bytes, new: Record | None, freed: Place | None) -> None:
         with self._mutex:

@@ -1,12 +1,11 @@
 """File-system room: a target's records on disk — SQLite, many writers in one durable transaction.
 
-In: rows to put or delete, files whose data must be down first. Out: a return once it all is.
+In: rows to put or delete; the data they refer to is down already. Out: a return once they are.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,11 +26,10 @@ CREATE TABLE IF NOT EXISTS tag (client TEXT, channel INTEGER, record BLOB NOT NU
 
 @dataclass
 class Batch:
-    """What one writer wants down: chunk rows (None deletes), tag rows, files to sync before."""
+    """What one writer wants down: chunk rows (None deletes) and tag rows."""
 
     chunks: list[tuple[bytes, bytes | None]] = field(default_factory=list)
     tags: list[tuple[str, int, bytes]] = field(default_factory=list)
-    files: tuple[int, ...] = ()
 
 
 class Journal:
@@ -70,8 +68,6 @@ class Journal:
             raise
 
     def _commit_all(self, batches: list[Batch]) -> None:
-        for descriptor in {f for batch in batches for f in batch.files}:
-            os.fdatasync(descriptor)
         rows = dict(row for batch in batches for row in batch.chunks)
         if not rows and not any(batch.tags for batch in batches):
             return

@@ -56,7 +56,7 @@ def checksum(data: Any) -> int:
 
 
 def write(fd: int, place: int, data: Any) -> tuple[bytes, int]:
-    """Write a chunk's content.
+    """Write a chunk's content; it is on the disk when this returns.
 
     Args:
         fd: the file; -1: compute only.

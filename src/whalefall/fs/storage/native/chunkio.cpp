@@ -1,5 +1,5 @@
 // Batched chunk IO with CRC-32C in the same pass; the CRC itself is comm's.
-//   write: per 64 KiB block its CRC, then pwrite; whole = the blocks' CRCs combined
+//   write: per 64 KiB block its CRC, then a write that waits for the disk; whole = all CRCs combined
 //   read:  a piece of half a block or more: the block is read and compared with its recorded CRC;
 //          a smaller piece: only the 4 KiB units it touches, each compared with the unit's CRC
 // CRCs of units are kept in memory for blocks read lately and are believed only if they combine to
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -68,14 +69,21 @@ uint32_t combined(const uint32_t* units, int64_t size) {
   return unit * kUnit < size ? combine_of(1, all, units[unit], size - unit * kUnit) : all;
 }
 
-int write_all(int fd, const uint8_t* data, int64_t size, int64_t offset) {
+// 0 or errno. RWF_DSYNC waits for these bytes alone, fdatasync for all that other writers left.
+int write_through(int fd, const uint8_t* data, int64_t size, int64_t offset) {
+  int flags = RWF_DSYNC;
   while (size) {
-    const ssize_t done = pwrite(fd, data, size, offset);
+    const iovec part = {const_cast<uint8_t*>(data), static_cast<size_t>(size)};
+    const ssize_t done = pwritev2(fd, &part, 1, offset, flags);
     if (done < 0 && errno == EINTR) continue;
+    if (done < 0 && errno == EOPNOTSUPP && flags) {
+      flags = 0;
+      continue;
+    }
     if (done <= 0) return done ? errno : ENOSPC;
     data += done, offset += done, size -= done;
   }
-  return 0;
+  return flags || !fdatasync(fd) ? 0 : errno;
 }
 
 // 0, -errno, or kCorrupt where the file ends too early.
@@ -158,7 +166,8 @@ EXPORT void wf_fs_setup(Crc crc, Combine combine, int without_instructions) {
   by_block.make(kBlock);
 }
 
-// Returns 0 or errno. crcs: one per block; whole: of everything. fd < 0: only the checksums.
+// Returns 0 or errno, once the data is on the disk: writers wait for it each in its own thread, so
+// the disk sees them together. crcs: one per block; whole: of everything. fd < 0: only these.
 EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size, uint32_t* crcs,
                        uint32_t* whole) {
   uint32_t all = 0;
@@ -168,7 +177,8 @@ EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size,
     all = take == kBlock ? by_block(all) ^ crc : combine_of(1, all, crc, take);
   }
   *whole = all;
-  return fd < 0 ? 0 : write_all(fd, data, size, place);
+  if (fd < 0) return 0;
+  return write_through(fd, data, size, place);
 }
 
 // plan: [count][2], offset and length of a piece of chunks[i]; out: the pieces, one after another.
