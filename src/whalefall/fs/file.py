@@ -1,0 +1,139 @@
+"""File-system room: an open file as fsspec has it.
+
+In: reads, or bytes written in blocks. Out: a file that appears, complete, when it is closed, and
+not at all if whoever wrote it failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from fsspec.spec import AbstractBufferedFile
+
+from whalefall.errors import WhalefallError
+from whalefall.fs.errors import FsError
+from whalefall.fs.meta.core.records import Inode
+
+__all__ = ["WhalefallFile"]
+
+
+class WhalefallFile(AbstractBufferedFile):
+    """An open file. "wb" and "xb" write a nameless file that gets its name at `close`.
+
+    Args:
+        fs: the `WhalefallFileSystem` that opens it.
+        autocommit: name it at `close`; otherwise `commit` does, or `discard` drops it.
+    """
+
+    forced: bool
+    buffer: io.BytesIO
+
+    def __init__(
+        self, fs: Any, path: str, mode: str, block_size: int, autocommit: bool,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        client = fs.client
+        self.inode: Inode | None = None
+        self.session = ""
+        start = 0
+        if mode in ("wb", "xb"):
+            fs._check_target(path, exclusive=mode == "xb")
+            self.inode, self.session = client.open_session("begin", mode=0o644, layout=fs.layout)
+        elif mode == "ab":
+            fs._parents(path)
+            self.inode, self.session = client.open_session(
+                "create", path=path, mode=0o644, layout=fs.layout
+            )
+            start = self.inode.length
+        elif mode == "rb":
+            self.inode, self.session = client.open_session("open", path=path)
+            options["size"] = self.inode.length
+        super().__init__(fs, path, mode, block_size, autocommit, **options)
+        if mode == "ab":
+            self.offset = start
+            self.loc = start
+
+    def _initiate_upload(self) -> None:
+        if self.mode != "ab":
+            self.offset = 0
+
+    def flush(self, force: bool = False) -> None:
+        """Write what is buffered, once it fills a block."""
+        if self.closed:
+            raise ValueError("I/O operation on a closed file")
+        if force and self.forced:
+            raise ValueError("Force flush cannot be called more than once")
+        if force:
+            self.forced = True
+        if self.readable() or (not force and self.buffer.tell() < self.blocksize):
+            return
+        if self.offset is None:
+            self._initiate_upload()
+        if self._upload_chunk(final=force) is not False:
+            self.offset += self.buffer.seek(0, 2)
+            self.buffer = io.BytesIO()
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        data = self.buffer.getbuffer()
+        if data.nbytes:
+            self.fs.client.write(self.inode, self.offset, data)
+        end = self.offset + data.nbytes
+        del data
+        if final:
+            self.end = end
+            if self.mode == "ab":
+                self.fs.client.close_session(self.inode, self.session, end)
+            elif self.autocommit:
+                self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        assert self.inode is not None
+        self.fs.client.meta(
+            "publish", inode=self.inode.id, path=self.path, session=self.session,
+            length=self.end, replace=self.mode != "xb",
+        )  # fmt: skip
+        self.fs.client.forget_session(self.inode, self.session)
+
+    def discard(self) -> None:
+        """Throw away what was written."""
+        assert self.inode is not None
+        self.fs.client.close_session(self.inode, self.session)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        assert self.inode is not None
+        return bytes(self.fs.client.read(self.inode, start, end - start))
+
+    def close(self) -> None:
+        """Write what is left, end the session."""
+        if self.closed:
+            return
+        try:
+            super().close()
+        except BaseException:
+            self._give_up()
+            raise
+        if self.mode == "rb" and self.inode is not None:
+            with contextlib.suppress(FsError):
+                self.fs.client.close_session(self.inode, self.session)
+
+    def _give_up(self) -> None:
+        """End the session of a file that could not be written whole."""
+        self.closed = True
+        with contextlib.suppress(WhalefallError):
+            self.discard()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        # A block that failed has not written what it meant to: its file gets no name.
+        if kind is not None and self.mode != "rb" and not self.closed:
+            self._give_up()
+        else:
+            self.close()
+
+    def __del__(self) -> None:
+        # A file that nobody closed is not published: half a file must not look whole.
+        if not getattr(self, "closed", True) and self.mode != "rb":
+            self.closed = True
