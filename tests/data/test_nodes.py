@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from whalefall.data import fingerprint
 from whalefall.data.driver import Driver, execute_plan
 from whalefall.data.errors import PlanError, TaskFailed
 from whalefall.data.memory import ArrowTableDataSet
@@ -109,6 +110,19 @@ def test_functions_beside_what_cannot_travel_go_by_name(
     other = RuntimeContext(JobId.new(), datetime.now(), str(tmp_path / "jobs"))
     with pytest.raises(TaskFailed, match="No module named 'beside'"):
         run(root, plan_ctx, other)
+
+
+def test_a_function_is_fingerprinted_once_a_plan(
+    ctx: RuntimeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_ctx = Context()
+    parts = DataSetPartitionNode(plan_ctx, (numbers(plan_ctx),), 50, partition_by_rows=True)
+    root = ArrowComputeNode(plan_ctx, (parts,), process_func=add_one)
+    met = []
+    plain = fingerprint._function
+    monkeypatch.setattr(fingerprint, "_function", lambda f, seen: met.append(f) or plain(f, seen))
+    plan = Planner(ctx).create_exec_plan(LogicalPlan(plan_ctx, root))
+    assert len({task.key for task in plan.tasks}) >= 50 and met.count(add_one) == 1
 
 
 def add_one(runtime_ctx: Any, tables: Sequence[pa.Table]) -> pa.Table:

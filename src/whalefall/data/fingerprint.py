@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["fingerprint"]
+__all__ = ["Memo", "fingerprint"]
 
 # Objects already met, by id; held, since the id of a freed object is given out again.
 Seen = dict[int, Any]
@@ -29,6 +29,24 @@ def fingerprint(*parts: Any) -> str:
         digest.update(token)
         digest.update(b"\0")
     return digest.hexdigest()[:32]
+
+
+class Memo:
+    """Fingerprints of functions and classes, for the time of one planning.
+
+    Thousands of tasks share a function, and what it refers to may be large.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, str]] = {}  # held, since ids are given out again
+
+    def short(self, value: Any) -> Any:
+        """The fingerprint of a function or class, anything else as it is."""
+        if not callable(value):
+            return value
+        if id(value) not in self._known:
+            self._known[id(value)] = value, fingerprint(value)
+        return self._known[id(value)][1]
 
 
 def _tokens(value: Any, seen: Seen) -> Iterator[bytes]:

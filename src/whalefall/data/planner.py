@@ -14,6 +14,7 @@ from typing import Any
 from whalefall.data.constants import split_into_rows
 from whalefall.data.dataset import DataSet, PartitionedDataSet
 from whalefall.data.errors import PlanError
+from whalefall.data.fingerprint import Memo
 from whalefall.data.nodes.base import Node, TaskGroup
 from whalefall.data.nodes.partition import PartitionNode
 from whalefall.data.plan import LogicalPlan
@@ -97,6 +98,7 @@ class Planner:
         self.runtime_ctx = runtime_ctx
         self.slots = max(1, runtime_ctx.usable_cpu_count * max(1, runtime_ctx.num_executors))
         self._tasks: dict[str, Task] = {}
+        self._memo = Memo()
         self._groups: dict[int, TaskGroup] = {}
         self._node_of: dict[int, Node] = {}
 
@@ -140,7 +142,7 @@ class Planner:
             task.memory_limit = int(
                 share * max(1, min(task.cpu_limit, self.runtime_ctx.usable_cpu_count))
             )
-        task.seal()
+        task.seal(self._memo)
         return self._tasks.setdefault(task.key, task)
 
     def align(

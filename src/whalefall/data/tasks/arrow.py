@@ -64,11 +64,9 @@ class FunctionTask(Task):
         self._ours = {*vars(self), "_ours"}
 
     def content(self) -> Sequence[Any]:
-        function: Any = self.function
-        if function is None:
-            theirs = {k: v for k, v in sorted(vars(self).items()) if k not in self._ours}
-            function = (type(self), theirs)
-        return (function, self.options, self.use_duckdb_reader, self.batch_size)
+        theirs = {k: v for k, v in sorted(vars(self).items()) if k not in self._ours}
+        what = type(self) if self.function is None else self.function
+        return (what, theirs, self.options, self.use_duckdb_reader, self.batch_size)
 
     def call(self, inputs: Sequence[Any], *more: Any) -> Any:
         """What the user's function makes of the inputs."""

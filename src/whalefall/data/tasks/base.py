@@ -19,7 +19,7 @@ from whalefall.data.constants import (
 from whalefall.data.dataset import DataSet, PartitionedDataSet
 from whalefall.data.duck import forget_remote
 from whalefall.data.errors import PlanError
-from whalefall.data.fingerprint import fingerprint
+from whalefall.data.fingerprint import Memo, fingerprint
 from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.runtime import PartitionInfo, PartitionKey, RuntimeContext
 
@@ -123,13 +123,13 @@ class Task:
         """What, beside class, partition and inputs, decides the result."""
         return ()
 
-    def seal(self) -> None:
+    def seal(self, memo: Memo) -> None:
         """Compute `key`; the inputs' tasks have theirs."""
         read = [[(r.task.key, r.index, r.projection) for r in refs] for refs in self.inputs]
         infos = [(i.dimension, i.index, i.npartitions) for i in self.partition_key]
         self.key = fingerprint(
             type(self).__qualname__, self.output_name, self.output_path, infos, self.num_outputs,
-            read, list(self.content()),
+            read, [memo.short(item) for item in self.content()],
         )  # fmt: skip
 
     def detached(self) -> Task:
