@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +119,16 @@ def test_processes_share_a_sqlite_store(tmp_path: Path) -> None:
     store = SqliteKV(Path(path))
     assert store.read(lambda t: t.get(b"n")) == b"40"
     store.close()
+
+
+def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "kv.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    other.execute("CREATE TABLE unrelated (x)")
+    threading.Timer(0.3, other.execute, ("COMMIT",)).start()
+    store = SqliteKV(path)
+    store.transact(lambda t: t.put(b"k", b"v"))
+    assert store.read(lambda t: t.get(b"k")) == b"v"
+    store.close()
+    other.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ INSERT OR IGNORE INTO state VALUES (1, 0, 0);
 """
 # Tombstones younger than this many commits stay; an older transaction must start again.
 REMEMBERED_COMMITS = 100_000
+TIMEOUT_S = 60.0
 
 
 class SqliteSnapshot:
@@ -67,6 +69,19 @@ class Waiting:
         self.version = 0
 
 
+def _to_wal(db: sqlite3.Connection) -> None:
+    """WAL mode. Where two processes make one file, SQLite's own time-out does not cover this."""
+    end_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end_s:
+                raise
+        time.sleep(0.01)
+
+
 class SqliteKV(KeyValue):
     """A store in one file; several processes of one host may open it.
 
@@ -84,8 +99,10 @@ class SqliteKV(KeyValue):
         self._group = GroupCommit("kv", self._commit)
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
+        db = sqlite3.connect(
+            self.path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        _to_wal(db)
         db.execute("PRAGMA synchronous=FULL")
         return db
 
