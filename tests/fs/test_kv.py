@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from whalefall.fs.kv import Conflict, KeyValue, MemoryKV, SqliteKV
+from whalefall.fs.kv.sqlite import to_wal
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -121,14 +122,26 @@ def test_processes_share_a_sqlite_store(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
-    path = tmp_path / "kv.sqlite"
-    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN EXCLUSIVE")
-    other.execute("CREATE TABLE unrelated (x)")
-    threading.Timer(0.3, other.execute, ("COMMIT",)).start()
-    store = SqliteKV(path)
-    store.transact(lambda t: t.put(b"k", b"v"))
-    assert store.read(lambda t: t.get(b"k")) == b"v"
-    store.close()
-    other.close()
+def test_a_file_that_another_process_is_just_making_is_waited_for() -> None:
+    """SQLite then refuses at once, whatever the time-out is."""
+
+    class JustMade:
+        refusals = 3
+
+        def execute(self, command: str) -> None:
+            self.refusals -= 1
+            if self.refusals >= 0:
+                raise sqlite3.OperationalError("database is locked")
+
+    db = JustMade()
+    to_wal(db)  # type: ignore[arg-type]
+    assert db.refusals == -1
+
+
+def test_another_error_of_the_store_is_not_waited_for() -> None:
+    class Broken:
+        def execute(self, command: str) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.raises(sqlite3.OperationalError, match="I/O"):
+        to_wal(Broken())  # type: ignore[arg-type]

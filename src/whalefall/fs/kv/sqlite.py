@@ -69,7 +69,7 @@ class Waiting:
         self.version = 0
 
 
-def _to_wal(db: sqlite3.Connection) -> None:
+def to_wal(db: sqlite3.Connection) -> None:
     """WAL mode. Where two processes make one file, SQLite's own time-out does not cover this."""
     end_s = time.monotonic() + TIMEOUT_S
     while True:
@@ -102,7 +102,7 @@ class SqliteKV(KeyValue):
         db = sqlite3.connect(
             self.path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
-        _to_wal(db)
+        to_wal(db)
         db.execute("PRAGMA synchronous=FULL")
         return db
 
