@@ -12,6 +12,7 @@ import multiprocessing
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,7 +37,9 @@ WIDTH, ROWS, LAYERS = 256, 32, 4
 OURS = {"zbv": "dualpipev"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "whalefall.pipeline.torch"])
-F_S, I_S, W_S = 0.030, 0.030, 0.020  # long beside the wake-up delays of a busy machine
+# Long beside what a message and two wake-ups cost (0.2-1 ms each): the idle share is a small
+# difference of large numbers, and every delay on the critical path is inherited by all ranks.
+F_S, I_S, W_S = 0.12, 0.12, 0.08
 
 
 def stage(number: int) -> nn.Module:
@@ -120,18 +123,20 @@ def compare(rank: int, size: int, name: str, chunks: int, rounds: int) -> dict[s
 class Sleep(torch.autograd.Function):
     """Sleeps F in forward, I in backward, W when weight gradients are due."""
 
+    share = 1.0  # of these times; less to warm up
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(F_S)
+        time.sleep(F_S * Sleep.share)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        time.sleep(I_S)
+        time.sleep(I_S * Sleep.share)
         if WeightGradStore.enabled:
-            WeightGradStore.put(lambda: time.sleep(W_S))
+            WeightGradStore.put(lambda: time.sleep(W_S * Sleep.share))
         else:
-            time.sleep(W_S)
+            time.sleep(W_S * Sleep.share)
         return grad
 
 
@@ -140,8 +145,8 @@ class Sleeper(nn.Module):
         return Sleep.apply(x.requires_grad_())
 
 
-def idle(rank: int, size: int, name: str, chunks: int) -> dict[str, Any]:
-    """Compute time of this rank and step time, from its trace."""
+def idle(rank: int, size: int, name: str, chunks: int, rounds: int) -> list[dict[str, Any]]:
+    """Compute time of this rank, and when it began and ended, from the trace of each round."""
     set_p2p_tensor_shapes([(ROWS, WIDTH)])
     set_p2p_tensor_dtype(torch.float32)
     held = make(name, size, chunks).stages_of(rank)
@@ -155,19 +160,21 @@ def idle(rank: int, size: int, name: str, chunks: int) -> dict[str, Any]:
         pipe = DualPipeV(stages) if name == "dualpipev" else Pipeline(stages, name)
         last = 0 if name == "dualpipev" else size - 1
         inputs, labels = ((x,) if rank == 0 else ()), ([y] if rank == last else [])
-    best: dict[str, Any] = {}
-    for _ in range(2):  # the first warms up
+    found = []
+    for number in range(rounds + 1):
+        Sleep.share = 1.0 if number else 0.02  # the first warms up
         dist.barrier()
         trace.start()
         pipe.step(*inputs, num_chunks=chunks, criterion=nn.functional.mse_loss, labels=labels)
         runs = [event for event in trace.stop() if event.category == "compute"]
-        best = {
+        one = {
             "busy": sum(r.duration_ns for r in runs) / 1e9,
             "start": min(r.start_ns for r in runs) / 1e9,
             "end": max(r.start_ns + r.duration_ns for r in runs) / 1e9,
             "took": [(r.args["kind"], r.duration_ns / 1e9) for r in runs],
         }
-    return best
+        found.append(one)
+    return found[1:]
 
 
 def on_ranks(function: Any, size: int, *args: Any) -> list[Any]:
@@ -220,12 +227,14 @@ def against_torch(rounds: int) -> list[Row]:
     return rows
 
 
-def against_simulator() -> list[Row]:
+def against_simulator(rounds: int) -> list[Row]:
+    """Idle share of each schedule's shortest step: what the machine does beside it adds to all."""
     rows = []
     for name, size in (("1f1b", 4), ("zb1p", 4), ("dualpipe", 4), ("dualpipev", 2)):
         chunks = 2 * size + 2
-        found = on_ranks(idle, size, name, chunks)
-        total = max(one["end"] for one in found) - min(one["start"] for one in found)
+        every = zip(*on_ranks(idle, size, name, chunks, rounds), strict=True)
+        found = min(every, key=_span)
+        total = _span(found)
         measured = 100 * (1 - sum(one["busy"] for one in found) / (size * total))
         took: dict[str, list[float]] = {}
         for kind, seconds in (pair for one in found for pair in one["took"]):
@@ -240,17 +249,22 @@ def against_simulator() -> list[Row]:
         rows.append(
             Row(f"{name}, {size} ranks, {chunks} chunks, sleeping stages, idle share", "simulator",
                 "within 10 %", measured, wanted, "%", wanted / max(measured, 1e-9),
-                abs(measured - wanted) <= 0.1 * wanted + 1,
+                abs(measured - wanted) <= 0.1 * wanted,
                 f"step {total * 1e3:.0f} ms, simulated {result.total * 1e3:.0f}")
         )  # fmt: skip
     return rows
+
+
+def _span(ranks: Sequence[dict[str, Any]]) -> float:
+    """A step's time, first start to last end."""
+    return max(one["end"] for one in ranks) - min(one["start"] for one in ranks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    rows = [*against_simulator(), *against_torch(5 if args.quick else 15)]
+    rows = [*against_simulator(1 if args.quick else 3), *against_torch(5 if args.quick else 15)]
     save("pipeline", rows, {"torch": torch.__version__})
 
 

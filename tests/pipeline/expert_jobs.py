@@ -16,7 +16,9 @@ from whalefall.pipeline.torch import (
     BufferExchange,
     DualPipeV,
     ExpertStage,
+    Pipeline,
     Routed,
+    WeightGradStore,
     set_p2p_tensor_dtype,
     set_p2p_tensor_shapes,
 )
@@ -75,13 +77,17 @@ class Layer(ExpertStage):
 
 
 class LocalExchange:
-    """All experts are here; every message takes a while, in a thread."""
+    """All experts are here; every message takes a while, in a thread that records it."""
 
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s
 
     def _later(self, value: Any) -> Callable[[], Any]:
-        thread = threading.Thread(target=time.sleep, args=(self.pause_s,))
+        def travel() -> None:
+            with trace.span("wire", "communication"):
+                time.sleep(self.pause_s)
+
+        thread = threading.Thread(target=travel)
         thread.start()
 
         def wait() -> Any:
@@ -126,11 +132,11 @@ def truth(layers: list[Layer], seeds: list[int]) -> list[list[torch.Tensor]]:
 
 
 def alone(rank: int, size: int) -> tuple[float, float]:
-    """DualPipeV on one rank, messages that take 12 ms, compute of 20 ms: error and overlap."""
+    """DualPipeV on one rank, messages that take 10 ms, compute of 40 ms: error and overlap."""
     set_p2p_tensor_shapes([(ROWS, HIDDEN)])
     set_p2p_tensor_dtype(torch.float32)
-    exchange = LocalExchange(0.012)
-    layers = [Layer(n, exchange, 0, EXPERTS, 0.020) for n in range(2)]
+    exchange = LocalExchange(0.010)
+    layers = [Layer(n, exchange, 0, EXPERTS, 0.040) for n in range(2)]
     pipe = DualPipeV((layers[0], layers[1]))
     x, y = batch(0)
     trace.start()
@@ -142,20 +148,28 @@ def alone(rank: int, size: int) -> tuple[float, float]:
         for layer, grads in zip(layers, wanted, strict=True)
         for p, w in zip(layer.parameters(), grads, strict=True)
     )
-    # inside the overlapped actions alone: parts, not the whole F&B span around them
+    return error, overlap(events)
+
+
+def overlap(events: list[trace.Event]) -> float:
+    """The share of communication under compute, in overlapped actions alone."""
     pairs = [e for e in events if e.args.get("kind") == "FB"]
     inside = [
         {"ph": "X", "cat": e.category, "name": e.name, "ts": e.start_ns / 1e3,
-         "dur": e.duration_ns / 1e3, "pid": 0, "tid": e.track}
+         "dur": e.duration_ns / 1e3, "pid": 0, "tid": e.track or e.thread}
         for e in events
-        if "kind" not in e.args
-        and any(p.start_ns <= e.start_ns <= p.start_ns + p.duration_ns for p in pairs)
+        if any(p.start_ns <= e.start_ns <= p.start_ns + p.duration_ns for p in pairs)
     ]  # fmt: skip
-    return error, trace.summarize(inside).overlap_ratio
+    found = trace.summarize(inside)
+    assert found.communication_us > 0
+    return found.overlap_ratio
 
 
-def two_ranks(rank: int, size: int) -> float:
-    """Two expert-parallel ranks, each a whole pipeline; experts over both through ep.Buffer."""
+def two_ranks(rank: int, size: int) -> tuple[float, float, set[str]]:
+    """Two expert-parallel ranks, each a whole pipeline; experts over both through ep.Buffer.
+
+    Gives error, overlap and what moved, with compute of 20 ms a part.
+    """
     from whalefall.ep import Buffer
 
     own = [dist.new_group([r]) for r in range(size)][rank]
@@ -164,10 +178,15 @@ def two_ranks(rank: int, size: int) -> float:
     exchange = BufferExchange(buffer, EXPERTS)
     set_p2p_tensor_shapes([(ROWS, HIDDEN)])
     set_p2p_tensor_dtype(torch.float32)
-    layers = [Layer(n, exchange, rank * local, local, 0.0) for n in range(2)]
+    layers = [Layer(n, exchange, rank * local, local, 0.020) for n in range(2)]
     pipe = DualPipeV((layers[0], layers[1]), process_group=own)
     x, y = batch(rank)
+    with torch.no_grad():  # compiles what moves tokens
+        pipe.step(x, num_chunks=CHUNKS)
+    trace.start()
     pipe.step(x, num_chunks=CHUNKS, criterion=nn.functional.mse_loss, labels=[y])
+    events = trace.stop()
+    moved = {e.name for e in events if e.category == "communication"}
     whole = [Layer(n, LocalExchange(0), 0, EXPERTS, 0.0) for n in range(2)]
     wanted = truth(whole, list(range(size)))
     mine = slice(rank * local, (rank + 1) * local)
@@ -178,4 +197,44 @@ def two_ranks(rank: int, size: int) -> float:
         difference = (layer.up.grad - expert_grad).norm() / expert_grad.norm()
         error = max(error, float(difference))
     buffer.destroy()
-    return error
+    return error, overlap(events), moved
+
+
+def sends(rank: int, size: int) -> tuple[list[float], float]:
+    """Real messages of 16 MB under compute of 100 ms: milliseconds they took, share hidden."""
+    set_p2p_tensor_shapes([(1 << 22,)])
+    set_p2p_tensor_dtype(torch.float32)
+    pipe = Pipeline([Slow()], "zb1p")
+    x, y = torch.ones(8 << 22), torch.ones(8 << 22)
+    inputs, labels = ((x,) if rank == 0 else ()), ([y] if rank else [])
+    pipe.step(*inputs, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
+    trace.start()
+    pipe.step(*inputs, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
+    events = trace.stop()
+    found = trace.summarize(
+        {"ph": "X", "cat": e.category, "name": e.name, "ts": e.start_ns / 1e3,
+         "dur": e.duration_ns / 1e3, "pid": 0, "tid": e.track}
+        for e in events
+    )  # fmt: skip
+    took = [e.duration_ns / 1e6 for e in events if e.category == "communication"]
+    return took, found.overlap_ratio
+
+
+class Slow(nn.Module):
+    """Waits, as for an accelerator, in forward, backward and for its weights."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return SplitPause.apply(x.requires_grad_())
+
+
+class SplitPause(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        WeightGradStore.put(lambda: time.sleep(0.1))
+        return grad

@@ -63,6 +63,21 @@ def test_casts_are_gemms_own_bit_for_bit() -> None:
         assert torch.equal(mine[1], theirs[1])
 
 
+def test_tiles_of_columns_begin_anew_with_every_group() -> None:
+    x = wide_range(200, 64)
+    values, scales = cast_columns(x, COUNTS)
+    first = 0
+    for part in groups(COUNTS):
+        rows = x[part]
+        filled = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % 128))
+        wanted, wanted_scales = gemm.per_channel_cast_to_fp8(filled, False)
+        found = values[part].view(torch.uint8)
+        assert torch.equal(found, wanted[: len(rows)].view(torch.uint8))
+        assert torch.equal(scales[first : first + len(wanted_scales)], wanted_scales)
+        first += len(wanted_scales)
+    assert first == len(scales)
+
+
 def test_forward_multiplies_1x128_rows_by_128x128_blocks() -> None:
     x, w = wide_range(200, 192), wide_range(4, 136, 192, seed=1)
     found = Fp8().forward(x, w, COUNTS)

@@ -26,25 +26,26 @@ class Worker(Protocol):
     def begin(self, action: Action) -> Callable[[], Any]:
         """Start a communication without waiting; the returned call waits until it is done.
 
-        The call may return (start, end) in `time.perf_counter_ns`, where it knows them better.
+        The call may return (start, end) in `time.perf_counter_ns`: when data moved.
         """
 
 
 def execute(actions: Iterable[Action], worker: Worker) -> None:
     """Do a rank's actions in order.
 
-    Compute is recorded under the category "compute"; a communication, from its beginning to the end
-    of waiting for it, under "communication" in a lane of its own.
+    Compute is recorded under the category "compute"; a communication in a lane of its own, under
+    "communication" where the worker knows when data moved. Else its time is from its beginning to
+    the end of waiting for it, most of which nothing moves: the category "pipeline", which no
+    overlap counts. So are actions of a worker whose parts record themselves (`records_parts`).
 
     Raises: ConfigError for a wait without a beginning; whatever the worker raises.
     """
     begun: dict[tuple[str, Task], tuple[Callable[[], Any], int]] = {}
+    compute = "pipeline" if getattr(worker, "records_parts", False) else "compute"
     for action in actions:
         key = (action.kind, action.task)
         if action.phase == "run":
-            with trace.span(
-                str(action), "compute", "compute", kind=action.kind, **_numbers(action)
-            ):
+            with trace.span(str(action), compute, compute, kind=action.kind, **_numbers(action)):
                 worker.run(action)
         elif action.phase == "begin":
             start = time.perf_counter_ns()
@@ -52,11 +53,11 @@ def execute(actions: Iterable[Action], worker: Worker) -> None:
         elif key in begun:
             wait, start = begun.pop(key)
             known = wait()
-            end = time.perf_counter_ns()
+            end, category = time.perf_counter_ns(), "pipeline"
             if isinstance(known, tuple):
-                start, end = known
+                (start, end), category = known, "communication"
             name = f"{action.kind}{action.task.chunk}.{action.task.stage}"
-            trace.record(name, start, end, "communication", "communication", **_numbers(action))
+            trace.record(name, start, end, category, "communication", **_numbers(action))
         else:
             raise ConfigError(f"pipeline: {action} waits for what was never begun")
 

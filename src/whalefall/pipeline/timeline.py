@@ -69,7 +69,9 @@ def of_trace(title: str, events: Iterable[dict[str, Any]]) -> Panel:
     rows: dict[Any, list[Box]] = {}
     for event in events:
         kind = (event.get("args") or {}).get("kind")
-        if event.get("ph") != "X" or event.get("cat") != "compute" or kind is None:
+        if event.get("ph") != "X" or event.get("cat") not in ("compute", "pipeline"):
+            continue
+        if kind is None:
             continue
         chunks = re.findall(r"[A-Z01-]+?(\d+)\.", str(event["name"]))
         start = float(event["ts"])

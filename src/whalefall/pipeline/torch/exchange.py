@@ -26,7 +26,10 @@ class Routed(NamedTuple):
 
 
 class Exchange(Protocol):
-    """Each call begins; the returned call waits and gives the result."""
+    """Each call begins; the returned call waits and gives the result.
+
+    An exchange records in the trace, under "communication", when its data moves.
+    """
 
     def dispatch(
         self, tokens: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor

@@ -56,6 +56,7 @@ class StepWorker:
         self.losses: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, Tensors] = {}
         self.whole: dict[Task, Tensors] = {}  # outputs with their graph, for the hook
+        self.records_parts = all(getattr(m, "records_parts", False) for m in stages.values())
         types = {type(module) for module in stages.values()}
         hook = getattr(next(iter(types)), "overlapped_forward_backward", None)
         self.hook = hook if len(types) == 1 and torch.is_grad_enabled() else None
@@ -79,7 +80,7 @@ class StepWorker:
         else:
             raise ConfigError(f"pipeline: a training step cannot run {action}")
 
-    def begin(self, action: Action) -> Callable[[], None]:
+    def begin(self, action: Action) -> Callable[[], Any]:
         """Begin one message."""
         if action.kind == "SEND_F":
             return self.link.send(action, self.to_send.pop(action.task))
