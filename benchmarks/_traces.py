@@ -8,8 +8,6 @@ prefill and decode: one step of a unit of two ranks in two micro-batches. Writte
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -139,21 +137,6 @@ def serve_rank(rank: int, size: int, folder: str, model: str) -> None:
     ranks.close()
 
 
-def only_what_ran(path: Path) -> None:
-    """Count the parts of F, B and F&B actions alone, and of messages the time that data moved.
-
-    A whole action spans its waits, and a message the time from its beginning until somebody waits
-    for it: counted as compute and communication they would overlap by themselves.
-    """
-    written = json.loads(gzip.decompress(path.read_bytes()))
-    for event in written["traceEvents"]:
-        whole = event.get("cat") == "compute" and "kind" in event.get("args", {})
-        message = event.get("cat") == "communication" and not event["name"].startswith("ep.")
-        if whole or message:
-            event["cat"] = "pipeline"
-    path.write_bytes(gzip.compress(json.dumps(written).encode(), mtime=0))
-
-
 def tasks(function: str, size: int, **kwargs: Any) -> list[launch.Task]:
     """Ranks that run a function of this file."""
     return [
@@ -181,8 +164,6 @@ def main() -> None:
         launch.run(tasks("serve_rank", 2, folder=folder, model=str(model)), 300)
         for kind in KINDS:
             parts = sorted(Path(folder).glob(f"{kind}-*.json.gz"))
-            for part in parts if kind == "train" else ():
-                only_what_ran(part)
             output = arguments.output / f"{kind}.json.gz"
             events = trace.merge(parts, output)
             found = trace.summarize(output)

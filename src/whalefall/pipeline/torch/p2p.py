@@ -105,10 +105,14 @@ class Link:
         watch = _Watch(works) if trace.is_recording() else None
 
         def wait() -> tuple[int, int] | None:
+            moved = None
             with self._naming(action):
-                end = _finish(works) if watch is None else watch.end_ns()
+                if watch is None:
+                    _finish(works)
+                else:
+                    moved = start, watch.end_ns()
             kept.clear()  # alive until here: gloo reads them
-            return None if end is None else (start, end)
+            return moved
 
         return wait
 
