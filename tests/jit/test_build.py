@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -77,16 +79,42 @@ def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _build_in_child(source: Path, results: multiprocessing.Queue) -> None:
     build_module._build.cache_clear()
-    results.put(jit.build(source, level="any").answer())
+    compiles = []
+    real = build_module._compile
+    build_module._compile = lambda *args: (compiles.append(1), time.sleep(0.3), real(*args))
+    results.put((jit.build(source, level="any").answer(), len(compiles)))
 
 
-def test_two_processes_may_compile_at_once(source: Path, tmp_path: Path) -> None:
+def test_of_processes_that_need_the_same_thing_one_compiles(source: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    children = [context.Process(target=_build_in_child, args=(source, results)) for _ in range(2)]
+    children = [context.Process(target=_build_in_child, args=(source, results)) for _ in range(3)]
     for child in children:
         child.start()
-    assert [results.get(timeout=60) for _ in children] == [42, 42]
+    found = [results.get(timeout=60) for _ in children]
     for child in children:
         child.join()
+    assert [answer for answer, _ in found] == [42] * 3
+    assert sum(compiles for _, compiles in found) == 1
+    assert len(compiled(tmp_path)) == 1
+
+
+def test_what_a_killed_compiler_left_is_swept(source: Path, tmp_path: Path) -> None:
+    target = jit.build(source, level="any").path
+    left = target.with_name(f"{target.stem}abc.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    target.unlink()
+    build_module._build.cache_clear()
+    jit.build(source, level="any")
+    assert compiled(tmp_path) == [target.name]
+
+
+def test_where_the_headers_lie_is_not_in_the_key(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jit.build(source, level="any")
+    build_module._build.cache_clear()
+    monkeypatch.setattr(build_module, "INCLUDE", tmp_path / "another checkout")
+    jit.build(source, level="any")
     assert len(compiled(tmp_path)) == 1

@@ -1,13 +1,15 @@
 """Compiles one C++ source into a shared library, once per machine, and loads it.
 
 The cache key covers the source, the headers it includes, options, compiler and CPU features, so a
-cache folder shared between machines never serves a binary made for another one. Files appear by
-rename, so processes that compile the same thing at the same time do not disturb each other.
+cache folder shared between machines never serves a binary made for another one. Of the processes
+that need the same thing at the same time one compiles, under a file lock; files appear by rename.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -15,7 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from whalefall import env
@@ -27,6 +30,7 @@ from whalefall.jit.progress import announce
 __all__ = ["INCLUDE", "CompileError", "Library", "build"]
 
 INCLUDE = Path(__file__).parent / "include"
+ABANDONED_S = 600.0  # no compiler works on one source for so long
 _OPTIONS = (
     # Contraction is off so that an FMA happens only where the source says so: the same bits at
     # every optimisation level and compiler. No -ffast-math: NaN must stay NaN.
@@ -120,7 +124,6 @@ def _build(
         *isa.flags(level),
         *(f"-D{name}={value}" for name, value in defines),
         *flags,
-        f"-I{INCLUDE}",
     ]
     if any(path.name == "simd.h" for path in headers(source)):
         options += _measured_options(level)
@@ -128,8 +131,26 @@ def _build(
     folder.mkdir(exist_ok=True)
     target = folder / f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
     if not target.exists():
-        _compile(tool, source, options, target)
+        with _alone(target):
+            if not target.exists():
+                # Where the headers lie is not in the key, what they say is: checkouts share.
+                _compile(tool, source, [*options, f"-I{INCLUDE}"], target)
     return Library(target, level)
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process a machine compiles `target`; the other ranks of a unit wait for it."""
+    with target.with_suffix(".lock").open("w") as file:  # the kernel frees it if we are killed
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in target.parent.glob(f"{target.stem}*.tmp"):  # of a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink()
+        try:
+            yield
+        finally:
+            target.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _measured_options(level: str) -> list[str]:
