@@ -168,6 +168,14 @@ def limits(measure: bool = False) -> dict[str, float]:
     return known[key]
 
 
+def bf16_flops() -> float:
+    """The measured peak of what kernels multiply bf16 with: dots where they are fast, else FMAs."""
+    level, peak = isa.best_level(), limits()["fma_flops"]
+    if not dot_is_fast(level):
+        return peak
+    return peak * _remembered()[f"{cpu_model()}|{level}|dot"]["dot_over_fma"]
+
+
 def gpus() -> list[str]:
     """Names of NVIDIA GPUs that nvidia-smi lists; empty where there is none."""
     tool = shutil.which("nvidia-smi")
@@ -196,4 +204,5 @@ def describe(measure: bool = False) -> dict[str, Any]:
         facts["threads"] = pool.get_num_threads()
         facts["read_gb_s"] = round(measured["read_bytes_s"] / 1e9, 1)
         facts["fma_gflops"] = round(measured["fma_flops"] / 1e9, 1)
+        facts["bf16_gflops"] = round(bf16_flops() / 1e9, 1)
     return facts

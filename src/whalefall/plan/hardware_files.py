@@ -100,9 +100,9 @@ def parse(raw: dict[str, Any], where: str) -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """This CPU as measured, a node of one device; FP8 is decoded to fp32, so its peak is FMA's."""
+    """This CPU as measured, a node of one device; FP8 is decoded, so its peak is that of bf16."""
     measured = machine.limits()
-    peak = measured["fma_flops"] / 1e12
+    peak = machine.bf16_flops() / 1e12
     read = measured["read_bytes_s"] / 1e9
     share = Efficiency(
         gemm=0.75,

@@ -23,6 +23,7 @@ __all__ = [
     "R1_PRICES",
     "REVENUE_CNY",
     "REVENUE_USD",
+    "TRAIN_TRACE_MS",
     "V3_PRICES",
 ]
 
@@ -65,3 +66,17 @@ NODE_STEPS = (
 DAY_START_HOUR = 12.0
 # The off-peak discount's window (16:30-00:30 UTC) in the chart's local hours.
 NIGHT_WINDOW = (24.5, 32.5)
+
+# Milliseconds by class in DeepSeek's published train trace (profile-data, train.json: four MoE
+# layers forward and backward, 4,096 tokens, EP64), summed over its kernels by their names:
+# fp8_ptp128c; m_grouped_fp8_ptp128c; fp8_dptp128c_acc; FlashAttention forward; its backward with
+# pre- and postprocessing; internode dispatch (both forms); internode combine.
+TRAIN_TRACE_MS = {
+    "dense gemm": 18.84,
+    "grouped gemm": 22.93,
+    "wgrad": 32.76,
+    "attention forward": 4.95,
+    "attention backward": 17.02,
+    "dispatch": 31.00,
+    "combine": 49.45,
+}
