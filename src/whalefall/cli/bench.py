@@ -32,7 +32,17 @@ def bench(
         str, typer.Argument(help="a room: gemm, attention, fs, …, or `all`, or `table`")
     ],
 ) -> None:
-    """Measure a room; its own options follow its name (whalefall bench ROOM --help)."""
+    """Measure a room; its own options follow its name (whalefall bench ROOM --help).
+
+    `whalefall bench serve --url URL` drives any OpenAI-compatible server (--url URL --help).
+    """
+    if room == "serve" and any(arg.split("=")[0] == "--url" for arg in context.args):
+        from whalefall.cli.bench_serve import app as load  # needs no checkout
+
+        typer.main.get_command(load).main(
+            args=list(context.args), prog_name="whalefall bench serve", standalone_mode=False
+        )
+        return
     root = checkout()
     if room == "table":
         from whalefall.testing.benchmark import write_page
