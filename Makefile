@@ -35,6 +35,12 @@ bench: $(VENV)/.bench ## measure (ROOM=gemm, …) and renew docs/benchmarks.md
 traces: $(VENV)/.test ## make docs/traces/ anew: a train step, a prefill and a decode step
 	@$(PY) benchmarks/_traces.py $(ARGS)
 
+docs: $(VENV)/.docs ## build the site of docs/*.md in site/, strictly: a broken link ends it
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS) && echo "site/index.html"
+
+wheel-test: $(VENV)/.core ## build the wheel, install it alone, serve the bundled model from it
+	@$(PIP) build && $(PY) tests/wheel.py $(ARGS)
+
 gpu: ## on a machine with a GPU: every GPU test and timing, with its own python3 (needs torch, Triton)
 	@PYTHONPATH=src:. python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts='--import-mode=importlib' tests/*/test_triton.py $(ARGS)
 	@for f in benchmarks/_gpu*.py; do PYTHONPATH=src:. python3 $$f || exit 1; done
@@ -59,4 +65,8 @@ $(VENV)/.bench: $(VENV)/.test
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
-.PHONY: help serve test test-long lint format bench traces gpu
+$(VENV)/.docs: $(VENV)/.core
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+.PHONY: help serve test test-long lint format bench traces docs wheel-test gpu
