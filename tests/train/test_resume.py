@@ -143,11 +143,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, undisturbed: Path) -> Non
         read_tensors(str(tmp_path / "step-00000008"))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("change", [{"optimizer.rate": 1e-3}, {"model.hidden_size": 64}])
+def test_a_checkpoint_of_another_recipe_is_refused(
+    tmp_path: Path, undisturbed: Path, change: dict[str, Any]
+) -> None:
     path = jobs.folder_with_recipe(tmp_path)
-    changes = {"run.folder": str(undisturbed), "optimizer.rate": 1e-3, "optimizer.average": 0.9}
+    changes = {"run.folder": str(undisturbed), "optimizer.average": 0.9} | change
+    with pytest.raises(ConfigError, match=r"step-00000008 is of another recipe"):
+        run(path, resume=True, changes=changes)
     with pytest.raises(AssertionError, match="is of another recipe"):
         jobs.on_ranks(jobs.run_to_end, path, changes, True)
+
+
+def test_data_that_is_not_there_is_said_before_ranks_start(tmp_path: Path) -> None:
+    path = jobs.folder_with_recipe(tmp_path)
+    (tmp_path / "stream.ffr").unlink()
+    with pytest.raises(MissingError, match=r"no files .*stream\.ffr"):
+        run(path)
 
 
 def test_a_used_folder_wants_resume(tmp_path: Path, undisturbed: Path) -> None:

@@ -88,7 +88,20 @@ class Store:
         dist.barrier()
         return self.files.path(name)
 
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> Stamp:
+    def stamp(self, step: int) -> Stamp:
+        """What a checkpoint says of itself.
+
+        Raises: MissingError, CorruptError.
+        """
+        name = f"step-{step:08}"
+        try:
+            return Stamp(**json.loads(self.files.read(name, _STAMP)))
+        except FileNotFoundError as error:
+            raise MissingError(f"train: checkpoint {self.files.path(name)}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise _unreadable(self.files.path(name), error) from None
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors in place from a checkpoint; collective over the default group.
 
         Raises: MissingError, CorruptError.
@@ -98,7 +111,6 @@ class Store:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(dict(tensors), storage_reader=self.files.reader(name))
-            return Stamp(**json.loads(self.files.read(name, _STAMP)))
         except FileNotFoundError as error:
             raise MissingError(f"train: checkpoint {self.files.path(name)}: {error}") from None
         except (Exception, dcp.api.CheckpointException) as error:

@@ -14,10 +14,11 @@ from typing import Any
 
 from whalefall.errors import ConfigError
 from whalefall.launch import Group, Task
+from whalefall.train.data import Rows
 from whalefall.train.history import read_history
 from whalefall.train.rank import DivergedError
 from whalefall.train.recipe import Recipe, read_recipe
-from whalefall.train.trainer import HISTORY, store_of
+from whalefall.train.trainer import HISTORY, check_recipe, store_of
 
 __all__ = ["run"]
 
@@ -40,15 +41,20 @@ def run(
         progress: called with the new lines of the history, now and then.
     Returns: the recipe as read.
     Raises: RankFailure naming the rank that died; DivergedError; ConfigError if the folder has
-        checkpoints and `resume` is not given; as `read_recipe`.
+        checkpoints and `resume` is not given, or those of another recipe; MissingError for data
+        that is not there; as `read_recipe`.
     """
     recipe = read_recipe(path, changes)
-    steps = store_of(recipe).steps()
+    store = store_of(recipe)
+    steps = store.steps()
     if steps and not resume:
         raise ConfigError(
             f"train: {recipe.checkpoints} has a checkpoint of step {steps[-1]}; --resume goes on "
             "from it, another run.folder starts anew"
         )
+    if steps:
+        check_recipe(store, steps[-1], recipe)
+    Rows(recipe)  # says here, in one line, what every rank would stumble over
     if "://" in recipe.folder:
         raise ConfigError(f"train: run.folder is {recipe.folder}, wanted a local folder")
     with tempfile.TemporaryDirectory(prefix="whalefall-train-") as folder:

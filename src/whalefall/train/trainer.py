@@ -19,7 +19,7 @@ from whalefall.train.history import History, draw_curves, read_history
 from whalefall.train.rank import DivergedError, Rank, set_threads
 from whalefall.train.recipe import Recipe, read_recipe
 
-__all__ = ["CURVES", "HISTORY", "report_line", "run_rank", "store_of", "train"]
+__all__ = ["CURVES", "HISTORY", "check_recipe", "report_line", "run_rank", "store_of", "train"]
 
 HISTORY, CURVES = "history.jsonl", "curves.svg"
 DRAW_S = 30.0
@@ -94,13 +94,18 @@ def _go_on(rank: Rank, store: Store, recipe: Recipe, resume: bool) -> None:
     steps = store.steps()
     if not resume or not steps:
         return
-    stamp = store.load(steps[-1], rank.state())
-    if stamp.fingerprint != recipe.fingerprint():
+    check_recipe(store, steps[-1], recipe)
+    store.load(steps[-1], rank.state())
+    rank.loaded(steps[-1])
+
+
+def check_recipe(store: Store, step: int, recipe: Recipe) -> None:
+    """ConfigError where a checkpoint is of another recipe."""
+    if store.stamp(step).fingerprint != recipe.fingerprint():
         raise ConfigError(
-            f"train: {store.path(steps[-1])} is of another recipe (model, data, loss, optimizer, "
+            f"train: {store.path(step)} is of another recipe (model, data, loss, optimizer, "
             "seed or steps differ); choose another run.folder"
         )
-    rank.loaded(stamp.step)
 
 
 def report_line(line: dict[str, Any]) -> str:
