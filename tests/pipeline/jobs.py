@@ -20,6 +20,7 @@ from whalefall.pipeline.torch import (
     set_p2p_tensor_shapes,
     sync_mirrors,
 )
+from whalefall.pipeline.torch.worker import StepWorker
 
 ROWS, WIDTH = 3, 8
 
@@ -137,6 +138,19 @@ def feed(name: str, rank: int, size: int, chunks: int, dtype: Any) -> tuple[tupl
     return first, [y] if ends_here else []
 
 
+def count_live() -> list[int]:
+    """Most chunk activations held at once, from here on: graphs, and weight gradients put aside."""
+    most, original = [0], StepWorker._keep
+
+    def keep(self: StepWorker, *arguments: Any) -> None:
+        original(self, *arguments)
+        held = len(self.edges) + len(self.live_loss) + len(WeightGradStore.funcs_queue)
+        most[0] = max(most[0], held)
+
+    StepWorker._keep = keep  # type: ignore[method-assign]
+    return most
+
+
 def largest_error(rank: int, size: int, name: str, chunks: int, dtype_name: str,
                   hooked: bool = False, mapping: list | None = None) -> dict:  # fmt: skip
     """Run a step and compare everything this rank has with the single process."""
@@ -146,6 +160,7 @@ def largest_error(rank: int, size: int, name: str, chunks: int, dtype_name: str,
     pipe = build(name, HookedStage if hooked else Stage, rank, size, chunks, dtype, **options)
     schedule = pipe.schedule(chunks)
     inputs, labels = feed(name, pipe.rank, size, chunks, dtype)
+    live = count_live()
     loss, outputs = pipe.step(
         *inputs, num_chunks=chunks, criterion=criterion, labels=labels, return_outputs=True
     )
@@ -157,6 +172,7 @@ def largest_error(rank: int, size: int, name: str, chunks: int, dtype_name: str,
         for mine, wanted in zip(module.parameters(), grads[stage], strict=True):
             error = max(error, float((mine.grad - wanted).abs().max()))
     found = {"grad": error, "calls": HookedStage.calls, "loss": None, "output": None}
+    found["live"] = (live[0], pipeline.simulate(schedule).live[pipe.rank])
     if loss is not None:
         share = slice(None)
         if name == "dualpipe":

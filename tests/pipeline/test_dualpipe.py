@@ -30,6 +30,8 @@ FP64, FP32 = 1e-12, 1e-5
 def test_gradients_losses_and_outputs_equal_one_process(name: str, size: int, chunks: int) -> None:
     found = ranks.run(jobs.largest_error, size, name, chunks, "float64")
     assert max(one["grad"] for one in found) <= FP64
+    for counted, simulated in (one["live"] for one in found):
+        assert counted == simulated
     ends = [one for one in found if one["loss"] is not None]
     assert len(ends) == (2 if name == "dualpipe" else 1)
     assert max(one["loss"] for one in ends) <= FP64

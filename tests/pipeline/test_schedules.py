@@ -112,6 +112,14 @@ def test_communication_time_hides_under_compute_when_receives_are_early() -> Non
     assert slow.total - free.total < 32 * 6 * 0.2 / 2
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_live_activations_equal_the_formula(name: str, stages: int) -> None:
+    ranks = stages // 2 if name == "dualpipev" else stages
+    live = simulate(make(name, ranks, 6 * ranks)).live
+    assert max(live) == theory(name, stages, 1, 2, 1, 3).activations
+
+
 def broken(schedule: Schedule, rank: int, actions: list[Action]) -> list[str]:
     ranks = list(schedule.ranks)
     ranks[rank] = tuple(actions)
