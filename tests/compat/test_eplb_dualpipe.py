@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +78,17 @@ def test_the_originals_helpers_cut_and_join() -> None:
     assert scatter([], 2, 0) == [(), ()]
     assert gather([[part] for part in chunk_tensor(x, 3, 0)], 0)[0].tolist() == x.tolist()
     assert cat_tensor([None, None], 0) is None
+
+
+def test_nccl_means_gloo_and_gathers_into_a_stack(tmp_path: Path) -> None:
+    code = f"""
+from whalefall.compat.cuda import emulate
+emulate()
+import torch, torch.distributed as dist
+dist.init_process_group(backend="nccl", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+stack = torch.empty(1, 2, 3)
+dist.all_gather_into_tensor(stack, torch.ones(2, 3))
+print(dist.get_backend(), float(stack.sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["gloo", "6.0"]

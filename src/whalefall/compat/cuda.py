@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 __all__ = ["emulate"]
 
@@ -70,8 +71,38 @@ def _moved(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _on_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` makes a process group over gloo where it was told NCCL."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args = tuple("gloo" if a == "nccl" else a for a in args)
+        if kwargs.get("backend") == "nccl":
+            kwargs["backend"] = "gloo"
+        kwargs.pop("device_id", None)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _gathered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An all-gather that takes a stacked output, [ranks, *shape], as NCCL does; gloo wants rows."""
+
+    @functools.wraps(function)
+    def call(output: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        stacked = output.dim() == given.dim() + 1 and given.dim() > 0
+        return function(output.flatten(0, 1) if stacked else output, given, *args, **kwargs)
+
+    return call
+
+
 def emulate() -> None:
-    """Map CUDA to the CPU in this process, for good; call it before the script's own imports."""
+    """Map CUDA to the CPU and NCCL to gloo in this process, for good; call it before the script's
+    own imports.
+    """
+    dist.init_process_group = _on_gloo(dist.init_process_group)
+    dist.new_group = _on_gloo(dist.new_group)
+    dist.all_gather_into_tensor = _gathered(dist.all_gather_into_tensor)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.to = _moved(torch.Tensor.to)  # type: ignore[method-assign,assignment]
