@@ -32,19 +32,18 @@ def tasks(
     ]
 
 
-Outcome = Callable[[int, int, int], list[dict[str, str]]]
+Outcome = Callable[[int, int, int, str], list[dict[str, str]]]
 
 
 @pytest.fixture(scope="session")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """(ranks, ranks a host, chunk bytes) → what every check said on every rank."""
+    """(ranks, ranks a host, chunk bytes, way) → what every check said on every rank."""
 
     @cache
-    def run(size: int, per_host: int, chunk_bytes: int) -> list[dict[str, str]]:
+    def run(size: int, per_host: int, chunk_bytes: int, way: str) -> list[dict[str, str]]:
         folder = str(tmp_path_factory.mktemp("group"))
         hosts = [f"host {r // per_host}" for r in range(size)] if per_host < size else None
-        return launch.run(
-            tasks("all_checks", size, folder=folder, chunk_bytes=chunk_bytes, hosts=hosts), 60
-        )
+        asked = {"chunk_bytes": chunk_bytes, "hosts": hosts, "slots": way == "slots"}
+        return launch.run(tasks("all_checks", size, folder=folder, **asked), 60)
 
     return run

@@ -177,6 +177,59 @@ def check_a_stalled_reader_loses_nothing(engine: Engine) -> None:
     assert np.array_equal(got, np.repeat(x[:, None], 4, 1))
 
 
+def is_shared(engine: Engine, array: np.ndarray) -> bool:
+    shared = engine.normal.fabric.shared
+    return shared is not None and shared.find(array.ctypes.data, array.nbytes) >= 0
+
+
+def direct(engine: Engine) -> bool:
+    return len(engine.topology.hosts) == 1 and engine.normal.fabric.plan.shared_bytes > 0
+
+
+def check_results_are_written_in_place_once_pieces_are_large_enough(engine: Engine) -> None:
+    x = np.full((2000, 64), engine.rank, np.float32)
+    idx = np.zeros((2000, 1), np.int64)  # rank 0 gets far more than it sends
+    seen = []
+    for _ in range(2):
+        received = engine.dispatch_selections(x, idx, 16)
+        if engine.rank == 0:
+            assert received.x[:, 0].tolist() == np.repeat(range(engine.num_ranks), 2000).tolist()
+        seen.append(is_shared(engine, received.x))
+        assert np.array_equal(engine.combine_selections(received.x, received.handle)[:, 0], x)
+    few = engine.num_ranks == 1  # nothing comes but what it sent
+    if engine.rank == 0:
+        assert seen == [direct(engine) and few, direct(engine)]
+
+
+def check_results_stay_while_somebody_has_them(engine: Engine) -> None:
+    kept = []
+    for i in range(6):
+        x, idx, _ = batches(engine.num_ranks, "random")[engine.rank]
+        received = engine.dispatch_selections(x.astype(np.float32) + i, idx, 16)
+        kept.append((received.x, received.x.copy()))
+    assert all(np.array_equal(a, b) for a, b in kept)
+    first = kept.pop()[0]
+    place = first.ctypes.data
+    del first, received
+    engine.barrier()
+    again = engine.dispatch_selections(x.astype(np.float32), idx, 16)
+    if direct(engine):
+        assert again.x.ctypes.data == place, "a piece that came back is not used again"
+
+
+def check_rows_in_shared_memory_are_combined_where_they_are(engine: Engine) -> None:
+    x, idx, weights = batches(engine.num_ranks, "holes")[engine.rank]
+    each = 16 // engine.num_ranks
+    for _ in range(3):
+        received = engine.dispatch_selections(x, idx, 16)
+        rows = engine.empty(received.x.shape, BF16)
+        assert is_shared(engine, rows) == (direct(engine) and rows.size > 0)
+        rows[:] = through_experts(received, engine.rank, each)
+        got = engine.combine_selections(rows, received.handle, weights)
+        rows[:] = 0  # nobody reads any more
+        assert np.array_equal(got, in_one_process(x, idx, weights))
+
+
 def check_the_same_bits_again(engine: Engine) -> None:
     x, idx, weights = batches(engine.num_ranks, "random")[engine.rank]
     results = []
@@ -221,13 +274,14 @@ CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if nam
 
 
 def all_checks(
-    folder: str, rank: int, size: int, chunk_bytes: int, hosts: list[str] | None
+    folder: str, rank: int, size: int, chunk_bytes: int, hosts: list[str] | None, slots: bool
 ) -> dict[str, str]:
     """Run every check; what went wrong with each ("" for nothing)."""
     outcome = {}
     host = hosts[rank] if hosts else None
     group, threads = FileGroup(folder, rank, size), 1 + chunk_bytes // 8192 % 2 * 2
-    with Engine(group, chunk_bytes=chunk_bytes, host=host, num_threads=threads) as engine:
+    more = {"shared_bytes": 0} if slots else {}
+    with Engine(group, chunk_bytes=chunk_bytes, host=host, num_threads=threads, **more) as engine:
         for name, check in CHECKS.items():
             try:
                 check(engine)
@@ -249,14 +303,14 @@ def lose_a_rank(
     x, idx, _ = batches(size, "random")[rank]
     selections(engine, "random")
     if rank == 1:
-        inside = engine.normal.collect
+        inside = engine.normal.counts.collect
 
         def collect_then_go(*arguments: object) -> np.ndarray:
             heads = inside(*arguments)
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
             return heads
 
-        engine.normal.collect = collect_then_go  # type: ignore[method-assign]
+        engine.normal.counts.collect = collect_then_go  # type: ignore[method-assign]
     began = time.monotonic()
     try:
         received = engine.dispatch_selections(x, idx, 16)

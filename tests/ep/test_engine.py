@@ -18,23 +18,24 @@ CHECKS = [
     for node in ast.parse((HERE / "ep_children.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
-GROUPS = [  # ranks, ranks a host, chunk bytes
-    (1, 1, 1 << 20),
-    (2, 2, 1 << 20),
-    (2, 2, 4096),  # many ticks: slots are reused
-    (4, 4, 8192),
-    (8, 8, 1 << 20),
-    (2, 1, 4096),
-    (4, 2, 1 << 20),
-    (8, 4, 8192),
-    (4, 3, 8192),  # hosts of unequal size
+GROUPS = [  # ranks, ranks a host, chunk bytes, how rows go on one host
+    (1, 1, 1 << 20, "direct"),
+    (2, 2, 1 << 20, "direct"),
+    (2, 2, 4096, "slots"),  # many ticks: slots are reused
+    (4, 4, 8192, "direct"),
+    (4, 4, 1 << 20, "slots"),
+    (8, 8, 1 << 20, "direct"),
+    (2, 1, 4096, "hosts"),
+    (4, 2, 1 << 20, "hosts"),
+    (8, 4, 8192, "hosts"),
+    (4, 3, 8192, "hosts"),  # hosts of unequal size
 ]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("group", GROUPS, ids=lambda g: "{}x{}-{}".format(*g))
-def test_check_holds_on_every_rank(outcome, group: tuple[int, int, int], check: str) -> None:
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: "{}x{}-{}-{}".format(*g))
+def test_check_holds_on_every_rank(outcome, group: tuple[int, int, int, str], check: str) -> None:
     said = [rank.get(check, "not reached") for rank in outcome(*group)]
     assert not any(said), "\n".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
 
@@ -88,7 +89,8 @@ def test_a_rank_that_does_not_come_is_named(tmp_path) -> None:
 def test_a_token_that_fits_no_chunk_is_refused(tmp_path) -> None:
     import numpy as np
 
-    with whalefall.ep.Engine(whalefall.ep.FileGroup(tmp_path, 0, 1), chunk_bytes=4096) as engine:
+    group = whalefall.ep.FileGroup(tmp_path, 0, 1)
+    with whalefall.ep.Engine(group, chunk_bytes=4096, shared_bytes=0) as engine:
         with pytest.raises(LimitError, match="do not fit a chunk of 4096 bytes"):
             engine.dispatch(np.zeros((1, 4096), np.float32), np.zeros((1, 1), np.int64), 4)
 

@@ -99,6 +99,16 @@ class Region:
         """
         _reserve(self.descriptor, offset, nbytes, f"part of region {self.name}")
 
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give the memory of a part back to the host; its address space stays, as zeros.
+
+        Args:
+            offset: a multiple of the page size.
+            nbytes: a multiple of the page size.
+        """
+        if self._map is not None and nbytes:
+            self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
+
     def send_to(self, sock: socket.socket) -> None:
         """Hand the region over a connected Unix socket; the other side calls `receive`."""
         socket.send_fds(sock, [b"R"], [self.descriptor])

@@ -11,8 +11,10 @@ Source: DeepEP; DeepSeek-V3 report, 3.2.2.
 
 from __future__ import annotations
 
+import math
 import secrets
 import weakref
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,12 +22,13 @@ import numpy as np
 from whalefall import comm, env
 from whalefall.ep.arena import Arena
 from whalefall.ep.connect import host_name, open_links
-from whalefall.ep.exchange import Bias, Exchange, Pending, Rows
+from whalefall.ep.exchange import Exchange
 from whalefall.ep.fabric import Fabric, Lock, Plan
 from whalefall.ep.group import Group
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
+from whalefall.ep.rows import Bias, Pending, Rows
 from whalefall.ep.topology import Topology
 from whalefall.ep.worker import Event, Worker
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -34,6 +37,7 @@ __all__ = ["Engine"]
 
 CHUNK_BYTES = 2 << 20
 SLOTS = 2
+SHARED_BYTES = 16 << 30  # address space for results that neighbours write or read
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
 MAX_EXPERTS = 4096
 VERSION = 1
@@ -63,6 +67,8 @@ class Engine:
         hidden: where known, checked to be equal on all ranks.
         num_experts: where known, checked to be equal on all ranks.
         host: name of this host; default: WHALEFALL_HOST, else found out.
+        shared_bytes: address space for results that neighbours write and rows that they read, used
+            where all ranks are on one host; 0: all rows pass through slots.
     Attributes:
         rank: this process.
         num_ranks: R.
@@ -83,6 +89,7 @@ class Engine:
         hidden: int | None = None,
         num_experts: int | None = None,
         host: str | None = None,
+        shared_bytes: int = SHARED_BYTES,
     ) -> None:
         self.group, self.rank, self.num_ranks = group, group.rank, group.size
         self.timeout_s = float(env.get("WHALEFALL_EP_TIMEOUT")) if timeout_s is None else timeout_s
@@ -93,7 +100,7 @@ class Engine:
         config: dict[str, int | float | None] = {
             "version": VERSION, "chunk_bytes": chunk_bytes, "low_latency_bytes": low_latency_bytes,
             "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
-            "num_experts": num_experts,
+            "num_experts": num_experts, "shared_bytes": shared_bytes,
         }  # fmt: skip
         hellos = self._say_hello(_Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", config))
         self.topology = Topology.from_names([h.host for h in hellos])
@@ -105,7 +112,10 @@ class Engine:
         self.worker = Worker("ep")
         mailbox = _mailbox_bytes(self.num_ranks)
         slot_bytes = max(slot_bytes, chunk_bytes * 8 * max(8, len(mates)))
-        plan = Plan(f"{name}-n", SLOTS, slot_bytes, chunk_bytes, mailbox, self.timeout_s)
+        plan = Plan(
+            f"{name}-n", SLOTS, slot_bytes, chunk_bytes, mailbox, self.timeout_s,
+            shared_bytes=shared_bytes if len(self.topology.hosts) == 1 else 0,
+        )  # fmt: skip
         self.normal = self._open(plan, one_tick=False)
         self.normal.num_threads = num_threads
         self.low_latency: Exchange | None = None
@@ -343,6 +353,17 @@ class Engine:
         ).run()
         return out, out_weights
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array with undefined contents, for what experts return.
+
+        On one host it lies where neighbours can read it, so that combine sends rows without a copy.
+        """
+        shared, nbytes = self.normal.fabric.shared, math.prod(shape) * np.dtype(dtype).itemsize
+        part = shared.take(nbytes) if shared is not None and nbytes else None
+        if part is None:
+            return self.arena.empty(shape, dtype)
+        return part.memory[:nbytes].view(dtype).reshape(shape)
+
     # ---- the rest
 
     def submit(self, pending: Pending) -> Event:
@@ -366,7 +387,8 @@ class Engine:
             np.zeros(self.num_ranks, np.int32), np.zeros(len(self.topology.hosts), np.int32),
             np.zeros(0, np.int32), np.zeros((0, self.num_ranks), bool),
         )  # fmt: skip
-        heads = self.normal.collect(self.normal.post({"kind": 2, "tokens": number}, empty))
+        counts = self.normal.counts
+        heads = counts.collect(counts.post({"kind": 2, "tokens": number}, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
 
     @property

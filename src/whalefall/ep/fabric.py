@@ -1,7 +1,8 @@
 """Ep room: the shared memory of a host's ranks, laid out and attached; statuses as errors.
 
 A rank's region: a control page; then for its own stream, and for that of each rank of another host
-which it serves, a head page and mailboxes; then the slots of all these streams. `native/wire.h`
+which it serves, a head page and mailboxes; then the slots of all these streams; then memory for
+results (`SharedArena`). `native/wire.h`
 says how they are used. Once every rank has attached, the names are removed, so a crash leaves
 nothing.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from whalefall import comm
 from whalefall.comm.library import address
 from whalefall.ep.library import KDEAD, KNOMEMORY, KNOROOM, KSILENT, GroupView
+from whalefall.ep.shared import SharedArena
 from whalefall.ep.topology import Topology
 from whalefall.errors import LimitError, RankFailure
 
@@ -45,6 +47,7 @@ class Plan:
         mailbox_bytes: of a header.
         timeout_s: how long a rank may be silent.
         shrink: mask failed ranks instead of raising.
+        shared_bytes: address space of a rank's memory for results; 0: none.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Plan:
     mailbox_bytes: int
     timeout_s: float
     shrink: bool = False
+    shared_bytes: int = 0
 
     @property
     def head_bytes(self) -> int:
@@ -63,7 +67,8 @@ class Plan:
     def offsets(self, streams: int) -> tuple[int, int]:
         """Where the slots of a region with so many streams begin, and its size."""
         slots_at = -(-(PAGE + streams * self.head_bytes) // PAGE) * PAGE
-        return slots_at, slots_at + streams * self.slots * self.slot_bytes
+        end = -(-(slots_at + streams * self.slots * self.slot_bytes) // PAGE) * PAGE
+        return slots_at, end + self.shared_bytes
 
 
 class Lock:
@@ -95,6 +100,8 @@ class Fabric:
     Attributes:
         view: the native structure.
         masked: [ranks] int32, 1: treated as gone.
+        shared: this rank's memory for results; None where the plan has none.
+        shared_of: [ranks] uint64, where that of each local rank begins in this process.
     """
 
     def __init__(
@@ -120,22 +127,27 @@ class Fabric:
         barrier()
         mine.unlink()
         self.masked = np.zeros(topology.num_ranks, np.int32)
+        self.shared: SharedArena | None = None
+        if plan.shared_bytes:
+            self.shared = SharedArena(mine, size - plan.shared_bytes, plan.shared_bytes)
         self.view = self._native_view(lock, slots_at)
         self.pointer = ctypes.addressof(self.view)
 
     def _native_view(self, lock: Lock, slots_at: int) -> GroupView:
         plan, R = self.plan, self.topology.num_ranks
         owner = np.zeros(R, np.int32)
-        heads, mailboxes, slots = (np.zeros(R, np.uint64) for _ in range(3))
+        heads, mailboxes, slots, shared = (np.zeros(R, np.uint64) for _ in range(4))
         bases = {r: address(region.view) for r, region in self._regions.items()}
         for local, r in enumerate(self.locals):
-            first_slot, _ = plan.offsets(len(self.streams_of[r]))
+            first_slot, end = plan.offsets(len(self.streams_of[r]))
+            shared[r] = bases[r] + end - plan.shared_bytes
             for i, stream in enumerate(self.streams_of[r]):
                 owner[stream] = local
                 heads[stream] = bases[r] + PAGE + i * plan.head_bytes
                 mailboxes[stream] = heads[stream] + np.uint64(PAGE)
                 slots[stream] = bases[r] + first_slot + i * plan.slots * plan.slot_bytes
         self._heads, self._mailboxes, self._slots = heads, mailboxes, slots
+        self.shared_of = shared
         local_of = np.full(R, -1, np.int32)
         local_of[list(self.locals)] = np.arange(len(self.locals))
         control = np.array([bases[r] for r in self.locals], np.uint64)
@@ -147,7 +159,7 @@ class Fabric:
             heads,
             mailboxes,
         ]
-        arrays += [slots, self.masked, np.zeros(plan.slots, np.int64)]
+        arrays += [slots, shared, self.masked, np.zeros(plan.slots, np.int64)]
         self._keep += arrays
         alone = len(self.locals) <= len(os.sched_getaffinity(0))
         return GroupView(

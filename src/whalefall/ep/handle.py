@@ -23,6 +23,8 @@ HEADER_FIELDS = (
     "flags",
     "num_experts",
     "extra",
+    "room",
+    "room_at",
 )
 
 
@@ -122,6 +124,14 @@ class Handle:
             self.forward[source] = (
                 np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, want.top_k), np.int32),
             )  # fmt: skip
+
+    def first_rows(self, heads: np.ndarray) -> np.ndarray:
+        """[E] int64, per selection: the row, at its rank, of this rank's first for each expert."""
+        R = self.topology.num_ranks
+        experts = heads[:, len(HEADER_FIELDS) + R + len(self.topology.hosts) :]
+        counts = np.ascontiguousarray(experts.T).reshape(R, -1).astype(np.int64)  # [R, El·R]
+        begin = np.cumsum(counts, 1) - counts
+        return np.ascontiguousarray(begin.reshape(-1, R)[:, self.rank])
 
     @property
     def num_rows(self) -> int:

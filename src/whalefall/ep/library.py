@@ -9,8 +9,8 @@ from typing import Any
 
 from whalefall import jit
 
-__all__ = ["KDEAD", "KNOMEMORY", "KNOROOM", "KSILENT", "CombineCall", "DispatchCall", "GroupView"]
-__all__ += ["library"]
+__all__ = ["KDEAD", "KNOMEMORY", "KNOROOM", "KSILENT", "CombineCall", "DirectCall", "DispatchCall"]
+__all__ += ["Form", "GroupView", "library"]
 
 KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -26,7 +26,7 @@ class GroupView(ctypes.Structure):
     _fields_ = _fields(
         ("rank num_ranks local num_local slots spins lock shrink", _I32),
         ("slot_bytes timeout_ns mailbox_bytes mailboxes", _I64),
-        ("rank_of local_of owner control stream mailbox slot masked reserved", _P),
+        ("rank_of local_of owner control stream mailbox slot shared masked reserved", _P),
         ("memory_file slot_offset", _I64),
     )
 
@@ -59,7 +59,20 @@ class CombineCall(ctypes.Structure):
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),
+        ("shared_at", _I64),
     )
+
+
+class DirectCall(ctypes.Structure):
+    """`wf_ep::Direct`: where the rows of a dispatch go."""
+
+    _fields_ = _fields(("to rows next next_order", _P))
+
+
+class Form(ctypes.Structure):
+    """`wf_ep::Form`: what a row is."""
+
+    _fields_ = _fields(("x_bytes scale_bytes top_k weights per_selection", _I64))
 
 
 _U32 = ctypes.c_uint32
@@ -75,6 +88,9 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_is_alive": [_P, _I64],
     "wf_ep_pack": [_P, _P, _I64, _I64, _P, _I64, _P],
     "wf_ep_dispatch": [_P, _P],
+    "wf_ep_fits": [_P, _P, _I64, _P],
+    "wf_ep_room": [_I64, _P],
+    "wf_ep_direct": [_P, _P, _P],
     "wf_ep_combine_stage": [_P, _P, _I64, _I64, _I64],
     "wf_ep_combine_await": [_P, _I64, _I64, _P],
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],

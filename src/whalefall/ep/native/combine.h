@@ -33,18 +33,27 @@ struct Combine {
   int64_t num_hosts, host;
   const int32_t* host_of;        // [R]
   const uint8_t* const* remote;  // [hosts] its message for this block
+  int64_t shared_at;             // x begins there in this rank's shared memory; -1: it is private
 };
 
-// A slot: start[R + 1] entries of each source, place[entries] (row index), then the rows.
+// A slot: where the rows are, if not here; start[R + 1] entries of each source, place[entries]
+// (row index); then the rows.
+struct Elsewhere {
+  int64_t at, stride;  // in the rank's shared memory; -1: here
+};
+
 struct Slot {
+  Elsewhere* elsewhere;
   uint32_t* start;
   uint32_t* place;
   uint8_t* rows;
 };
 
 inline Slot slot_of(uint8_t* memory, int num_ranks, int64_t max_entries) {
-  auto* start = reinterpret_cast<uint32_t*>(memory);
-  return {start, start + num_ranks + 1, memory + up(4 * (num_ranks + 1 + max_entries), 64)};
+  auto* elsewhere = reinterpret_cast<Elsewhere*>(memory);
+  auto* start = reinterpret_cast<uint32_t*>(elsewhere + 1);
+  int64_t head = sizeof(Elsewhere) + 4 * (num_ranks + 1 + max_entries);
+  return {elsewhere, start, start + num_ranks + 1, memory + up(head, 64)};
 }
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }
@@ -146,16 +155,18 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
     for (int64_t j = c.cursor[s]; j < c.order_start[s + 1] && c.order_token[j] < end; j++)
       entries += s != g.rank;
   if (entries > max_entries) return kNoRoom;
-  if (int64_t status = reserve(g, tick, head + (c.zero_copy ? 0 : entries * bytes))) return status;
+  bool stays = c.zero_copy || c.shared_at >= 0;
+  if (int64_t status = reserve(g, tick, head + (stays ? 0 : entries * bytes))) return status;
+  *slot.elsewhere = {c.shared_at, c.x_stride};
   for (int s = 0; s < g.num_ranks; s++) {
     slot.start[s] = static_cast<uint32_t>(used);
     int64_t& j = c.cursor[s];
     for (; j < c.order_start[s + 1] && c.order_token[j] < end; j++) {
       if (s == g.rank) continue;
       int64_t from = c.order ? c.order[j] : j;
-      slot.place[used] = static_cast<uint32_t>(c.zero_copy ? from : used);
+      slot.place[used] = static_cast<uint32_t>(stays ? from : used);
       uint8_t* to = slot.rows + used++ * bytes;
-      if (c.zero_copy) continue;
+      if (stays) continue;
       memcpy(to, c.x + from * c.x_stride, c.hidden * elem(c));
       if (c.row_weights) memcpy(to + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
     }
@@ -168,23 +179,23 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
 struct Reader {
   const Group& g;
   const Combine& c;
-  Slot slot[64];
-  uint32_t next[64];
-  int64_t bytes;
+  const uint32_t* place[kMaxRanks];
+  const uint8_t* rows[kMaxRanks];
+  int64_t bytes[kMaxRanks];
 
   Reader(const Group& g, const Combine& c, int source, uint32_t tick, int64_t max_entries,
          int64_t stride)
-      : g(g), c(c), bytes(staged_bytes(c, stride)) {
+      : g(g), c(c) {
     for (int l = 0; l < g.num_local; l++) {
-      slot[l] = slot_of(slot_at(g, g.rank_of[l], tick), g.num_ranks, max_entries);
-      next[l] = slot[l].start[source];
+      Slot slot = slot_of(slot_at(g, g.rank_of[l], tick), g.num_ranks, max_entries);
+      place[l] = slot.place + slot.start[source];
+      bool here = slot.elsewhere->at < 0;
+      rows[l] = here ? slot.rows : g.shared[g.rank_of[l]] + slot.elsewhere->at;
+      bytes[l] = here ? staged_bytes(c, stride) : slot.elsewhere->stride;
     }
   }
 
-  const uint8_t* take(int local) {
-    const Slot& s = slot[local];
-    return s.rows + s.place[next[local]++] * bytes;
-  }
+  const uint8_t* take(int local) { return rows[local] + *place[local]++ * bytes[local]; }
 };
 
 // out[t] = bias + terms, columns [at, at + 8 * kWide), each held in a register over all terms.

@@ -4,6 +4,7 @@
 
 #include "cast.h"
 #include "combine.h"
+#include "direct.h"
 #include "dispatch.h"
 #include "wire.h"
 
@@ -153,6 +154,31 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
   return 0;
 }
 
+// Whether each of `ranks` pieces has room for its rows.
+WF_EXPORT int64_t wf_ep_fits(const int64_t* rows, const int64_t* room, int64_t ranks,
+                             const Form* form) {
+  for (int64_t r = 0; r < ranks; r++)
+    if (sections_of(*form, rows[r]).bytes > room[r]) return 0;
+  return 1;
+}
+
+WF_EXPORT int64_t wf_ep_room(int64_t rows, const Form* form) {
+  return sections_of(*form, rows).bytes;
+}
+
+// A whole dispatch, straight into the receivers' pieces.
+WF_EXPORT int64_t wf_ep_direct(const Group* group, const Dispatch* dispatch, const Direct* direct) {
+  const Group& g = *group;
+  uint32_t tick = static_cast<uint32_t>(dispatch->base);
+  if (!write_all(g, *dispatch, *direct)) return kNoRoom;
+  advance(g.stream[g.rank]->staged, tick + 1);
+  for (int s = 0; s < g.num_ranks; s++)
+    if (int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1)) return status;
+  take_out(g, *dispatch, *direct);
+  advance(g.control[g.local]->pulled, tick + 1);
+  return 0;
+}
+
 // Stage tick i of a combine. `stride`: of staged rows, 0 for the natural one.
 WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine, int64_t i,
                                       int64_t max_entries, int64_t stride) {
@@ -218,7 +244,7 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int6
     if (status) return status;
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));
   }
-  return 0;
+  return c.shared_at < 0 ? 0 : await_readers(*group, static_cast<uint32_t>(c.base + ticks - 1));
 }
 
 // bf16 rows to FP8 rows [T, hidden] and scales [T, hidden / 128].

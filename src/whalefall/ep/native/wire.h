@@ -29,6 +29,7 @@ namespace wf_ep {
 
 constexpr int64_t kSliceNs = 20'000'000;  // how often a waiting rank looks whether the other lives
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
+constexpr int kMaxRanks = 64;  // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
 
 // A counter that only grows (modulo 2^32), one writer.
@@ -59,6 +60,7 @@ struct Group {
   Stream* const* stream;    // [num_ranks]
   uint8_t* const* mailbox;  // [num_ranks]
   uint8_t* const* slot;     // [num_ranks] slot 0
+  uint8_t* const* shared;   // [num_ranks] memory for results of each local rank, or null
   int32_t* masked;          // [num_ranks] 1: treated as gone
   // Slots are sparse: memory is reserved when a slot first grows so far, so no write can fail.
   int64_t* reserved;  // [slots] bytes reserved of this rank's own slots
@@ -149,6 +151,16 @@ inline int64_t await_slot(const Group& g, uint32_t tick) {
       if (!g.shrink) return status;
       g.masked[rank] = 1;
     }
+  }
+  return 0;
+}
+
+// Wait until every local rank has done `tick`: nobody reads this rank's memory any more.
+inline int64_t await_readers(const Group& g, uint32_t tick) {
+  for (int l = 0; l < g.num_local; l++) {
+    int rank = g.rank_of[l];
+    int64_t status = await(g, g.control[l]->pulled, tick + 1, l, nullptr, rank);
+    if (status < 0) return status;
   }
   return 0;
 }

@@ -21,8 +21,8 @@ from whalefall.ep import config as sizes
 from whalefall.ep.config import Config
 from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
 from whalefall.ep.events import EventHandle, EventOverlap
-from whalefall.ep.exchange import Rows
 from whalefall.ep.handle import Handle, Layout, Want
+from whalefall.ep.rows import Rows
 from whalefall.ep.torch.arrays import array, bf16, from_bf16, rows, tensor
 from whalefall.ep.torch.group import MpiGroup, TorchGroup
 from whalefall.ep.torch.handles import DispatchHandle

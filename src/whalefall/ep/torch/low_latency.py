@@ -19,9 +19,10 @@ from torch import Tensor
 from whalefall.ep.config import low_latency_size_hint
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
-from whalefall.ep.exchange import Exchange, Rows
+from whalefall.ep.exchange import Exchange
 from whalefall.ep.handle import Handle, Layout, Want
 from whalefall.ep.library import library
+from whalefall.ep.rows import Rows
 from whalefall.ep.torch.arrays import array, bf16, rows, tensor
 from whalefall.ep.torch.handles import LowLatencyHandle
 from whalefall.errors import ConfigError, LimitError, ShapeError, UnsupportedError
@@ -56,7 +57,7 @@ class LowLatency:
             ranks, np.zeros(len(self.runtime.topology.hosts), np.int32), nothing, nothing
         )
         self.runtime.worker.drain()
-        low.collect(low.post({"kind": 3, "num_experts": num_experts}, empty))
+        low.counts.collect(low.counts.post({"kind": 3, "num_experts": num_experts}, empty))
 
     def low_latency_dispatch(
         self,

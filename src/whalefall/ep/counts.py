@@ -1,0 +1,75 @@
+"""Ep room: headers — each rank tells all others how many rows go where, before the rows go."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from whalefall.ep.fabric import Fabric
+from whalefall.ep.handle import HEADER_FIELDS, Layout
+from whalefall.ep.library import library
+from whalefall.ep.links import Links
+from whalefall.errors import LimitError, ShapeError
+
+__all__ = ["Counts"]
+
+AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
+AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
+
+
+class Counts:
+    """The headers of one fabric, in the order of calls.
+
+    Args:
+        fabric: shared memory of this host.
+        links: connections to other hosts.
+    """
+
+    def __init__(self, fabric: Fabric, links: Links) -> None:
+        self._fabric, self._links, self._lib = fabric, links, library()
+        self._rank, self._size = fabric.rank, fabric.topology.num_ranks
+        self._next = 0
+
+    def post(self, fields: dict[str, int], layout: Layout) -> tuple[int, int]:
+        """Tell all ranks this rank's counts; returns the header's number and length.
+
+        Raises: LimitError for too many experts.
+        """
+        head = np.array([fields.get(name, 0) for name in HEADER_FIELDS], np.int32)
+        mine = np.concatenate([head, layout.per_rank, layout.per_host, layout.per_expert])
+        if mine.nbytes > self._fabric.plan.mailbox_bytes:
+            raise LimitError(
+                f"ep: {len(layout.per_expert)} experts need a header of {mine.nbytes} bytes, the "
+                f"mailbox has {self._fabric.plan.mailbox_bytes}"
+            )
+        count, self._next = self._next, self._next + 1
+        self._lib.wf_ep_post(self._fabric.pointer, count, mine.ctypes.data, mine.nbytes)
+        self._links.send_header(count, mine)
+        return count, len(mine)
+
+    def collect(self, posted: tuple[int, int]) -> np.ndarray:
+        """Every rank's header: [R, fields + R + H + E] int32; a masked rank's is zeros.
+
+        Raises: ShapeError if the ranks disagree on a field; RankFailure.
+        """
+        count, length = posted
+        heads = np.empty((self._size, length), np.int32)
+        status = self._lib.wf_ep_collect(
+            self._fabric.pointer, count, heads.ctypes.data, heads[0].nbytes
+        )
+        self._fabric.check(status, "counts")
+        self._check_agreement(heads)
+        return heads
+
+    def _check_agreement(self, heads: np.ndarray) -> None:
+        agreed = heads[:, AGREED_AT]
+        if (agreed == agreed[self._rank]).all():
+            return
+        alive = [r for r in range(self._size) if not self._fabric.masked[r]]
+        for name in AGREED:
+            values = heads[:, HEADER_FIELDS.index(name)]
+            wrong = [r for r in alive if values[r] != values[self._rank]]
+            if wrong:
+                raise ShapeError(
+                    f"ep: rank {wrong[0]} calls with {name} = {values[wrong[0]]}, rank "
+                    f"{self._rank} with {values[self._rank]}; all ranks must agree"
+                )
