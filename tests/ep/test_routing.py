@@ -1,6 +1,7 @@
 """ep.routing: the gate chooses what the papers say, with the bits of the numpy definition."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,3 +143,53 @@ def test_bad_arguments_are_refused(change: dict, error: type[Exception], words: 
     arguments = {"logits_TE": np.zeros((2, 8), np.float32), "bias_E": None, "top_k": 2}
     with pytest.raises(error, match=words):
         ep.route(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_choice_is_that_of_transformers_v3_gate(normalize: bool) -> None:
+    torch = pytest.importorskip("torch")
+    v3 = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    E, K, H, T = 256, 8, 32, 300
+    config = SimpleNamespace(
+        num_experts_per_tok=K, num_local_experts=E, hidden_size=H, routed_scaling_factor=2.5,
+        n_group=8, topk_group=4, norm_topk_prob=normalize,
+    )  # fmt: skip
+    gate = v3.DeepseekV3TopkRouter(config)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(gate.weight)
+    gate.e_score_correction_bias.normal_(0, 0.3)
+    logits, theirs, index = gate(torch.randn(T, H))
+    bias = gate.e_score_correction_bias.numpy()
+    idx, weight = ep.route(logits.detach().numpy(), bias, K, 8, 4, normalize=normalize, scale=2.5)
+    same_as(idx, weight, index.numpy(), theirs.detach().numpy(), E)
+
+
+@pytest.mark.parametrize("groups", [(8, 3), (1, 1)])
+def test_the_choice_is_that_of_transformers_v2_gate(groups: tuple[int, int]) -> None:
+    torch = pytest.importorskip("torch")
+    v2 = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")
+    E, K, H, T = 160, 6, 32, 300
+    config = v2.DeepseekV2Config(
+        n_routed_experts=E, num_local_experts=E, num_experts_per_tok=K, hidden_size=H,
+        n_group=groups[0], topk_group=groups[1], routed_scaling_factor=16.0, norm_topk_prob=False,
+        topk_method="group_limited_greedy" if groups[0] > 1 else "greedy",
+    )  # fmt: skip
+    gate = v2.DeepseekV2TopkRouter(config)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(gate.weight)
+    logits, theirs, index = gate(torch.randn(T, H))
+    idx, weight = ep.route(
+        logits.detach().float().numpy(), None, K, *groups, "softmax", normalize=False, scale=16.0
+    )
+    same_as(idx, weight, index.numpy(), theirs.detach().float().numpy(), E)
+
+
+def same_as(
+    idx: np.ndarray, weight: np.ndarray, other: np.ndarray, theirs: np.ndarray, experts: int
+) -> None:
+    """The same experts with the same weights; the peers leave the order open."""
+    ours, wanted = np.zeros((len(idx), experts)), np.zeros((len(idx), experts))
+    np.put_along_axis(ours, idx, weight, 1)
+    np.put_along_axis(wanted, other, theirs, 1)
+    assert (np.sort(idx, 1) == np.sort(other, 1)).all()
+    np.testing.assert_allclose(ours, wanted, rtol=2e-6)

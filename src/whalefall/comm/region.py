@@ -170,17 +170,23 @@ def sweep(prefix: str = "") -> list[str]:
     for path in sorted(FOLDER.glob(f"{PREFIX}{prefix}*")):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             continue  # gone meanwhile, or another user's
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            removed.append(path.name.removeprefix(PREFIX))
-        except BlockingIOError:
-            pass  # alive
+            if _is_nobodys(descriptor):
+                path.unlink(missing_ok=True)
+                removed.append(path.name.removeprefix(PREFIX))
         finally:
             os.close(descriptor)
     return removed
+
+
+def _is_nobodys(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # a living process has it
+        return False
+    return True
 
 
 def _path(name: str) -> Path:

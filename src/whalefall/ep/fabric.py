@@ -30,8 +30,9 @@ __all__ = ["Fabric", "Lock", "Plan"]
 
 PAGE = 4096
 MAILBOXES = 8
-# Busy waiting pays only where every rank has a core of its own.
-SPINS_ALONE, SPINS_CROWDED = 4000, 50
+# Busy waiting pays only where every rank has a core of its own; there some 0.4 ms of it, since to
+# be woken takes longer than most waits of a small collective.
+SPINS_ALONE, SPINS_CROWDED = 30_000, 50
 _FLOCK = struct.Struct("hhqqi4x")
 
 

@@ -3,8 +3,8 @@
 // Every rank offered a piece of its shared memory in its header; where all pieces are large enough
 // (all ranks see all counts and all offers, so all decide alike), each source writes its rows to
 // the places which the counts give them, says so, and waits for the others. A row is read once, for
-// all who want it. Behind the rows of x lie scales, then what is small and is copied out at the end:
-// ids, weights, tokens, order.
+// all who want it. Behind the rows of x lie scales, then what is small and is copied out at the
+// end: ids, weights, tokens, order.
 #pragma once
 #include "dispatch.h"
 

@@ -29,7 +29,7 @@ namespace wf_ep {
 
 constexpr int64_t kSliceNs = 20'000'000;  // how often a waiting rank looks whether the other lives
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
-constexpr int kMaxRanks = 64;  // of a host
+constexpr int kMaxRanks = 64;                      // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
 
 // A counter that only grows (modulo 2^32), one writer.

@@ -1,0 +1,56 @@
+"""Our traces in other people's readers: a browser draws them, HolisticTraceAnalysis loads them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from whalefall import trace
+from whalefall.cli import main
+
+TRACES = Path(__file__).parents[2] / "docs" / "traces"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+def drawn(page: Path, folder: Path) -> str:
+    """The page's elements after its script has run, without a network."""
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000", "--no-first-run",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_a_browser_draws_the_page_of_a_shipped_trace(tmp_path: Path) -> None:
+    page = tmp_path / "train.html"
+    with pytest.raises(SystemExit) as left:
+        main(["trace", "html", str(TRACES / "train.json.gz"), str(page)])
+    assert not left.value.code
+    lanes = page.read_text().count('"label":')
+    assert lanes > 4 and f'data-drawn="{lanes}"' in drawn(page, tmp_path)
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("const TRACE=", "const NOTHING="))
+    assert "data-drawn" not in drawn(broken, tmp_path)
+
+
+def test_holistic_trace_analysis_loads_our_traces(tmp_path: Path) -> None:
+    analysis = pytest.importorskip("hta.trace_analysis")
+    files = {}
+    for rank in range(2):
+        trace.start(f"rank {rank}", rank=rank)
+        for _ in range(3):
+            with trace.span("gemm", category="compute"), trace.span("ep.dispatch", "communication"):
+                pass
+        files[rank] = str(tmp_path / f"rank{rank}.json.gz")
+        trace.stop(files[rank])
+    found = analysis.TraceAnalysis(trace_files=files, trace_dir=str(tmp_path))
+    assert sorted(found.t.traces) == [0, 1]
+    names = found.t.symbol_table.get_sym_table()
+    assert "gemm" in names and all(len(frame) >= 6 for frame in found.t.traces.values())
