@@ -122,8 +122,8 @@ class Combining:
             K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
             pointer(handle.in_rank), pointer(handle.topk_idx), pointer(topk_weights),
             pointer(bias[0]), pointer(bias[1]), pointer(out), out.dtype == np.float32,
-            out.nbytes > BIG_BYTES, self.threads(x.nbytes), pointer(out_weights), self.num_hosts, self.fabric.host,
-            pointer(self.host_of), None, -1,
+            out.nbytes > BIG_BYTES, self.threads(x.nbytes), pointer(out_weights),
+            self.num_hosts, self.fabric.host, pointer(self.host_of), None, -1,
         )  # fmt: skip
         if row_weights is None and not zero_copy_stride and waited_ns is None:
             call.shared_at = self._shared_at(x)

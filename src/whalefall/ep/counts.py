@@ -10,7 +10,7 @@ from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.errors import LimitError, ShapeError
 
-__all__ = ["Counts"]
+__all__ = ["Counts", "mailbox_bytes"]
 
 AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
 AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
@@ -73,3 +73,8 @@ class Counts:
                     f"ep: rank {wrong[0]} calls with {name} = {values[wrong[0]]}, rank "
                     f"{self._rank} with {values[self._rank]}; all ranks must agree"
                 )
+
+
+def mailbox_bytes(num_ranks: int, max_experts: int) -> int:
+    """Room for any header."""
+    return -(-4 * (len(HEADER_FIELDS) + 2 * num_ranks + max_experts) // 64) * 64

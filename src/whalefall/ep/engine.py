@@ -16,19 +16,20 @@ import secrets
 import weakref
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from whalefall import comm, env
 from whalefall.ep.arena import Arena
 from whalefall.ep.connect import host_name, open_links
+from whalefall.ep.counts import mailbox_bytes
 from whalefall.ep.exchange import Exchange
 from whalefall.ep.fabric import Fabric, Lock, Plan
 from whalefall.ep.group import Group
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
-from whalefall.ep.rows import Bias, Pending, Rows
+from whalefall.ep.meeting import Hello, meet
+from whalefall.ep.rows import Bias, Pending, Rows, check_combine, check_rows, contiguous_rows
 from whalefall.ep.topology import Topology
 from whalefall.ep.worker import Event, Worker
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -41,14 +42,6 @@ SHARED_BYTES = 16 << 30  # address space for results that neighbours write or re
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
 MAX_EXPERTS = 4096
 VERSION = 1
-
-
-class _Hello(msgspec.Struct):
-    """What a rank says at construction; all but `host` and `name` must agree."""
-
-    host: str
-    name: str
-    config: dict[str, int | float | None]
 
 
 class Engine:
@@ -102,7 +95,8 @@ class Engine:
             "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
             "num_experts": num_experts, "shared_bytes": shared_bytes,
         }  # fmt: skip
-        hellos = self._say_hello(_Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", config))
+        mine = Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", config)
+        hellos = meet(group, mine)
         self.topology = Topology.from_names([h.host for h in hellos])
         self._host = self.topology.host_of(self.rank)
         mates = self.topology.hosts[self._host]
@@ -110,7 +104,7 @@ class Engine:
         self._lock = Lock(f"{name}-{self._host}", mates.index(self.rank))
         self.arena = Arena()
         self.worker = Worker("ep")
-        mailbox = _mailbox_bytes(self.num_ranks)
+        mailbox = mailbox_bytes(self.num_ranks, MAX_EXPERTS)
         slot_bytes = max(slot_bytes, chunk_bytes * 8 * max(8, len(mates)))
         plan = Plan(
             f"{name}-n", SLOTS, slot_bytes, chunk_bytes, mailbox, self.timeout_s,
@@ -126,18 +120,6 @@ class Engine:
             self.low_latency = self._open(plan, one_tick=True)
         self._lock.region.unlink()
         self._finalizer = weakref.finalize(self, _close, self.normal, self.low_latency, self._lock)
-
-    def _say_hello(self, hello: _Hello) -> list[_Hello]:
-        raw = self.group.all_gather(msgspec.msgpack.encode(hello))
-        hellos = [msgspec.msgpack.decode(m, type=_Hello) for m in raw]
-        for rank, other in enumerate(hellos):
-            for key, value in hello.config.items():
-                if other.config.get(key) != value:
-                    raise ConfigError(
-                        f"ep: rank {rank} was made with {key} = {other.config.get(key)}, rank "
-                        f"{self.rank} with {value}; all ranks must agree"
-                    )
-        return hellos
 
     def _open(self, plan: Plan, one_tick: bool) -> Exchange:
         fabric = Fabric(plan, self.topology, self.rank, self._lock, lambda: self.barrier_slow())
@@ -193,16 +175,6 @@ class Engine:
         if self.num_experts not in (None, num_experts):
             raise ShapeError(f"ep: {num_experts} experts, engine was made for {self.num_experts}")
 
-    def _check_rows(self, x: np.ndarray, topk_idx: np.ndarray | None, where: str) -> None:
-        if x.ndim != 2:
-            raise ShapeError(f"ep: {where}: x is {list(x.shape)}, wanted [tokens, hidden]")
-        if self.hidden not in (None, x.shape[1]):
-            raise ShapeError(
-                f"ep: {where}: hidden is {x.shape[1]}, engine was made for {self.hidden}"
-            )
-        if topk_idx is not None and len(topk_idx) != len(x):
-            raise ShapeError(f"ep: {where}: topk_idx has {len(topk_idx)} tokens, x has {len(x)}")
-
     # ---- one row a selection
 
     def dispatch_selections(
@@ -229,10 +201,10 @@ class Engine:
         return pending.result, self.submit(pending)
 
     def _selections(self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int) -> Pending:
-        self._check_rows(x, topk_idx, "dispatch_selections")
+        check_rows(x, topk_idx, self.hidden, "dispatch_selections")
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
-        rows = Rows(_rows(x), None, np.ascontiguousarray(topk_idx))
+        rows = Rows(contiguous_rows(x), None, np.ascontiguousarray(topk_idx))
         return self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k, True))
 
     def combine_selections(
@@ -276,7 +248,7 @@ class Engine:
         if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
         T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
-        _check_combine(rows, handle)
+        check_combine(rows, handle)
         if topk_weights is not None and (
             topk_weights.shape != (T, K) or topk_weights.dtype != np.float32
         ):
@@ -288,7 +260,7 @@ class Engine:
         out = self.arena.empty(shape, dtype) if out is None else out
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         self.worker.drain()
-        return out, self.normal.combine(_rows(rows), handle, out, topk_weights=weights)
+        return out, self.normal.combine(contiguous_rows(rows), handle, out, topk_weights=weights)
 
     # ---- one row a token and rank
 
@@ -311,11 +283,11 @@ class Engine:
         Returns: rows ordered by source rank, then token.
         Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
         """
-        self._check_rows(x, topk_idx, "dispatch")
+        check_rows(x, topk_idx, self.hidden, "dispatch")
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
         rows = Rows(
-            _rows(x), None if scale is None else np.ascontiguousarray(scale),
+            contiguous_rows(x), None if scale is None else np.ascontiguousarray(scale),
             np.ascontiguousarray(topk_idx),
             None if topk_weights is None else np.ascontiguousarray(topk_weights),
         )  # fmt: skip
@@ -342,14 +314,19 @@ class Engine:
         """
         if handle.want.per_selection:
             raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
-        _check_combine(rows, handle)
+        check_combine(rows, handle)
         T = len(handle.in_rank)
         out = self.arena.empty((T, rows.shape[1]), rows.dtype) if out is None else out
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
         self.worker.drain()
         self.normal.combine(
-            _rows(rows), handle, out, row_weights=weights, out_weights=out_weights, bias=bias
+            contiguous_rows(rows),
+            handle,
+            out,
+            row_weights=weights,
+            out_weights=out_weights,
+            bias=bias,
         ).run()
         return out, out_weights
 
@@ -418,25 +395,6 @@ def _close(normal: Exchange, low: Exchange | None, lock: Lock) -> None:
             exchange.links.close()
             exchange.fabric.close()
     lock.close()
-
-
-def _mailbox_bytes(num_ranks: int) -> int:
-    return -(-4 * (16 + 2 * num_ranks + MAX_EXPERTS) // 64) * 64
-
-
-def _rows(x: np.ndarray) -> np.ndarray:
-    """x with contiguous rows (the rows themselves may lie apart)."""
-    return x if not len(x) or x[0].flags.c_contiguous else np.ascontiguousarray(x)
-
-
-def _check_combine(rows: np.ndarray, handle: Handle) -> None:
-    if rows.ndim != 2 or len(rows) < handle.num_rows:
-        raise ShapeError(
-            f"ep: combine: rows are {list(rows.shape)}, wanted [{handle.num_rows}, hidden] as "
-            "received"
-        )
-    if rows.dtype.name not in ("bfloat16", "float32"):
-        raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")
 
 
 def _run(pending: Pending) -> Received:

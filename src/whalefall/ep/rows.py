@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.ep.handle import Want
+from whalefall.ep.handle import Handle, Want
+from whalefall.errors import DtypeError, ShapeError
 
-__all__ = ["Bias", "Pending", "Rows", "pointer"]
+__all__ = ["Bias", "Pending", "Rows", "check_combine", "check_rows", "contiguous_rows", "pointer"]
 
 Bias = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -79,3 +80,29 @@ def _row_bytes(array: np.ndarray) -> int:
 def pointer(array: np.ndarray | None) -> int | None:
     """Where an array begins; None stays None."""
     return None if array is None else int(array.__array_interface__["data"][0])
+
+
+def contiguous_rows(x: np.ndarray) -> np.ndarray:
+    """x with contiguous rows (the rows themselves may lie apart)."""
+    return x if not len(x) or x[0].flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def check_combine(rows: np.ndarray, handle: Handle) -> None:
+    """Raise ShapeError or DtypeError for rows that combine cannot take."""
+    if rows.ndim != 2 or len(rows) < handle.num_rows:
+        raise ShapeError(
+            f"ep: combine: rows are {list(rows.shape)}, wanted [{handle.num_rows}, hidden] as "
+            "received"
+        )
+    if rows.dtype.name not in ("bfloat16", "float32"):
+        raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")
+
+
+def check_rows(x: np.ndarray, topk_idx: np.ndarray | None, hidden: int | None, where: str) -> None:
+    """Raise ShapeError for tokens that dispatch cannot take; `hidden` is the engine's, if known."""
+    if x.ndim != 2:
+        raise ShapeError(f"ep: {where}: x is {list(x.shape)}, wanted [tokens, hidden]")
+    if hidden not in (None, x.shape[1]):
+        raise ShapeError(f"ep: {where}: hidden is {x.shape[1]}, engine was made for {hidden}")
+    if topk_idx is not None and len(topk_idx) != len(x):
+        raise ShapeError(f"ep: {where}: topk_idx has {len(topk_idx)} tokens, x has {len(x)}")

@@ -23,16 +23,16 @@ from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.handle import Handle, Layout, Want
 from whalefall.ep.rows import Rows
-from whalefall.ep.torch.arrays import array, bf16, from_bf16, rows, tensor
+from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
+from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of
+from whalefall.ep.torch.given import sent as given_rows
 from whalefall.ep.torch.group import MpiGroup, TorchGroup
 from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.ep.torch.low_latency import LowLatency
 from whalefall.ep.worker import Event
-from whalefall.errors import ConfigError, LimitError, ShapeError
+from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["Buffer"]
-
-Scaled = tuple[Tensor, Tensor]
 
 
 class Buffer(LowLatency):
@@ -146,40 +146,6 @@ class Buffer(LowLatency):
         """torch's stand-in for a stream; the communication thread needs none."""
         return torch.cpu.Stream()
 
-    def get_local_buffer_tensor(
-        self,
-        dtype: torch.dtype,
-        size: torch.Size | None = None,
-        offset: int = 0,
-        use_rdma_buffer: bool = False,
-    ) -> Tensor:
-        """This rank's shared memory as a tensor; its contents change with every call.
-
-        Other ranks may read from it until they have returned from their last call too: synchronise
-        the group before writing.
-
-        Args:
-            dtype: of the elements.
-            size: shape; None: all of it, 1-D.
-            offset: in bytes.
-            use_rdma_buffer: the low-latency form's memory.
-        """
-        exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
-        nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        if exchange is None or not 0 <= offset <= nbytes:
-            raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
-        item = torch.empty(0, dtype=dtype).element_size()
-        count = (nbytes - offset) // item if size is None else int(np.prod(size))
-        if offset + count * item > nbytes:
-            raise LimitError(
-                f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
-            )
-        if count == 0:
-            return torch.empty(size or (0,), dtype=dtype)
-        memory = exchange.fabric.own_memory(offset, count * item)
-        flat = torch.frombuffer(memory, dtype=dtype)
-        return flat if size is None else flat.view(size)
-
     # ---- normal mode
 
     def get_dispatch_layout(
@@ -245,7 +211,7 @@ class Buffer(LowLatency):
             too small; RankFailure.
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
-        sent, dtypes = _sent(x, topk_idx, topk_weights)
+        sent, dtypes = given_rows(x, topk_idx, topk_weights)
         exchange = self.runtime.normal
         exchange.num_threads = Buffer._threads
         self._await_announced()
@@ -259,16 +225,16 @@ class Buffer(LowLatency):
                 raise ShapeError(
                     f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {len(native.in_rank)}"
                 )
-            pending = exchange.dispatch(sent, _layout_of(native), Want(0, 0), native)
+            pending = exchange.dispatch(sent, layout_of(native), Want(0, 0), native)
             event = self._run(pending.run, previous_event, async_finish)
-            return _as_given(pending.result, dtypes, x), None, None, None, None, event
+            return as_given(pending.result, dtypes, x), None, None, None, None, event
         if is_token_in_rank is None or num_tokens_per_expert is None or num_tokens_per_rank is None:
             raise ConfigError(
                 "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
                 "are needed without a handle; get_dispatch_layout gives them"
             )
-        layout = self._layout(
-            is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
+        layout = layout_given(
+            self.runtime, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
         )
         want = Want(len(layout.per_expert), sent.top_k)
         if num_worst_tokens > 0:
@@ -281,7 +247,7 @@ class Buffer(LowLatency):
         counts = -(-received.per_expert // expert_alignment) * expert_alignment
         made = DispatchHandle.of(lambda: received.handle, self._num_hosts)
         return (
-            _as_given(received, dtypes, x), tensor(received.topk_idx),
+            as_given(received, dtypes, x), tensor(received.topk_idx),
             tensor(received.topk_weights), counts.tolist(), made, event,
         )  # fmt: skip
 
@@ -313,7 +279,7 @@ class Buffer(LowLatency):
 
         made = DispatchHandle.of(native, self._num_hosts)
         return (
-            _as_given(received, dtypes, x), tensor(received.topk_idx),
+            as_given(received, dtypes, x), tensor(received.topk_idx),
             tensor(received.topk_weights), [], made, event,
         )  # fmt: skip
 
@@ -348,7 +314,7 @@ class Buffer(LowLatency):
             )
         T = len(native.in_rank)
         biases = [
-            _bias(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
+            bias_rows(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
         ]
         weights = out_weights = None
         if topk_weights is not None:
@@ -418,63 +384,3 @@ class Buffer(LowLatency):
         self.runtime.worker.drain()
         after_previous()
         return EventOverlap()
-
-    def _layout(
-        self, is_token_in_rank: Tensor, per_rank: Tensor, per_expert: Tensor, tokens: int
-    ) -> Layout:
-        in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank")
-        if in_rank.shape != (tokens, self.group_size):
-            raise ShapeError(
-                f"Buffer.dispatch: is_token_in_rank is {list(in_rank.shape)}, wanted "
-                f"[{tokens}, {self.group_size}]"
-            )
-        hosts = [0]  # within one host nobody asks
-        if self._num_hosts > 1:
-            hosts = [in_rank[:, list(h)].any(1).sum() for h in self.runtime.topology.hosts]
-        counts = array(per_expert, torch.int32, "num_tokens_per_expert")
-        self.runtime.check_experts(len(counts))
-        ranks = array(per_rank, torch.int32, "num_tokens_per_rank")
-        if len(ranks) != self.group_size:
-            raise ShapeError(
-                f"Buffer.dispatch: num_tokens_per_rank has {len(ranks)}, wanted {self.group_size}"
-            )
-        return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
-
-
-def _sent(
-    x: Tensor | Scaled, topk_idx: Tensor | None, topk_weights: Tensor | None
-) -> tuple[Rows, tuple[torch.dtype, torch.dtype | None]]:
-    """What to send as bytes, and the dtypes it has."""
-    if (topk_idx is None) != (topk_weights is None):
-        raise ConfigError("Buffer.dispatch: topk_idx and topk_weights come together or not at all")
-    values, scales = x if isinstance(x, tuple) else (x, None)
-    idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx")
-    weights = None if topk_weights is None else array(topk_weights, torch.float32, "topk_weights")
-    if idx is not None and weights is not None and idx.shape != weights.shape:
-        raise ShapeError(f"Buffer.dispatch: topk_idx {idx.shape}, topk_weights {weights.shape}")
-    given = rows(values, "x")
-    sent = Rows(
-        given, None if scales is None else rows(scales.contiguous(), "scales"), idx, weights
-    )
-    for name, other in (("scales", sent.scale), ("topk_idx", idx)):
-        if other is not None and len(other) != len(given):
-            raise ShapeError(f"Buffer.dispatch: {name} has {len(other)} tokens, x has {len(given)}")
-    return sent, (values.dtype, None if scales is None else scales.dtype)
-
-
-def _as_given(received: Any, dtypes: tuple[torch.dtype, torch.dtype | None], x: Any) -> Any:
-    values = tensor(received.x, dtypes[0])
-    return (values, tensor(received.scale, dtypes[1])) if isinstance(x, tuple) else values
-
-
-def _bias(bias: Tensor | None, tokens: int, hidden: int) -> np.ndarray | None:
-    if bias is None:
-        return None
-    if tuple(bias.shape) != (tokens, hidden):
-        raise ShapeError(f"Buffer.combine: bias is {list(bias.shape)}, wanted [{tokens}, {hidden}]")
-    return bf16(bias.contiguous(), "bias")
-
-
-def _layout_of(handle: Handle) -> Layout:
-    nothing = np.zeros(0, np.int32)
-    return Layout(nothing, nothing, nothing, handle.in_rank)

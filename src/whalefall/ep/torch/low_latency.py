@@ -37,6 +37,7 @@ class LowLatency:
     """The low-latency half of `Buffer`."""
 
     runtime: Engine
+    num_nvl_bytes: int
     num_rdma_bytes: int
     enable_shrink: bool
 
@@ -221,6 +222,40 @@ class LowLatency:
         memory = low.fabric.slot_view(begin)[head : head + El * R * M * stride * 2]
         flat = torch.frombuffer(memory, dtype=torch.bfloat16)
         return flat.as_strided((El, R * M, H), (R * M * stride, stride, 1))
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> Tensor:
+        """This rank's shared memory as a tensor; its contents change with every call.
+
+        Other ranks may read from it until they have returned from their last call too: synchronise
+        the group before writing.
+
+        Args:
+            dtype: of the elements.
+            size: shape; None: all of it, 1-D.
+            offset: in bytes.
+            use_rdma_buffer: the low-latency form's memory.
+        """
+        exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
+        nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if exchange is None or not 0 <= offset <= nbytes:
+            raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
+        item = torch.empty(0, dtype=dtype).element_size()
+        count = (nbytes - offset) // item if size is None else int(np.prod(size))
+        if offset + count * item > nbytes:
+            raise LimitError(
+                f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
+            )
+        if count == 0:
+            return torch.empty(size or (0,), dtype=dtype)
+        memory = exchange.fabric.own_memory(offset, count * item)
+        flat = torch.frombuffer(memory, dtype=dtype)
+        return flat if size is None else flat.view(size)
 
     # ---- masks of failed ranks
 

@@ -1,0 +1,84 @@
+"""Ep room: what callers of `Buffer` give, checked and seen as arrays; results in their form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whalefall.ep.engine import Engine
+from whalefall.ep.handle import Handle, Layout
+from whalefall.ep.rows import Rows
+from whalefall.ep.torch.arrays import array, bf16, rows, tensor
+from whalefall.errors import ConfigError, ShapeError
+
+__all__ = ["Scaled", "as_given", "bias_rows", "layout_given", "layout_of", "sent"]
+
+Scaled = tuple[Tensor, Tensor]
+
+
+def sent(
+    x: Tensor | Scaled, topk_idx: Tensor | None, topk_weights: Tensor | None
+) -> tuple[Rows, tuple[torch.dtype, torch.dtype | None]]:
+    """What to send as bytes, and the dtypes it has."""
+    if (topk_idx is None) != (topk_weights is None):
+        raise ConfigError("Buffer.dispatch: topk_idx and topk_weights come together or not at all")
+    values, scales = x if isinstance(x, tuple) else (x, None)
+    idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx")
+    weights = None if topk_weights is None else array(topk_weights, torch.float32, "topk_weights")
+    if idx is not None and weights is not None and idx.shape != weights.shape:
+        raise ShapeError(f"Buffer.dispatch: topk_idx {idx.shape}, topk_weights {weights.shape}")
+    given = rows(values, "x")
+    made = Rows(
+        given, None if scales is None else rows(scales.contiguous(), "scales"), idx, weights
+    )
+    for name, other in (("scales", made.scale), ("topk_idx", idx)):
+        if other is not None and len(other) != len(given):
+            raise ShapeError(f"Buffer.dispatch: {name} has {len(other)} tokens, x has {len(given)}")
+    return made, (values.dtype, None if scales is None else scales.dtype)
+
+
+def as_given(received: Any, dtypes: tuple[torch.dtype, torch.dtype | None], x: Any) -> Any:
+    """What arrived, in the form in which x was given."""
+    values = tensor(received.x, dtypes[0])
+    return (values, tensor(received.scale, dtypes[1])) if isinstance(x, tuple) else values
+
+
+def bias_rows(bias: Tensor | None, tokens: int, hidden: int) -> np.ndarray | None:
+    """A bias [T, H] bf16 as an array; None stays None."""
+    if bias is None:
+        return None
+    if tuple(bias.shape) != (tokens, hidden):
+        raise ShapeError(f"Buffer.combine: bias is {list(bias.shape)}, wanted [{tokens}, {hidden}]")
+    return bf16(bias.contiguous(), "bias")
+
+
+def layout_of(handle: Handle) -> Layout:
+    """The layout of an earlier dispatch, whose counts everyone knows."""
+    nothing = np.zeros(0, np.int32)
+    return Layout(nothing, nothing, nothing, handle.in_rank)
+
+
+def layout_given(
+    engine: Engine, is_token_in_rank: Tensor, per_rank: Tensor, per_expert: Tensor, tokens: int
+) -> Layout:
+    """A layout as the caller has it, checked."""
+    in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank")
+    if in_rank.shape != (tokens, engine.num_ranks):
+        raise ShapeError(
+            f"Buffer.dispatch: is_token_in_rank is {list(in_rank.shape)}, wanted "
+            f"[{tokens}, {engine.num_ranks}]"
+        )
+    hosts = [0]  # within one host nobody asks
+    if len(engine.topology.hosts) > 1:
+        hosts = [in_rank[:, list(h)].any(1).sum() for h in engine.topology.hosts]
+    counts = array(per_expert, torch.int32, "num_tokens_per_expert")
+    engine.check_experts(len(counts))
+    ranks = array(per_rank, torch.int32, "num_tokens_per_rank")
+    if len(ranks) != engine.num_ranks:
+        raise ShapeError(
+            f"Buffer.dispatch: num_tokens_per_rank has {len(ranks)}, wanted {engine.num_ranks}"
+        )
+    return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
