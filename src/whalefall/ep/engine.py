@@ -122,15 +122,13 @@ class Engine:
         self._finalizer = weakref.finalize(self, _close, self.normal, self.low_latency, self._lock)
 
     def _open(self, plan: Plan, one_tick: bool) -> Exchange:
-        fabric = Fabric(plan, self.topology, self.rank, self._lock, lambda: self.barrier_slow())
+        fabric = Fabric(
+            plan, self.topology, self.rank, self._lock, lambda: self.group.all_gather(b"")
+        )
         links: Links = Links()
         if len(self.topology.hosts) > 1:
             links = open_links(self.group, fabric)
         return Exchange(fabric, links, self.arena, one_tick)
-
-    def barrier_slow(self) -> None:
-        """A barrier through the group itself; for construction only."""
-        self.group.all_gather(b"")
 
     # ---- layout
 
