@@ -135,7 +135,8 @@ class Control:
                     look = time.monotonic() + TICK_S
                     self._look()
         except Exception as error:
-            log.exception("the gateway failed")
+            if not isinstance(error, WhalefallError):  # those are raised again, as one line
+                log.exception("the gateway failed")
             self.failure = error
             self.ready.set()
             self.deliver(None)

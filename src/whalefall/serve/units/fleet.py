@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -133,10 +134,12 @@ class Fleet:
     def remove(self, unit: Unit, failed: bool) -> None:
         """End what is left of a unit, and note why it failed.
 
-        Raises: RankFailure where units of its kind fail again and again before they are up.
+        Raises: RankFailure where units of its kind fail again and again before they are up, or one
+            was told what it cannot do.
         """
         self.units.pop(unit.name, None)
-        report = "\n".join(str(e) for e in unit.group.exits() if e.code)
+        exits = [e for e in unit.group.exits() if e.code]
+        report = "\n".join(map(str, exits))
         for name in unit.group.members:
             if failed:
                 unit.group.kill(name)
@@ -152,6 +155,9 @@ class Fleet:
         if unit.up:
             self._failed_starts[unit.kind] = 0
             return
+        refused = next(filter(None, map(_refusal, exits)), None)
+        if refused is not None:  # the next one would say the same
+            raise RankFailure(f"serve: {unit.kind} units do not start: {refused}")
         self._failed_starts[unit.kind] += 1
         if self._failed_starts[unit.kind] >= FAILED_STARTS:
             raise RankFailure(f"serve: {unit.kind} units do not start: {report}")
@@ -164,6 +170,15 @@ class Fleet:
         for unit in list(self.units.values()):
             self.remove(unit, failed=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_REFUSAL = re.compile(r"whalefall\.[\w.]*?((?:Config|Unsupported|Dtype|Shape)Error: .*)")
+
+
+def _refusal(ended: launch.Exit) -> str | None:
+    """The one line that a rank ended with, if it was an error of what it was told."""
+    found = _REFUSAL.search(ended.last_lines[-1]) if ended.last_lines else None
+    return found.group(1) if found else None
 
 
 def sweep_folders() -> None:

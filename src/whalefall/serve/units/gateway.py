@@ -53,7 +53,7 @@ class Gateway:
         except MissingError:
             self.tokenizer = None  # type: ignore[assignment]
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
-        self._on_failure = on_failure
+        self._on_failure: Callable[[], None] | None = None
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
@@ -64,6 +64,9 @@ class Gateway:
         if self._control.failure is not None:
             self.close()
             raise self._control.failure
+        self._on_failure = on_failure  # until here a failure is raised
+        if self._control.failure is not None and on_failure is not None:
+            on_failure()  # it failed just now
         self.max_model_len = self._control.max_model_len
 
     def _deliver(self, delta: Delta | None) -> None:
