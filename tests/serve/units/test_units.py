@@ -124,25 +124,32 @@ def test_each_rank_leaves_a_trace_where_asked(model, tmp_path) -> None:
     assert {"ep.dispatch", "MLP0.0", "MLP1.1"} <= {kernel.name for kernel in found.kernels}
 
 
-def test_a_cancelled_request_frees_its_ranks(model) -> None:
+@pytest.fixture(scope="module")
+def pair(model):
+    """Units that several tests use, one after another: a start takes seconds."""
     with units(model, "1x1", "1x2") as gateway:
-        for number in range(5):
-            params = SamplingParams(max_tokens=900, ignore_eos=True, n=2)
-            gateway.add(f"r{number}", list(range(5, 90)), params)
-        count = 0
-        while count < 20:
-            count += sum(len(delta.token_ids) for delta in gateway.step())
-        for number in range(5):
-            gateway.cancel(f"r{number}")
-        finish = []
-        while gateway.has_work():
-            finish += [d.finish_reason for d in gateway.step() if d.finish_reason]
-        assert finish == ["cancelled"] * 10
-        deadline = time.monotonic() + 10
-        while sum(s.kv_used for s in gateway.unit_stats().values()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert sum(s.kv_used for s in gateway.unit_stats().values()) == 0
-        assert all(gateway.router.is_empty(name) for name in gateway.router.units)
+        yield gateway
+
+
+def test_a_cancelled_request_frees_its_ranks(pair) -> None:
+    gateway = pair
+    for number in range(5):
+        params = SamplingParams(max_tokens=900, ignore_eos=True, n=2)
+        gateway.add(f"r{number}", list(range(5, 90)), params)
+    count = 0
+    while count < 20:
+        count += sum(len(delta.token_ids) for delta in gateway.step())
+    for number in range(5):
+        gateway.cancel(f"r{number}")
+    finish = []
+    while gateway.has_work():
+        finish += [d.finish_reason for d in gateway.step() if d.finish_reason]
+    assert finish == ["cancelled"] * 10
+    deadline = time.monotonic() + 10
+    while sum(s.kv_used for s in gateway.unit_stats().values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sum(s.kv_used for s in gateway.unit_stats().values()) == 0
+    assert all(gateway.router.is_empty(name) for name in gateway.router.units)
 
 
 def test_units_follow_the_load_up_and_down_without_losing_an_answer(model, alone) -> None:
@@ -183,14 +190,18 @@ def test_experts_are_placed_anew_while_answers_flow(model, alone) -> None:
     assert any(versions.values()) and gateway.fleet.restarts == 0
 
 
-def spread(model: str) -> list[int]:
+def spread(gateway) -> list[int]:
     """Tokens that each of two decode ranks generates for four equal answers."""
-    with units(model, "1x1", "1x2") as gateway:
-        params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)
-        collect(gateway, [([9, 8, 7 + i], params) for i in range(4)])
+
+    def generated() -> list[int]:
         time.sleep(0.3)
-        stats = gateway.unit_stats()
-    return [s.generated_tokens for p, s in sorted(stats.items()) if p.unit.startswith("decode")]
+        stats = sorted(gateway.unit_stats().items())
+        return [s.generated_tokens for p, s in stats if p.unit.startswith("decode")]
+
+    before = generated()
+    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)
+    collect(gateway, [([9, 8, 7 + i], params) for i in range(4)])
+    return [late - early for early, late in zip(before, generated(), strict=True)]
 
 
 def simulated_peak() -> float:
@@ -206,12 +217,12 @@ def simulated_peak() -> float:
     return max(len(unit.finish) for unit in made) / 8
 
 
-def test_one_changed_line_of_a_balancer_shows_in_server_and_simulator(model, monkeypatch) -> None:
-    assert spread(model) == [38, 38]
+def test_one_changed_line_of_a_balancer_shows_in_server_and_simulator(pair, monkeypatch) -> None:
+    assert spread(pair) == [38, 38]
     assert simulated_peak() == 0.25
     lighter = DecodeLoad.pressure
     monkeypatch.setattr(DecodeLoad, "pressure", lambda self, kv: -lighter(self, kv))
-    assert spread(model) == [76, 0]
+    assert spread(pair) == [76, 0]
     assert simulated_peak() == 1.0
 
 
