@@ -12,7 +12,7 @@ import torch.distributed as dist
 from whalefall import ep, trace
 from whalefall.ep.torch import combine as differentiable_combine
 from whalefall.ep.torch import dispatch as differentiable_dispatch
-from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError, UnsupportedError
 
 H, E, K, M = 1024, 8, 4, 24
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -132,6 +132,12 @@ def check_fp8_rows_bring_their_scales(buffer: ep.Buffer) -> None:
     dist.all_gather_object(all_scales, scales, group=buffer.group)
     rows = arriving(buffer.rank, buffer.group_size)
     assert got_scales.tolist() == [all_scales[s][t].tolist() for s, t in rows]
+
+
+def check_logfmt_is_refused_before_anything_is_sent(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    with pytest.raises(UnsupportedError, match="use_logfmt is not built; rows go as bf16"):
+        buffer.low_latency_combine(x, idx, weights, (), use_logfmt=True)
 
 
 def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:
