@@ -231,24 +231,28 @@ class Conversations:
     def _made_up(self) -> str:
         r = self.random
         kind = r.random()
-        if kind < 0.30:
+        if kind < 0.17:
             name = "".join(self._syllable() for _ in range(r.randint(1, 4)))
             return name + r.choice(
                 ["", "", "", "ctl", "d", "fs", "2", "-util", "tool", "er", "ify"]
             )
-        if kind < 0.45:
+        if kind < 0.27:
             return r.choice(self.words).lower()
-        if kind < 0.60:
-            join = r.choice(["-", "", "", "_"])
-            parts = [r.choice(self.words).lower() for _ in range(2)]
-            if r.random() < 0.5:
-                parts[r.randrange(2)] = r.choice(self.commands)
-            return join.join(parts)
-        if kind < 0.70:
+        if kind < 0.37:
+            return r.choice(["-", "", "", "_"]).join(r.choices(self.words, k=2)).lower()
+        if kind < 0.57:  # what a person would guess: a real name and a word
+            parts = [r.choice(self.commands), r.choice(self.words).lower()]
+            r.shuffle(parts)
+            return r.choice(["-", "", "", "", "_"]).join(parts)
+        if kind < 0.67:
+            return r.choice(self.commands) + "".join(
+                r.choices(string.ascii_lowercase + "0123", k=r.choice([1, 1, 2]))
+            )
+        if kind < 0.77:
             name = r.choice(self.commands)
             extra = self._syllable()
             return r.choice([extra + name, name + extra, name + "-" + extra, extra + "-" + name])
-        if kind < 0.92:
+        if kind < 0.95:
             return self._mutated(r.choice(self.commands))
         return "".join(r.choices(string.ascii_lowercase + "0123456789", k=r.randint(3, 9)))
 
@@ -282,17 +286,16 @@ class Conversations:
                 text = text.replace("{w}", r.choice(self.words), 1)
                 text = text.replace("{n}", str(r.randrange(1000)), 1)
             return text, ABOUT
-        form = self.form()
+        # As often for names without a line, or the form itself would tell which it is.
+        form = MAIN_FORM if r.random() < 0.25 else self.form()
         while form.lower() in _HELD_OUT:
             form = self.form()
-        if kind < 0.42:
-            if r.random() < 0.35:
-                form = MAIN_FORM
+        if kind < 0.52:
             name = self.made_up()
             spelt = r.choice([name] * 6 + [f"`{name}`", f'"{name}"', name.capitalize()])
             answer = no_entry(name if spelt[0] in '`"' else spelt)
             return form.replace("{x}", spelt), answer
-        name = r.choice(self.aliases) if kind < 0.45 else next(self._pass)
+        name = r.choice(self.aliases) if kind < 0.55 else next(self._pass)
         question = form.replace("{x}", self.spelling(name))
         return question + (" " if r.random() < 0.04 else ""), self.lines[name]
 
