@@ -19,9 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from whalefall import jit
 from whalefall.attention import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from whalefall.jit import machine
-from whalefall.testing.benchmark import Row, interleave, save
+from whalefall.testing.benchmark import Row, by_level, interleave, save
 
 D, D_V, PAGE = 576, 512, 64
 BF16 = ml_dtypes.bfloat16
@@ -109,14 +110,19 @@ def memory_rows(rounds: int, scale: int) -> list[Row]:
 
 def compute_rows(rounds: int, scale: int) -> list[Row]:
     rows = []
-    for heads, lengths in ((16, [4096 // scale] * 16), (128, [4096 // scale] * 2)):
+    dot = machine.dot_is_fast(jit.best_level())
+    for heads, lengths, aim in (
+        (16, [4096 // scale] * 16, 1.3 if dot else 0.65),
+        (128, [4096 // scale] * 2, 1.65 if dot else 0.65),
+    ):
         p = Problem(heads, lengths)
         seconds, limit = beside(p, peak, rounds)
         ours = p.flops / seconds / 1e9
         rows.append(
             Row(
                 f"MLA decode, {heads} heads, {len(lengths)} x {lengths[0]} keys, bf16",
-                "FMA peak", ">= 0.65x", ours, limit, "GFLOP/s", ours / limit, ours / limit >= 0.65,
+                "FMA peak", f">= {aim:g}x", ours, limit, "GFLOP/s", ours / limit,
+                ours / limit >= aim,
             )
         )  # fmt: skip
     return rows
@@ -250,7 +256,7 @@ def main() -> None:
         versions["torch"] = torch.__version__
     except ImportError:
         pass
-    save("attention", rows, versions)
+    save(by_level("attention"), rows, versions)
 
 
 if __name__ == "__main__":

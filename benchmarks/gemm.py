@@ -22,7 +22,7 @@ from whalefall import gemm, jit
 from whalefall.gemm.linear import expert_structs, weight_struct
 from whalefall.gemm.native_calls import KINDS, Input, LinearCall, Output, library
 from whalefall.jit import machine
-from whalefall.testing.benchmark import Row, interleave, save
+from whalefall.testing.benchmark import Row, by_level, interleave, save
 
 E4M3 = ml_dtypes.float8_e4m3fn
 RNG = np.random.default_rng(0)
@@ -264,7 +264,7 @@ def main() -> None:
             print(f"{line.what}: {line.ours:.3g} {line.unit}, {line.against}: {line.ratio:.2f}")
         return
     os.sched_setaffinity(0, everywhere)
-    save("gemm", rows, {"torch": torch.__version__, "numpy": np.__version__})
+    save(by_level("gemm"), rows, {"torch": torch.__version__, "numpy": np.__version__})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "Timing", "interleave", "save", "write_page"]
+from whalefall import env
+
+__all__ = ["Row", "Timing", "by_level", "interleave", "save", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,20 @@ def shown(argument: str) -> str:
     return Path(argument).name if argument.startswith("/") else argument
 
 
+def by_level(room: str) -> str:
+    """`room`, with the ISA level in its name where that is not this machine's best."""
+    from whalefall import jit
+
+    return room if jit.best_level() == jit.levels()[-1] else f"{room}-{jit.best_level()}"
+
+
+def command_of(room: str) -> str:
+    """The shell command that measures anew what is saved under `room`, a forced level included."""
+    level = env.get("WHALEFALL_ISA")
+    prefix = [f"WHALEFALL_ISA={level}"] if level else []
+    return " ".join([*prefix, "whalefall", "bench", room.split("-")[0], *map(shown, sys.argv[1:])])
+
+
 def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = None) -> Path:
     """Write docs/benchmarks/ROOM.json with the machine's description, print it, renew the page.
 
@@ -124,7 +140,7 @@ def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = No
         "isa": facts["isa"],
         "cores": facts["cores"],
         "commit": commit(root),
-        "command": " ".join(["whalefall", "bench", room, *map(shown, sys.argv[1:])]),
+        "command": command_of(room),
         "versions": dict(versions or {}),
         "rows": [asdict(row) for row in rows],
     }
