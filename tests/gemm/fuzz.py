@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tests.gemm.operands import bf16, error, fp8
@@ -24,6 +25,11 @@ def padded(rng: np.random.Generator, array: Any) -> Any:
     view = memory[..., : array.shape[-1]]
     view[...] = array
     return view
+
+
+def activations(rng: np.random.Generator, shape: tuple[int, int]) -> Any:
+    """Fp32, or bf16, which other instructions multiply where the machine has them."""
+    return rng.standard_normal(shape).astype([np.float32, ml_dtypes.bfloat16][rng.integers(2)])
 
 
 def dense(rng: np.random.Generator, size: Any) -> None:
@@ -56,12 +62,13 @@ def grouped(rng: np.random.Generator, size: Any) -> None:
 def linears(rng: np.random.Generator, size: Any) -> None:
     m, n, k = size()
     (w, scale), exact = fp8(rng, (n, k), (128, 128))
-    x = padded(rng, rng.standard_normal((m, k)).astype(np.float32))
+    x = padded(rng, activations(rng, (m, k)))
     for form in ("few", "many"):
-        assert error(gemm.fp8_linear(x, w, scale, form), x.astype(np.float64), exact) < 2e-6
+        y = gemm.fp8_linear(x, w, scale, form, out_dtype="float32")
+        assert error(y, x.astype(np.float64), exact) < 2e-6
         gemm.fp8_linear(x, w, scale, form, quantize_activations=True)
         plain = bf16(rng, (n, k))
-        y = gemm.linear(x, plain, form)
+        y = gemm.linear(x, plain, form, out_dtype="float32")
         assert error(y, x.astype(np.float64), plain.astype(np.float64)) < 2e-6
 
 
@@ -73,7 +80,8 @@ def experts(rng: np.random.Generator, size: Any) -> None:
         w1, w3 = fp8(rng, (width, hidden), (128, 128))[0], fp8(rng, (width, hidden), (128, 128))[0]
         w2 = fp8(rng, (hidden, width), (128, 128))[0]
         weights.append(gemm.ExpertWeights(w1[0], w3[0], w2[0], w1[1], w3[1], w2[1]))
-    x = (rng.standard_normal((tokens, hidden)) * 1e-3).astype(np.float32)
+    x = activations(rng, (tokens, hidden))
+    x *= x.dtype.type(1e-3)
     idx = rng.integers(-1, count, (tokens, topk)).astype(np.int32)
     few = gemm.fused_experts(x, weights, idx, "few", out_dtype="float32")
     many = gemm.fused_experts(x, weights, idx, "many", out_dtype="float32")
