@@ -20,6 +20,7 @@ from whalefall.attention import (
     merge_partials,
 )
 from whalefall.attention.reference import attention
+from whalefall.errors import UnsupportedError
 
 
 def starts(lengths: list[int]) -> Any:
@@ -118,3 +119,16 @@ def test_append_writes_named_slots_and_skips_minus_one(level: str) -> None:
     error = np.abs(near[5, :512] - latent[0].astype(np.float32))
     assert (error <= np.abs(latent[0].astype(np.float32)) / 16 + 2.0**-9 * 2.0**-6).all()
     assert (near[5, 512:] == rope[0]).all()
+
+
+def test_a_gradient_is_refused_where_torch_records_one() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(5, 2, 32, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match="gradient"):
+        flash_attn_varlen_func(q, k, v, starts, starts, 5, 5)
+    plain = [x.detach() for x in (q, k, v)]
+    with torch.no_grad():
+        out, lse = flash_attn_varlen_func(q, k, v, starts, starts, 5, 5)
+    want, want_lse = flash_attn_varlen_func(*plain, starts, starts, 5, 5)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)

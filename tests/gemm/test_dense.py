@@ -221,3 +221,17 @@ def test_an_emulated_single_level_is_five_times_worse() -> None:
 
     (point,) = errors_against_k([16384], rows=8)
     assert point.two_level * 5 <= point.one_level
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+def test_cublaslt_takes_codes_without_scales(level: str, layout: str) -> None:
+    rng = np.random.default_rng(3)
+    (a, _), _ = fp8(rng, (37, 300), (1, 128))
+    (b, _), _ = fp8(rng, (70, 300), (1, 128))
+    left = a.T.copy() if layout[0] == "t" else a
+    right = b.T.copy() if layout[1] == "n" else b
+    d = np.empty((37, 70), np.float32)
+    getattr(gemm, f"cublaslt_gemm_{layout}")(left, right, d)
+    assert error(d, a.astype(np.float64), b.astype(np.float64)) < 2e-6
+    with pytest.raises(DtypeError, match="wanted one dtype"):
+        getattr(gemm, f"cublaslt_gemm_{layout}")(left, right.astype("bfloat16"), d)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def flash_attn_varlen_func(
         is_varlen: False: b sequences of equal length, cu_seqlens give only b.
     Returns: out [Tq, h_q, d_v] in q's dtype, lse [Tq, h_q] float32 (natural log, strides (1, Tq)).
         A token without keys: out 0, lse -inf.
-    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where q, k or v needs a gradient.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted:
+        q, k or v needs one and torch records.
     Source: FlashMLA `flash_attn_varlen_func`.
     """
     return _attend(
@@ -117,6 +119,10 @@ def _check_packed(where: str, name: str, packed: Any, before_v: int) -> None:
         )
 
 
+def _wants_gradient(array: Any) -> bool:
+    return getattr(array, "requires_grad", False) and bool(sys.modules["torch"].is_grad_enabled())
+
+
 def _attend(
     where: str,
     q: Any,
@@ -131,7 +137,7 @@ def _attend(
 ) -> tuple[Any, Any]:
     if dropout_p != 0.0:
         raise ConfigError(f"{where}: dropout_p is {dropout_p}, wanted 0")
-    if any(getattr(array, "requires_grad", False) for array in (q, k, v)):
+    if any(_wants_gradient(array) for array in (q, k, v)):
         raise UnsupportedError(f"{where}: an input needs a gradient; call it under torch.no_grad()")
     operands = [query_operand(where, n, a, "T, h, d") for n, a in (("q", q), ("k", k), ("v", v))]
     seen_q, seen_k, seen_v = (seen for seen, _ in operands)

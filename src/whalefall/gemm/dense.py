@@ -247,7 +247,16 @@ def fp8_gemm_nt_skip_head_mid(
     out[:, columns + (columns + right) // (left + right) * mid] = narrow
 
 
-def _bf16(where: str, layout: str, a: Any, b: Any, d: Any, c: Any, compiled_dims: str) -> None:
+def _bf16(
+    where: str,
+    layout: str,
+    a: Any,
+    b: Any,
+    d: Any,
+    c: Any,
+    compiled_dims: str = "",
+    plain_fp8: bool = False,
+) -> None:
     given = (a, b, d) if c is None else (a, b, d, c)
     rest = (where, compiled_dims, jit.best_level())
     known = _MEMO.find(given, rest)
@@ -255,8 +264,12 @@ def _bf16(where: str, layout: str, a: Any, b: Any, d: Any, c: Any, compiled_dims
         known()
         return
     check_dims(where, compiled_dims)
-    left = bf16_operand(where, "a", a, swap=layout[0] == "t")
-    right = bf16_operand(where, "b", b, swap=layout[1] == "n")
+    left = bf16_operand(where, "a", a, swap=layout[0] == "t", plain_fp8=plain_fp8)
+    right = bf16_operand(where, "b", b, swap=layout[1] == "n", plain_fp8=plain_fp8)
+    if left.layout.kind != right.layout.kind:
+        raise DtypeError(
+            f"{where}: a is {left.views[0].dtype} and b {right.views[0].dtype}, wanted one dtype"
+        )
     prepared = multiply(where, left, right, d, c)
     if prepared:
         _MEMO.keep(given, rest, prepared)
@@ -289,20 +302,20 @@ def bf16_gemm_tt(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "mn
 
 
 def cublaslt_gemm_nt(a: Any, b: Any, d: Any, c: Any = None) -> None:
-    """`bf16_gemm_nt` under the name of the original's cuBLASLt path."""
-    _bf16("cublaslt_gemm_nt", "nt", a, b, d, c, "")
+    """`bf16_gemm_nt` by the name of the original's cuBLASLt path; a and b also E4M3, unscaled."""
+    _bf16("cublaslt_gemm_nt", "nt", a, b, d, c, plain_fp8=True)
 
 
 def cublaslt_gemm_nn(a: Any, b: Any, d: Any, c: Any = None) -> None:
-    """`bf16_gemm_nn` under the name of the original's cuBLASLt path."""
-    _bf16("cublaslt_gemm_nn", "nn", a, b, d, c, "")
+    """`bf16_gemm_nn` by the name of the original's cuBLASLt path; a and b also E4M3, unscaled."""
+    _bf16("cublaslt_gemm_nn", "nn", a, b, d, c, plain_fp8=True)
 
 
 def cublaslt_gemm_tn(a: Any, b: Any, d: Any, c: Any = None) -> None:
-    """`bf16_gemm_tn` under the name of the original's cuBLASLt path."""
-    _bf16("cublaslt_gemm_tn", "tn", a, b, d, c, "")
+    """`bf16_gemm_tn` by the name of the original's cuBLASLt path; a and b also E4M3, unscaled."""
+    _bf16("cublaslt_gemm_tn", "tn", a, b, d, c, plain_fp8=True)
 
 
 def cublaslt_gemm_tt(a: Any, b: Any, d: Any, c: Any = None) -> None:
-    """`bf16_gemm_tt` under the name of the original's cuBLASLt path."""
-    _bf16("cublaslt_gemm_tt", "tt", a, b, d, c, "")
+    """`bf16_gemm_tt` by the name of the original's cuBLASLt path; a and b also E4M3, unscaled."""
+    _bf16("cublaslt_gemm_tt", "tt", a, b, d, c, plain_fp8=True)

@@ -171,17 +171,21 @@ def fp8_operand(
     )
 
 
-def bf16_operand(where: str, name: str, array: Any, swap: bool = False, dims: int = 2) -> Operand:
-    """A BF16 operand, in either layout."""
+def bf16_operand(
+    where: str, name: str, array: Any, swap: bool = False, dims: int = 2, plain_fp8: bool = False
+) -> Operand:
+    """A BF16 operand, in either layout; with `plain_fp8` also E4M3 values without scales."""
     v = view(transposed(array) if swap else array, f"{where}: {name}")
     if len(v.shape) != dims:
         raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
-    if v.dtype != "bfloat16":
-        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted bfloat16")
+    fp8 = plain_fp8 and v.dtype == "float8_e4m3fn"
+    if v.dtype != "bfloat16" and not fp8:
+        wanted = "bfloat16 or float8_e4m3fn" if plain_fp8 else "bfloat16"
+        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted {wanted}")
     row_stride, k_stride = _strides(where, name, v)
-    layout = Layout(row_stride, k_stride, 0, 0, 1, 128, BF16, 0)
+    layout = Layout(row_stride, k_stride, 0, 0, 1, 128, FP8 if fp8 else BF16, 0)
     groups = v.shape[0] if dims == 3 else 1
-    group_bytes = v.strides[0] * 2 if dims == 3 else 0
+    group_bytes = v.strides[0] * (1 if fp8 else 2) if dims == 3 else 0
     rows, k = v.shape[-2:]
     return Operand(rows, k, groups, v.address, group_bytes, 0, 0, layout, (array,), (v,))
 

@@ -24,12 +24,13 @@ __all__ = ["Row", "Timing", "by_level", "interleave", "save", "write_page"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender: median, and the quartiles as its spread."""
+    """Seconds of one contender: median, the quartiles as its spread, and the best round."""
 
     median_s: float
     low_s: float
     high_s: float
     rounds: int
+    best_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def interleave(
 def timing(samples: Sequence[float]) -> Timing:
     """Median and quartiles of a list of seconds."""
     if len(samples) < 2:
-        return Timing(samples[0], samples[0], samples[0], len(samples))
+        return Timing(samples[0], samples[0], samples[0], len(samples), samples[0])
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(middle, low, high, len(samples))
+    return Timing(middle, low, high, len(samples), min(samples))
 
 
 def commit(root: Path) -> str:

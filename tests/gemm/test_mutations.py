@@ -1,0 +1,88 @@
+"""Breaks of the kernels, each of which must turn a test red: the tests' own test.
+
+Each break is made in a copy of the tree, and the tests that should notice run there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GEMM, ATTENTION = "src/whalefall/gemm/native", "src/whalefall/attention/native"
+
+
+class Break(NamedTuple):
+    """One change of a source, and the tests that notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BREAKS = {
+    "swap the scales of two blocks of K": Break(
+        f"{GEMM}/gemm.h",
+        "block_start / layout.scale_k * layout.scale_k_stride];",
+        "(block_start / layout.scale_k ^ 1) % ((num_cols + layout.scale_k - 1) / layout.scale_k) "
+        "* layout.scale_k_stride];",
+        "tests/gemm/test_dense.py::test_fp8_layouts_and_recipes",
+    ),
+    "drop the last block of K": Break(
+        f"{GEMM}/gemm.h",
+        "int64_t cols() const { return num_cols; }",
+        "int64_t cols() const { return (num_cols - 1) / 128 * 128; }",
+        "tests/gemm/test_dense.py::test_fp8_layouts_and_recipes",
+    ),
+    "shift decode's causal mask by one": Break(
+        f"{ATTENTION}/mla_decode.h",
+        "args.causal ? args.per_request - 1 - t : 0",
+        "args.causal ? args.per_request - t : 0",
+        "tests/attention/test_decode.py::test_a_sample_of_the_original_grid",
+    ),
+    "shift prefill's causal mask by one": Break(
+        f"{ATTENTION}/mha.h",
+        "token + 1 - args_.q_starts[sequence + 1] + all",
+        "token - args_.q_starts[sequence + 1] + all",
+        "tests/attention/test_serving.py::test_varlen_attention_agrees_with_float64",
+    ),
+    "swap the scales of two tiles of an FP8 row": Break(
+        f"{ATTENTION}/fp8_rows.h",
+        "std::memcpy(&scale, row + kFp8Columns + tile * 4, 4);",
+        "std::memcpy(&scale, row + kFp8Columns + (tile ^ 1) * 4, 4);",
+        "tests/attention/test_decode.py::test_dense_over_the_fp8_cache",
+    ),
+    "see one key less of a page": Break(
+        f"{ATTENTION}/mla.h",
+        "args_.keys[t],\n",
+        "args_.keys[t] - (args_.keys[t] > 1),\n",
+        "tests/attention/test_decode.py::test_a_sample_of_the_original_grid",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_turns_a_test_red(name: str, tmp_path: Path) -> None:
+    made = BREAKS[name]
+    for folder in ("src", "tests/gemm", "tests/attention"):
+        ignore = shutil.ignore_patterns("bundled", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = tmp_path / made.file
+    assert made.old in source.read_text(), "the source has changed: bring the break up to date"
+    source.write_text(source.read_text().replace(made.old, made.new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", made.tests]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout[-2000:]  # 1: tests failed; 2 to 5: they did not run
+    assert "AssertionError" in done.stdout or "assert " in done.stdout
