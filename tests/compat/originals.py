@@ -36,7 +36,7 @@ GEMM_SCRIPTS = {
         *("test_gemm", "test_m_grouped_gemm_contiguous", "test_m_grouped_gemm_masked"),
         "test_k_grouped_gemm_contiguous",
     ),
-    "test_attention.py": (),
+    "test_attention.py": ("test_gemm_skip_head_mid", "test_mqa_logits", "test_paged_mqa_logits"),
     "test_einsum.py": (),
     "test_hyperconnection.py": (),
     "test_lazy_init.py": (),

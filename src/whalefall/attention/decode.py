@@ -98,12 +98,7 @@ def flash_mla_with_kvcache(
         return _on_gpu(locals())
     seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
     width_of_values(_HERE, head_dim_v, seen.shape[3])
-    if not isinstance(softmax_scale, (int, float, type(None))) or isinstance(softmax_scale, bool):
-        raise ConfigError(
-            f"{_HERE}: softmax_scale is {softmax_scale!r}, wanted a number or None; causal is "
-            "the ninth argument"
-        )
-    scale = seen.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale(softmax_scale, seen.shape[3])
     b, s_q, h_q, _ = seen.shape
     call = _Call((b, s_q, h_q, head_dim_v), seen.dtype)
     sink = sink_operand(_HERE, attn_sink, h_q)
@@ -132,6 +127,15 @@ def flash_mla_with_kvcache(
 
 
 _MEMO = CallMemo()
+
+
+def _scale(given: Any, width: int) -> float:
+    if not isinstance(given, (int, float, type(None))) or isinstance(given, bool):
+        raise ConfigError(
+            f"{_HERE}: softmax_scale is {given!r}, wanted a number or None; causal is the ninth "
+            "argument"
+        )
+    return width**-0.5 if given is None else float(given)
 
 
 class _Call:

@@ -5,10 +5,11 @@ Source: DeepGEMM `k_grouped_fp8_gemm_{tn,nt}_contiguous`, `k_grouped_bf16_gemm_t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from whalefall.dtypes import as_numpy, unpack_ue8m0, view
+from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Layout, Product, run
 from whalefall.gemm.dense import check_dims
@@ -158,20 +159,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
     if len(stretches) != groups or any(k % 128 for _, k in stretches):
         raise ShapeError(f"{where}: ks_cpu={ks_cpu}, wanted {groups} multiples of 128")
     for name, v, rows, sf in (("a", va, m, asf), ("b", vb, n, bsf)):
-        size = 1
-        for length in v.shape:
-            size *= length
-        s = view(sf, f"{where}: scale of {name}")
-        if v.dtype != "float8_e4m3fn" or not v.contiguous or size != total * rows:
-            raise ShapeError(
-                f"{where}: {name} is {v.dtype} {list(v.shape)}, wanted contiguous float8_e4m3fn of "
-                f"{total} x {rows} elements"
-            )
-        if s.dtype != "float32" or s.shape != (rows, total // 128):
-            raise ShapeError(
-                f"{where}: scale of {name} is {s.dtype} {list(s.shape)}, wanted float32 "
-                f"{[rows, total // 128]}"
-            )
+        _check_flat(where, name, v, view(sf, f"{where}: scale of {name}"), rows, total)
     to, add = _into(where, d, c, groups, m, n)
     refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf)))
     sa, sb = view(asf), view(bsf)
@@ -193,6 +181,19 @@ def k_grouped_fp8_gemm_nt_contiguous(
         )
         if m and n:
             run(product, segments)
+
+
+def _check_flat(where: str, name: str, v: View, s: View, rows: int, total: int) -> None:
+    if v.dtype != "float8_e4m3fn" or not v.contiguous or math.prod(v.shape) != total * rows:
+        raise ShapeError(
+            f"{where}: {name} is {v.dtype} {list(v.shape)}, wanted contiguous float8_e4m3fn of "
+            f"{total} x {rows} elements"
+        )
+    if s.dtype != "float32" or s.shape != (rows, total // 128):
+        raise ShapeError(
+            f"{where}: scale of {name} is {s.dtype} {list(s.shape)}, wanted float32 "
+            f"{[rows, total // 128]}"
+        )
 
 
 def _gran(where: str, recipe: Recipe) -> int:
