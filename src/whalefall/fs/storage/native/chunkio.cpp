@@ -1,6 +1,7 @@
 // Batched chunk IO with CRC-32C in the same pass; the CRC itself is comm's.
-//   write: per 64 KiB block its CRC, then a write that waits for the disk; whole = all CRCs combined
-//   read:  a piece of half a block or more: the block is read and compared with its recorded CRC;
+//   write: per 64 KiB block its CRC, then a write that waits for the disk; whole = all CRCs
+//   combined read:  a piece of half a block or more: the block is read and compared with its
+//   recorded CRC;
 //          a smaller piece: only the 4 KiB units it touches, each compared with the unit's CRC
 // CRCs of units are kept in memory for blocks read lately and are believed only if they combine to
 // the block's recorded CRC. So an entry that is stale, torn, or another block's is merely a miss,
