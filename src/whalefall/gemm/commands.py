@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from whalefall import charts
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 KS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -28,9 +30,7 @@ def accumulation(
 
     points = errors_against_k(KS)
     if svg is not None:
-        import pygal
-
-        chart = pygal.XY(
+        chart = charts.pygal().XY(
             js=[],  # a picture, not a page
             logarithmic=True,
             x_title="K",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from whalefall import charts
 from whalefall.plan import published
 from whalefall.plan.fleet import Fleet
 from whalefall.plan.ledger import Ledger, Prices, Traffic, WhatIf, nodes_from_rates
@@ -87,8 +88,7 @@ def table_rows(report: dict[str, Any], rate: float, sign: str) -> list[tuple[str
 
 def chart_svg(fleet: Fleet) -> bytes:
     """The nodes in use over the day as a step chart (SVG)."""
-    import pygal
-
+    pygal = charts.pygal()
     points = [(hour, nodes) for a, b, nodes in fleet.spans() for hour in (a, b)]
     style = pygal.style.CleanStyle(colors=("#1f6feb",))
     chart = pygal.XY(

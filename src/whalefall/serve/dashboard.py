@@ -6,13 +6,12 @@ Everything is drawn here; the page only fetches the fragment again. No other hos
 from __future__ import annotations
 
 import html
-import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from whalefall import charts
 from whalefall.serve.history import History, Point
 from whalefall.serve.metrics import Metrics
 
@@ -83,18 +82,9 @@ def _times_100(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-@cache
-def _pygal() -> Any:
-    """pygal without the import hook that it installs, which Python 3.11 warns of at each import."""
-    import pygal
-
-    sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "PluginImportFixer"]
-    return pygal
-
-
 def _chart(title: str, points: list[Point], lines: dict[str, Sequence[float | None]]) -> str:
     """Lines over the server's age; gaps where there was nothing to measure."""
-    pygal = _pygal()
+    pygal = charts.pygal()
     chart = pygal.XY(
         **SIZE,
         title=title,

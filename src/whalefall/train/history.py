@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from whalefall import charts
 from whalefall.train.rank import Report
 
 __all__ = ["History", "draw_curves", "read_history", "smoothed"]
@@ -78,9 +79,7 @@ def draw_curves(
     Args:
         runs: name ("" where there is one run alone) → its history.
     """
-    import pygal
-
-    chart = pygal.XY(
+    chart = charts.pygal().XY(
         title=title, x_title="step", width=900, height=480, show_dots=False,
         stroke_style={"width": 2}, legend_at_bottom=True, js=[], disable_xml_declaration=True,
     )  # fmt: skip
