@@ -63,12 +63,12 @@ def main(
     own = UnitEngine(model, config, group, kind == "prefill", overlap, redundant)
     outbox = Outbox(f"kv-{os.getpid()}", config.kv_dtype, token, transfer == "shm")
     channel = comm.connect("127.0.0.1", port, token)
-    try:
+    with contextlib.suppress(_Ended):
         Rank(unit, rank, own, outbox, channel, token).run()
-    except _Ended:
-        path = Path(trace_folder) / f"{unit}-{rank}.json.gz"
+    if trace_folder:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(WhalefallError):
-            trace.stop(path)
+            trace.stop(Path(trace_folder) / f"{unit}-{rank}.json.gz")
     os._exit(0)  # threads of sockets may still wait
 
 
@@ -77,6 +77,7 @@ class _Ended(BaseException):
 
 
 def _end() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the trace short
     raise _Ended
 
 
