@@ -71,13 +71,15 @@ class ChatServerSuite:
     ) -> None:
         with pytest.raises(urllib.error.HTTPError) as found:
             _post(url, model, **bad)
+        with found.value as refusal:
+            error = json.load(refusal)["error"]
         assert found.value.code in (400, 422)
-        error = json.load(found.value)["error"]
         assert error["message"] and "type" in error
 
     def test_an_unknown_model_is_a_404(self, url: str) -> None:
         with pytest.raises(urllib.error.HTTPError) as found:
             _post(url, "no such model")
+        found.value.close()
         assert found.value.code == 404
 
 
