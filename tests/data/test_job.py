@@ -150,7 +150,7 @@ def test_a_worker_killed_while_it_comes_up_is_replaced(tmp_path: Path) -> None:
 
 def test_the_sixth_death_ends_the_job(fresh: Session, tmp_path: Path) -> None:
     (marks := tmp_path / "marks").mkdir()
-    with pytest.raises(WorkerLost, match="failed after 6 retries"):
+    with pytest.raises(WorkerLost, match="failed 6 times"):
         fresh.from_items([1]).map(die_until(marks, 99)).compute()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -291,3 +292,17 @@ def test_driver_reads_both_kinds_of_arguments(tmp_path: Path) -> None:
     plan = driver.run(LogicalPlan(plan_ctx, root), stop_process_on_done=False)
     assert plan.final_output.to_arrow_table().to_pylist() == [{"n": 100}]
     assert Path(plan.final_output_path, ".MANIFEST.txt").exists()
+
+
+def test_an_edited_module_of_the_users_changes_a_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "helper_of_mine.py"
+    prints = []
+    for factor in (3, 5):
+        file.write_text(f"def g(x):\n    return x * {factor}\n", encoding="utf-8")
+        helper = importlib.import_module("helper_of_mine")
+        prints.append(fingerprint.fingerprint(helper))
+    sys.modules.pop("helper_of_mine")
+    assert prints[0] != prints[1]

@@ -20,6 +20,7 @@ from whalefall.data import Session
 from whalefall.data.aggregates import two_phase
 from whalefall.data.errors import PlanError, SqlError
 from whalefall.data.tasks.exchange import range_number
+from whalefall.errors import MissingError
 
 
 def rows(table: Any) -> list[tuple[Any, ...]]:
@@ -191,3 +192,28 @@ def test_all_tpch_queries_equal_duckdbs(sp: Session, tpch: Path) -> None:
         assert len(got) == len(want), f"Q{number}"
         for ours, theirs in zip(got, want, strict=True):
             assert all(map(alike, ours, theirs)), f"Q{number}: {ours} {theirs}"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("bigint", "double"), ("bigint", "decimal(9,2)"), ("bigint", "varchar"),
+        ("float", "double"), ("utinyint", "bigint"), ("date", "timestamp"),
+    ],
+)  # fmt: skip
+def test_a_partitioned_join_finds_keys_of_other_types(sp: Session, left: str, right: str) -> None:
+    base = "date '2020-01-01' + i::int" if left == "date" else "i"
+    sides = [
+        sp.from_arrow(
+            duckdb.sql(
+                f"select cast({base} as {kind}) as k, i from range(20) t(i)"
+            ).to_arrow_table()
+        )
+        for kind in (left, right)
+    ]
+    assert sides[0].join(sides[1], "k", npartitions=4).count() == 20
+
+
+def test_a_pattern_that_nothing_matches_is_refused(sp: Session, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no file matches"):
+        sp.read_parquet(f"{tmp_path}/*.parquet").count()

@@ -41,7 +41,7 @@ def test_the_sixth_death_is_final() -> None:
     for death in range(6):
         assert [s.attempt for s in state.starts()] == [death]
         state.died("a", "killed by signal 9")
-    assert state.failed is not None and state.failed.reason.startswith("failed after 6 retries")
+    assert state.failed is not None and state.failed.reason.startswith("failed 6 times")
     assert state.starts() == []
 
 

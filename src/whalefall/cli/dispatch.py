@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:  # a file or disk of the user's: name it, no traceback
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"{type(error).__name__}: {where}{error.strerror or error}\n")
+        raise SystemExit(2) from None
 
 
 def usage() -> str:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Memo", "fingerprint"]
@@ -82,12 +83,22 @@ def _inner(value: Any, seen: Seen) -> Iterator[bytes]:
         yield from _tokens((value.func, value.args, value.keywords), seen)
     elif isinstance(value, types.ModuleType):
         yield f"{value.__name__} {getattr(value, '__version__', '')}".encode()
+        if not _installed(value.__name__):
+            yield _source(value)
     elif isinstance(value, types.BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
     elif isinstance(value, type):
         yield from _class(value, seen)
     else:
         yield from _object(value, seen)
+
+
+def _source(module: types.ModuleType) -> bytes:
+    """The text of a module of the user's, so that an edited helper takes no stale results."""
+    try:
+        return Path(module.__file__ or "").read_bytes()
+    except OSError:  # built in, or made at run time
+        return b""
 
 
 def _function(function: types.FunctionType, seen: Seen) -> Iterator[bytes]:

@@ -38,6 +38,7 @@ def resolve(
         root: what relative paths are relative to; default the current folder.
         recursive: whether `**` and folders reach into sub-folders.
         suffix: which files of a folder count; all where empty.
+    Raises: MissingError for a pattern that nothing matches.
     """
     found: list[str] = []
     for path in paths:
@@ -45,13 +46,19 @@ def resolve(
         if is_url(text):
             found += _resolve_url(text, recursive, suffix)
         elif has_magic(text):
-            found += glob.glob(text, recursive=recursive)
+            found += _some(glob.glob(text, recursive=recursive), text)
         elif not text.endswith(suffix or "\0") and os.path.isdir(text):
             pattern = os.path.join(glob.escape(text), "**" if recursive else "", "*" + suffix)
             found += [name for name in glob.glob(pattern, recursive=recursive) if is_data(name)]
         else:
             found.append(text)
     return sorted(found)
+
+
+def _some(names: list[str], pattern: str) -> list[str]:
+    if not names:
+        raise MissingError(f"{pattern}: no file matches; wanted a pattern that names one or more")
+    return names
 
 
 def is_data(path: str) -> bool:
@@ -67,7 +74,7 @@ def _resolve_url(url: str, recursive: bool, suffix: str) -> list[str]:
     except (ImportError, ValueError) as error:
         raise MissingError(f"{url}: {error}") from None
     if has_magic(path):
-        names = filesystem.glob(path)
+        names = _some(filesystem.glob(path), url)
     elif not path.endswith(suffix or "\0") and filesystem.isdir(path):
         names = filesystem.glob(f"{path.rstrip('/')}/{'**/' if recursive else ''}*{suffix}")
     else:

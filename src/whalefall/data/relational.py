@@ -121,7 +121,8 @@ class RelationalMixin:
         count = self._partition_count(npartitions)
         if count is None or count == 1:
             return self._one_query(query, right)
-        sides = [self._hashed(node, names, count) for node in (self.plan, right)]
+        keys = [_comparable(name) for name in names]
+        sides = [self._hashed(node, keys, count) for node in (self.plan, right)]
         return self.session._frame(SqlEngineNode(self.session._ctx, sides, query))
 
 
@@ -156,6 +157,17 @@ class GroupBy:
             keys, final = split.keys, split.final
         hashed = self.frame._hashed(node, keys, count)
         return session._frame(SqlEngineNode(session._ctx, (hashed,), final))
+
+
+def _comparable(name: str) -> str:
+    """A text that is equal for values that a join finds equal, whatever types its sides have.
+
+    Numbers (and texts of them) as DOUBLE, dates and times as TIMESTAMP, all else as text: values
+    that differ may share a partition, equal ones never part.
+    """
+    number = f"cast(try_cast({name} as double) + 0.0 as varchar)"  # -0.0 equals 0.0
+    moment = f"cast(try_cast(cast({name} as varchar) as timestamp) as varchar)"
+    return f"coalesce({number}, {moment}, cast({name} as varchar))"
 
 
 def _items(value: str | Sequence[str], where: str) -> list[str]:

@@ -110,7 +110,7 @@ class Scheduler:
         del self.running[key]
         self.deaths[key] = self.deaths.get(key, 0) + 1
         if self.deaths[key] > self.max_retries:
-            self.failed = GiveUp(key, f"failed after {self.deaths[key]} retries: {reason}")
+            self.failed = GiveUp(key, f"failed {self.deaths[key]} times: {reason}")
         else:
             heapq.heappush(self._ready, self._rank[key])
 
