@@ -235,3 +235,9 @@ def test_missing_files(sp: Session, tmp_path: Path) -> None:
         sp.read_parquet(str(tmp_path / "*.parquet")).count()
     with pytest.raises(ConfigError):
         whalefall.data.init(data_root=str(tmp_path), memory="lots")
+
+
+def test_rows_of_a_function_may_have_columns_that_the_first_has_not(sp: Session) -> None:
+    frame = sp.from_arrow(pa.table({"a": [1, 2]}))
+    found = frame.map(lambda row: {"odd": 1} if row["a"] % 2 else {"even": 2}).take_all()
+    assert found == [{"odd": 1, "even": None}, {"odd": None, "even": 2}]

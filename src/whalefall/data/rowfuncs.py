@@ -50,14 +50,19 @@ class RowMap:
         if not isinstance(made, Mapping):
             kind = "flat_map" if self.flat else "map"
             raise TaskFailed(f"{kind}: the function returned {made!r}, wanted a dict of columns")
+        if self.schema is not None and (extra := made.keys() - set(self.schema.names)):
+            raise TaskFailed(
+                f"map: the function returned {sorted(extra)}, not in the schema given: "
+                f"{self.schema.names}"
+            )
         return made
 
 
 def row_schema(rows: Sequence[Row]) -> Any:
-    """The schema of the first row's columns, each typed by all rows' values."""
+    """The schema of all columns that a row has, each typed by all rows' values."""
     import pyarrow as pa
 
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
 
 
