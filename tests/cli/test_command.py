@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def whalefall(*args: str) -> subprocess.CompletedProcess[str]:
@@ -35,3 +36,11 @@ def test_unknown_command_is_one_line_and_exit_code_2() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: whalefall: no command 'frobnicate'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    missing = tmp_path / "none" / "records"
+    command = [sys.executable, "-m", "whalefall", "data", "gensort", "10", str(missing)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "No such file" in done.stderr and "none" in done.stderr
