@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.attention import Problem, huge
+from tests.model.published import V3
 from whalefall import gemm
 from whalefall.gemm.linear import expert_structs
 from whalefall.jit import machine
@@ -33,14 +34,6 @@ from whalefall.testing.benchmark import Row, interleave, save
 E4M3 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
 QUARTER = "within 25 %"
-V3 = {
-    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 129280,
-    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
-    "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
-    "topk_group": 4, "max_position_embeddings": 163840, "rope_theta": 10000,
-}  # fmt: skip
 # The shape "mid" of the serving benchmark.
 MID = V3 | {
     "hidden_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 16, "q_lora_rank": 768,

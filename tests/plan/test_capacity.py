@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.model.published import V3
 from whalefall.errors import ConfigError, MissingError
 from whalefall.model.config import parse_config
 from whalefall.plan import capacity, kernels
@@ -19,14 +19,6 @@ from whalefall.plan.published import TRAIN_TRACE_MS
 from whalefall.plan.train_step import train_chunk_seconds
 from whalefall.plan.training import TrainingRun
 
-V3: dict[str, Any] = {
-    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 129280,
-    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
-    "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
-    "topk_group": 4, "max_position_embeddings": 163840, "rope_theta": 10000,
-}  # fmt: skip
 CONFIG = parse_config(V3)
 H800 = load_hardware("h800")
 
