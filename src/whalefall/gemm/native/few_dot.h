@@ -1,12 +1,13 @@
 // The form for few rows of x with bf16 dots: y as in few.h, x and W both bf16 on the way.
 //
-// 64 codes become two vectors of bf16 by table (exact), which 2 dots a row of x use up: R rows of W
-// times M rows of x in registers, R * M sums of a block and as many of all blocks. x is dealt into
-// the decoder's order once a call. Each (m, n) is one chain over k within a block, then one over
-// blocks, whatever R and M are. Bound: memory up to M = 4 or 8.
-// Each line of a group of rows brings the same column of a later group into L1, kAhead bytes on; at
-// the end of a task's rows, what its thread will read next (`Next`), since the rows behind are
-// another thread's. Without that a quarter of a task of 64 rows is fetched late, or twice.
+// 64 codes become two vectors of bf16 by table (exact), which 2 dots a row of x use up. x is dealt
+// into the decoder's order once a call. Each (m, n) is one chain over k within a block, then one
+// over blocks, however rows are grouped.
+//   M <= 4: `stream`, W's rows one by one, in the order of memory. Bound: memory.
+//   else:   `dots`, R rows of W times M rows of x in registers, R * M sums of a block and as many
+//           of all blocks. Bound: dots.
+// Each line brings a later one into L1; at the end of a task's rows, what its thread will read next
+// (`Next`), since the rows behind are another thread's.
 #pragma once
 #include "few.h"
 
@@ -32,6 +33,8 @@ struct HalfDecoder<kBf16> {
 };
 
 constexpr int64_t kAhead = 16384;  // bytes; with half of it the memory bus idles
+
+constexpr int64_t kStreamAhead = 8192;  // bytes
 
 // What to bring while the rows of a group go by: as many bytes from `lines` on; null: nothing.
 template <int kKind, int R>
@@ -84,6 +87,65 @@ __attribute__((noinline)) void dots(const Group<kKind, R>& group, const uint16_t
     for (int m = 0; m < M; ++m) sums[m * R + r] = sum(out[r][m]);
 }
 
+// Rows [n, end) of W one by one, in the order of memory, times M rows of x: y[m][n' - n]. What lies
+// kStreamAhead bytes on is brought into L1: without it hardware brings half of it late, and with
+// several rows at once (as `dots` does) a stream of each is begun anew at every group.
+template <int kKind, int M, bool kScaled>
+__attribute__((noinline)) void stream(const Weight& w, int64_t n, int64_t end,
+                                      const uint16_t* const* x, const float* const* sx, Next next,
+                                      float* const* y) {
+  const HalfDecoder<kKind> decode;
+  constexpr int64_t kBytes = kind_bytes(kKind);
+  const int64_t pitch = w.cols * kBytes, blocks = w.cols / kBlock;
+  const uint8_t* p = w.row(n);
+  const uint8_t* const last = w.row(end) - kStreamAhead;
+  static const float kOne[1] = {1.0f};
+  for (int64_t r = n; r < end; ++r) {
+    const uint8_t* ahead = p < last ? p + kStreamAhead : next ? next + (p - last) : p;
+    const float* scale = kKind == kFp8 ? w.row_scale(r) : kOne;
+    constexpr int64_t kNext = kKind == kFp8;  // bf16 has no scales
+    vf out[M] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      vf acc[M] = {};
+#pragma GCC unroll 2
+      for (int64_t at = b * kBlock; at < (b + 1) * kBlock; at += 64) {
+        for (int i = 0; i < kBytes; ++i) prefetch_l1(ahead + at * kBytes + i * 64);
+        halves first, second;
+        decode(p + at * kBytes, first, second);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          acc[m] = dot(acc[m], first, load_halves(x[m] + at));
+          acc[m] = dot(acc[m], second, load_halves(x[m] + at + 32));
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const float* factor = scale + b * kNext;
+        out[m] = fma(acc[m], kScaled ? set1(*factor * sx[m][b]) : broadcast(factor), out[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) y[m][r - n] = sum(out[m]);
+    p += pitch;
+  }
+}
+
+template <int kKind, int M>
+void stream_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int64_t m, Next next,
+               const Output& out) {
+  constexpr int64_t kRows = 256;
+  float sums[M][kRows], *to[M];
+  for (int i = 0; i < M; ++i) to[i] = sums[i];
+  for (; n < end; n += kRows) {
+    const int64_t stop = n + kRows < end ? n + kRows : end;
+    const Next then = stop < end ? w.row(stop) : next;
+    if (x.scaled())
+      stream<kKind, M, true>(w, n, stop, x.half, x.scale, then, to);
+    else
+      stream<kKind, M, false>(w, n, stop, x.half, nullptr, then, to);
+    for (int i = 0; i < M; ++i) out.put(m + i, n, sums[i], stop - n);
+  }
+}
+
 template <int kKind, int R, int M>
 void dots_of(const Group<kKind, R>& group, int64_t n, const Tokens& x, int first, int64_t m,
              const uint8_t* ahead, const Output& out) {
@@ -116,6 +178,13 @@ int64_t groups_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int6
 template <int kKind>
 void dot_rows_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int64_t m, Next next,
                  const Output& out) {
+  if (w.cols % kBlock == 0 && x.count <= 4) {
+    if (m > 0) next = nullptr;
+    if (x.count == 1) return stream_of<kKind, 1>(w, n, end, x, m, next, out);
+    if (x.count == 2) return stream_of<kKind, 2>(w, n, end, x, m, next, out);
+    if (x.count == 3) return stream_of<kKind, 3>(w, n, end, x, m, next, out);
+    return stream_of<kKind, 4>(w, n, end, x, m, next, out);
+  }
   if (x.count == 1) n = groups_of<kKind, 8, 1>(w, n, end, x, m, next, out);
   n = groups_of<kKind, 4, 4>(w, n, end, x, m, next, out);
   groups_of<kKind, 1, 4>(w, n, end, x, m, next, out);
