@@ -104,7 +104,8 @@ class Drafter:
         Returns: seq_id → at most `num_drafts` tokens; a sequence whose hidden states were computed
         elsewhere gets none yet.
         """
-        joined = [found for item in items if (found := self._joinable(item)) is not None]
+        found = (self._joinable(item.seq, self._enough(item.num_drafts)) for item in items)
+        joined = [each for each in found if each is not None]
         if not joined:
             return {}
         wanted = {item.seq.seq_id: item.num_drafts for item in items}
@@ -118,6 +119,12 @@ class Drafter:
         hidden = np.concatenate([each.hidden for each in joined])
         logits = self._call(spans, hidden, last[asked])
         return self._chain([spans[i] for i in asked], hidden[last[asked]], logits, wanted, choose)
+
+    def catch_up(self, seq: Sequence) -> None:
+        """Compute all rows of a sequence whose next token is known, before its pages leave."""
+        joined = self._joinable(seq, 1)
+        if joined is not None:
+            self._call([joined.span], joined.hidden, np.zeros(0, np.int32))
 
     def _chain(
         self,
@@ -146,14 +153,16 @@ class Drafter:
                 logits = self._call(spans, hidden, np.arange(len(spans)))
         return drafts
 
-    def _joinable(self, item: Scheduled) -> _Joined | None:
-        """A sequence's rows whose next token is known, where they should be computed now."""
-        seq = item.seq
+    def _enough(self, num_drafts: int) -> int:
+        """How many rows of a sequence are computed together, at least."""
+        return 1 if num_drafts else _ENOUGH_ROWS if self.keep_up else _MOST_ROWS + 1
+
+    def _joinable(self, seq: Sequence, enough: int) -> _Joined | None:
+        """A sequence's rows whose next token is known, where there are `enough` of them."""
         waiting = self._waiting.get(seq.seq_id)
         if waiting is None:
             return None
         start, end = waiting.start, min(waiting.end, seq.num_computed, len(seq.tokens) - 1)
-        enough = 1 if item.num_drafts else _ENOUGH_ROWS if self.keep_up else _MOST_ROWS + 1
         if end - start < enough:
             return None
         return _Joined(Span(seq, start, seq.tokens[start + 1 : end + 1]), waiting.cut(end))

@@ -34,15 +34,19 @@ class ModelRunner:
 
         Returns: seq_id → logits [1 + drafts, vocab] of the sequences to sample.
         """
-        self.swap(batch)
-        if self.drafter is not None and choose is not None:
-            batch.drafts = self.drafter.draft(batch.scheduled, choose)
+        self.prepare(batch, choose)
         found: dict[str, np.ndarray] = {}
         for in_prompt in (False, True):
             items = [item for item in batch.scheduled if item.in_prompt == in_prompt]
             if items:
                 found.update(self.run_phase(items, in_prompt, batch.drafts))
         return found
+
+    def prepare(self, batch: Batch, choose: Choose | None) -> None:
+        """Move what a batch swaps; with `choose`, draft for it."""
+        self.swap(batch)
+        if self.drafter is not None and choose is not None:
+            batch.drafts = self.drafter.draft(batch.scheduled, choose)
 
     def forget(self, seq_id: str) -> None:
         """Let go of what is kept for a sequence that ended."""

@@ -8,8 +8,10 @@ Determinism: a resumed answer's tokens are computed again in the generated form,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from whalefall.engine.engine import Engine, EngineConfig, Request
 from whalefall.engine.outputs import Delta
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.engine.step_arrays import step_batch
-from whalefall.errors import UnsupportedError
+from whalefall.engine.turn import draft
 from whalefall.model.expert_parallel import ExpertParallelStep, even_placement
 
 __all__ = ["Round", "UnitEngine"]
@@ -74,13 +76,6 @@ class UnitEngine(Engine):
         self._silent: set[str] = set()
         self._next_placement: eplb.Placement | None = None
         super().__init__(model_path, config)
-
-    def _wants_drafts(self) -> bool:
-        if self.config.speculative:
-            raise UnsupportedError(
-                "speculative: units do not draft; leave it out, or use one process"
-            )
-        return False
 
     def _make_step(self) -> Any:
         if self._ranks is None or not self.model.num_experts:
@@ -140,7 +135,8 @@ class UnitEngine(Engine):
 
         Args:
             generated: its tokens so far, at least one.
-            pages: [layers, blocks, 64, latent + rope] KV of the prompt.
+            pages: [layers, blocks, 64, latent + rope] KV of the prompt, the MTP layer's behind the
+                model's where both sides draft.
             cached: tokens of the prompt that came from a cache, to be reported.
         """
         with self._lock:
@@ -179,10 +175,13 @@ class UnitEngine(Engine):
         with self._lock:
             deltas, self._cancelled = self._cancelled, []
             self._take_fetched()
-            batch = self._scheduler.schedule()
+            batch = self._scheduler.schedule(0 if self._hand_over else self._num_drafts())
+            answers = {i.seq.seq_id: self._answer_of[i.seq.seq_id] for i in batch.scheduled}
         bits = sum({1 << item.in_prompt for item in batch.scheduled})
         everybody = self._gather(bits, seen)
-        logits = self._run(batch, everybody)
+        start = time.perf_counter()
+        logits = self._run(batch, everybody, answers)
+        self._observe_time(batch, time.perf_counter() - start)
         with self._lock:
             deltas += self._commit(batch, logits)
             handed = self._hand_overs(deltas) if self._hand_over else []
@@ -204,13 +203,15 @@ class UnitEngine(Engine):
             self._next_placement = None
         return everybody
 
-    def _run(self, batch: Batch, everybody: np.ndarray) -> dict[str, np.ndarray]:
+    def _run(
+        self, batch: Batch, everybody: np.ndarray, answers: dict[str, Answer]
+    ) -> dict[str, np.ndarray]:
         runner, found = self.runner, {}
-        runner.swap(batch)
+        runner.prepare(batch, partial(draft, answers))
         for in_prompt in (False, True):
             items = [item for item in batch.scheduled if item.in_prompt == in_prompt]
             if items:
-                found.update(runner.run_phase(items, in_prompt, {}))
+                found.update(runner.run_phase(items, in_prompt, batch.drafts))
             elif (everybody >> in_prompt & 1).any():
                 none = step_batch([], in_prompt, np.zeros(0, np.int32))
                 runner.step(none, runner.cache.array)
@@ -224,6 +225,8 @@ class UnitEngine(Engine):
             if request is None or delta.finish_reason is not None:
                 continue
             answer = request.answers[0]
+            if self.runner.drafter is not None:
+                self.runner.drafter.catch_up(answer.seq)
             handed.append((delta.request_id, self.runner.cache.pages(answer.seq.blocks)))
             answer.finish_reason = "moved"
             self._forget(answer)

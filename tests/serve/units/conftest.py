@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def collect(
 
 
 @pytest.fixture(scope="session")
-def alone(model: str) -> Callable[..., Answers]:
-    """What one process answers."""
+def alone_on() -> Callable[..., Answers]:
+    """What one process answers: (model, requests, settings)."""
 
-    def run(wanted: list[Request], **settings: Any) -> Answers:
+    def run(model: str, wanted: list[Request], **settings: Any) -> Answers:
         before = jit.get_num_threads()
         jit.set_num_threads(1)
         try:
@@ -90,3 +91,9 @@ def alone(model: str) -> Callable[..., Answers]:
             jit.set_num_threads(before)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def alone(model: str, alone_on: Callable[..., Answers]) -> Callable[..., Answers]:
+    """What one process answers on the small random model."""
+    return partial(alone_on, model)

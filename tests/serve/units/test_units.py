@@ -4,12 +4,14 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.serve.units.conftest import collect, requests, units
+import whalefall
+from tests.serve.units.conftest import ENGINE, collect, requests, units
 from whalefall import comm, trace
-from whalefall.engine import SamplingParams
+from whalefall.engine import Engine, EngineConfig, SamplingParams
 from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError, RankFailure
 from whalefall.serve.core import DecodeLoad, ScaleRule
@@ -44,6 +46,43 @@ def test_computes_give_the_bits_of_one_process(model, alone, compute) -> None:
     wanted = requests(4)
     with units(model, "1x2", "1x2", engine={"compute": compute}) as gateway:
         assert collect(gateway, wanted) == alone(wanted, compute=compute)
+
+
+BUNDLED = str(Path(whalefall.__file__).parent / "model" / "bundled")
+DRAFTING = {"speculative": True, "draft_tokens": 2, "max_model_len": 1024}
+
+
+@pytest.mark.parametrize("killed", ["", "decode", "prefill"])
+def test_units_that_draft_answer_as_one_process_that_does_not(alone_on, killed) -> None:
+    wanted, done = requests(5, tokens=30), []
+
+    def between(count: int) -> None:
+        if killed and count > 40 and not done:
+            kill_one(gateway, killed)
+            done.append(count)
+
+    with units(BUNDLED, "1x2", "1x2", engine=DRAFTING) as gateway:
+        assert collect(gateway, wanted, between) == alone_on(BUNDLED, wanted, max_model_len=1024)
+        time.sleep(0.3)
+        stats = gateway.stats()
+    assert 0 < stats.spec_accepted < stats.spec_drafted
+
+
+def test_a_handed_over_prompt_is_drafted_for_at_once() -> None:
+    """Drafts after a hand-over are as good as one process's: the MTP layer's rows came along."""
+    engine = Engine(BUNDLED, EngineConfig(**{**ENGINE, **DRAFTING}))
+    assert engine.tokenizer is not None
+    wanted = []
+    for name in ("tar", "ls", "grep", "chmod", "ps", "mount"):
+        chat = [{"role": "user", "content": f"What does {name} do?"}]
+        wanted.append((engine.tokenizer.apply_chat_template(chat), SamplingParams(max_tokens=40)))
+    collect(engine, wanted)
+    alone = engine.stats()
+    with units(BUNDLED, "1x1", "1x1", engine=DRAFTING) as gateway:
+        collect(gateway, wanted)
+        time.sleep(0.3)
+        found = gateway.stats()
+    assert found.spec_accepted / found.spec_drafted > 0.9 * alone.spec_accepted / alone.spec_drafted
 
 
 def counted(gateway) -> dict[str, dict[str, int]]:

@@ -145,6 +145,8 @@ class Gateway:
             preemptions=total["preemptions"],
             disk_hits=total["disk_hits"],
             disk_failures=total["disk_failures"],
+            spec_drafted=total["spec_drafted"],
+            spec_accepted=total["spec_accepted"],
             expert_load=np.zeros(shape, np.int64) if load is None else load,
         )
 

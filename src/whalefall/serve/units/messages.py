@@ -172,6 +172,8 @@ class Stats(msgspec.Struct):
     overlapped_s: float = 0.0
     disk_hits: int = 0
     disk_failures: int = 0
+    spec_drafted: int = 0
+    spec_accepted: int = 0
 
 
 class Report(msgspec.Struct):
