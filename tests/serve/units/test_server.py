@@ -139,7 +139,11 @@ def command(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
     arguments = [sys.executable, "-m", "whalefall", "serve", "--model", model, "--port", "0"]
     limits = ["--kv-cache-gb", "0.01", "--max-model-len", "2000"]
     process = subprocess.Popen(
-        [*arguments, *limits, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*arguments, *limits, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
@@ -152,16 +156,22 @@ def command(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
             process.stdout.close()
 
 
-def test_sigterm_lets_an_open_answer_finish_and_ends_every_process(model) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_lets_an_open_answer_finish_and_ends_every_process(model, whole_group) -> None:
     with command(model, "--prefill", "1x1", "--decode", "1x2") as (process, url):
         with httpx.Client(base_url=url, timeout=90) as client:
             events = stream(client, tokens=60)
             first = next(events)
             children = children_of(process.pid)
             assert len(children) == 3
-            process.send_signal(signal.SIGTERM)
+            if whole_group:  # as a service manager does
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.send_signal(signal.SIGTERM)
             _, logprobs = read(events)
         assert process.wait(60) == 0
+        assert process.stdout is not None
+        assert "died" not in process.stdout.read()  # no unit had to be started again
     assert first["choices"] and len(logprobs) + len(read(iter([first]))[1]) == 60
     for pid in children:
         with pytest.raises(ProcessLookupError):

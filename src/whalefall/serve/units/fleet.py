@@ -50,6 +50,11 @@ class Unit:
         """Process ids, by rank."""
         return [m.process.pid for m in self.group.members.values()]
 
+    def hang_up(self) -> None:
+        """Close the connections: its ranks end after the step they are in."""
+        for channel in self.channels.values():
+            channel.close()
+
     def is_dead(self) -> bool:
         """Whether any of its processes has ended."""
         return bool(self.group.exits())
@@ -132,7 +137,7 @@ class Fleet:
         return [unit for unit in self.units.values() if unit.is_dead()]
 
     def remove(self, unit: Unit, failed: bool) -> None:
-        """End what is left of a unit, and note why it failed.
+        """Hang up on a unit, end what is left of it, and note why it failed.
 
         Raises: RankFailure where units of its kind fail again and again before they are up, or one
             was told what it cannot do.
@@ -140,12 +145,11 @@ class Fleet:
         self.units.pop(unit.name, None)
         exits = [e for e in unit.group.exits() if e.code]
         report = "\n".join(map(str, exits))
+        unit.hang_up()
         for name in unit.group.members:
             if failed:
                 unit.group.kill(name)
         unit.group.drain()
-        for channel in unit.channels.values():
-            channel.close()
         shutil.rmtree(self.folder / unit.name, ignore_errors=True)
         comm.sweep("kv-")
         if not failed:
@@ -164,9 +168,8 @@ class Fleet:
 
     def close(self) -> None:
         """End all units."""
-        for unit in list(self.units.values()):
-            for name in unit.group.members:
-                unit.group.kill(name, 15)
+        for unit in self.units.values():
+            unit.hang_up()
         for unit in list(self.units.values()):
             self.remove(unit, failed=False)
         shutil.rmtree(self.folder, ignore_errors=True)

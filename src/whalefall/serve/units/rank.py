@@ -29,6 +29,7 @@ from whalefall.serve.units.handover import Outbox, fetch
 __all__ = ["main"]
 
 EP_TIMEOUT_S = 120.0  # how long a living rank may compute; a dead one is seen at once
+HANG_UP_S = 2.0  # within which all ranks of a unit hear that the gateway is gone
 BEHIND_S = 0.001  # a command that another rank has seen is on its way
 LOADS_S = 1.0  # between reports of expert loads
 
@@ -38,7 +39,7 @@ def main(
     engine: dict[str, Any], transfer: str, overlap: bool, redundant: int, threads: int,
     trace_folder: str = "",
 ) -> None:  # fmt: skip
-    """Run until SIGTERM, or until the gateway is gone.
+    """Run until the gateway hangs up; once it knows us, SIGTERM is for the gateway to heed.
 
     Args:
         unit, rank, size, kind: who this is.
@@ -50,7 +51,6 @@ def main(
         trace_folder: where to write a trace at the end, if anywhere.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's: the gateway tells us
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if not trace_folder else _end())
     jit.set_num_threads(threads)
     if trace_folder:
         trace.start(f"{unit} rank {rank}", rank=rank)
@@ -63,22 +63,13 @@ def main(
     own = UnitEngine(model, config, group, kind == "prefill", overlap, redundant)
     outbox = Outbox(f"kv-{os.getpid()}", config.kv_dtype, token, transfer == "shm")
     channel = comm.connect("127.0.0.1", port, token)
-    with contextlib.suppress(_Ended):
-        Rank(unit, rank, own, outbox, channel, token).run()
+    # A whole process group may be told to end; open answers are finished first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Rank(unit, rank, own, outbox, channel, token).run()
     if trace_folder:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(WhalefallError):
             trace.stop(Path(trace_folder) / f"{unit}-{rank}.json.gz")
     os._exit(0)  # threads of sockets may still wait
-
-
-class _Ended(BaseException):
-    pass
-
-
-def _end() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the trace short
-    raise _Ended
 
 
 class Rank:
@@ -97,6 +88,7 @@ class Rank:
         self.seen = self.rounds = self.placement = 0
         self.events: list[m.Event] = []
         self._inbox: queue.SimpleQueue[m.Command | None] = queue.SimpleQueue()
+        self._hung_up = threading.Event()
         self._loads_at = 0.0
         kv_tokens = engine.stats().kv_total * BLOCK_SIZE
         hello = m.Hello(unit, rank, os.getpid(), engine.max_model_len, kv_tokens)
@@ -108,10 +100,22 @@ class Rank:
             while True:
                 command, _ = self.channel.recv(m.Command)
                 self._inbox.put(command)
+        self._hung_up.set()
         self._inbox.put(None)
 
     def run(self) -> None:
-        """Until the gateway is gone."""
+        """Until the gateway is gone.
+
+        Raises: RankFailure where another rank failed before that.
+        """
+        try:
+            self._run()
+        except (WhalefallError, OSError):
+            # ranks that heard it first have left the step that we wait in, or our report
+            if not self._hung_up.wait(HANG_UP_S):
+                raise
+
+    def _run(self) -> None:
         idle, behind = True, False
         while True:
             if not self._heed(idle, behind):
@@ -209,6 +213,8 @@ class Rank:
             overlapped_s=clock.overlapped_s if clock else 0.0,
             disk_hits=stats.disk_hits,
             disk_failures=stats.disk_failures,
+            spec_drafted=stats.spec_drafted,
+            spec_accepted=stats.spec_accepted,
         )
 
 
