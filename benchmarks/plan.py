@@ -4,7 +4,8 @@
 
 Three parts. DeepSeek's published train trace against the model's kernel classes on the H800 file.
 This machine's kernels against the rooflines of hardware `this`, whose limits are measured between
-the kernels in the same run. The simulated day against the published 226.75 nodes: it checks the
+the kernels in the same run, and whose shares of them `plan.this_machine` measures with probes of
+other shapes before. The simulated day against the published 226.75 nodes: it checks the
 control loop and predicts nothing. Nothing is fitted to any of these.
 """
 
@@ -26,6 +27,7 @@ from whalefall.model.config import ModelConfig, parse_config
 from whalefall.plan import kernels, published
 from whalefall.plan.capacity import parse_unit
 from whalefall.plan.hardware_files import Hardware, load_hardware
+from whalefall.plan.this_machine import shares
 from whalefall.plan.train_step import train_chunk_seconds
 from whalefall.serve.published_cluster import cluster_spec, default_curve, published_day
 from whalefall.serve.simulate import simulate
@@ -111,6 +113,7 @@ def own_rows(config: ModelConfig, rounds: int) -> list[Row]:
         "routed experts, 512 tokens": expert_call(config, 512),
         "MLA decode, 8 x 4,096 keys": decode,
     }
+    shares(measure=True)
     reads: list[float] = []
     peaks: list[float] = []
     limits: dict[str, Callable[[], object]] = {

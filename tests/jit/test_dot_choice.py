@@ -44,7 +44,7 @@ def test_the_kept_answer_holds(
 
 
 @needs_bf16
-def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_iskept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHALEFALL_CACHE", str(tmp_path))
     machine.dot_is_fast("avx512bf16")
     (found,) = json.loads((tmp_path / "machine.json").read_text()).values()
@@ -72,8 +72,8 @@ def test_quiet_machines_measure_a_few_times() -> None:
 ASKS = """
 import sys
 from whalefall.jit import machine
-print(machine._kept("coin", lambda: {"side": float(sys.argv[1])})["side"])
-print(machine._kept(f"own {sys.argv[1]}", lambda: {"side": 0.0})["side"])
+print(machine.kept("coin", lambda: {"side": float(sys.argv[1])})["side"])
+print(machine.kept(f"own {sys.argv[1]}", lambda: {"side": 0.0})["side"])
 """
 
 

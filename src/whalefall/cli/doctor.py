@@ -19,6 +19,10 @@ def doctor(
     from whalefall.jit import machine
 
     facts = machine.describe(measure=measure)
+    if measure and facts["compiler"] != "none":
+        from whalefall.plan.this_machine import shares
+
+        facts |= {f"{name}_share": round(share, 2) for name, share in shares(measure=True).items()}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return

@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "describe",
     "dot_is_fast",
     "fma_peak",
+    "kept",
     "limits",
     "memory_bytes",
     "read_bandwidth",
@@ -119,7 +121,7 @@ def denormals_are_slow() -> bool:
         )
         return {"subnormal_over_normal": slow / plain}
 
-    return _kept(f"{cpu_model()}|denormals", measured)["subnormal_over_normal"] > 3
+    return kept(f"{cpu_model()}|denormals", measured)["subnormal_over_normal"] > 3
 
 
 @functools.cache
@@ -140,7 +142,7 @@ def dot_is_fast(level: str) -> bool:
         # as many instructions in both, each dot doing twice the products
         return {"dot_over_fma": 2 * fma / dot if dot else 0.0}
 
-    return _kept(f"{cpu_model()}|{level}|dot", measured)["dot_over_fma"] > 1.3
+    return kept(f"{cpu_model()}|{level}|dot", measured)["dot_over_fma"] > 1.3
 
 
 def undisturbed(
@@ -165,17 +167,23 @@ def _seen_twice(samples: list[float]) -> bool:
     return next_least <= least * 1.03
 
 
-def _kept(key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def kept(key: str, measure: Callable[[], dict[str, float]], anew: bool = False) -> dict[str, float]:
     """What machine.json says under `key`; where it says nothing, `measure`, once for all processes.
 
     Others that ask meanwhile wait and take the first one's answer.
+
+    Args:
+        key: what was measured, with all that the figures hang on (CPU, threads, level, version).
+        anew: measure in any case.
     """
     known = _remembered()
-    if key not in known:
-        with _only_writer():
+    if anew or key not in known:
+        with _locked(f"{zlib.crc32(key.encode()):08x}"):  # `measure` may ask for other keys
             known = _remembered()
-            if key not in known:
-                known = _write({**known, key: measure()})
+            if anew or key not in known:
+                found = measure()
+                with _locked("machine"):
+                    known = _write({**_remembered(), key: found})
     return known[key]
 
 
@@ -188,9 +196,9 @@ def _remembered() -> dict[str, dict[str, float]]:
 
 
 @contextlib.contextmanager
-def _only_writer() -> Iterator[None]:
-    """No other process writes machine.json meanwhile."""
-    with open(_path().with_suffix(".lock"), "ab") as lock:
+def _locked(name: str) -> Iterator[None]:
+    """No other process holds the lock of that name in the cache folder meanwhile."""
+    with open(_path().with_name(f"{name}.lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -209,12 +217,9 @@ def _path() -> Path:
 def limits(measure: bool = False) -> dict[str, float]:
     """Measured `read_bytes_s` and `fma_flops` of this machine, from the cache unless `measure`."""
     key = f"{cpu_model()}|{pool.get_num_threads()}|{isa.best_level()}"
-    known = _remembered()
-    if measure or key not in known:
-        found = {"read_bytes_s": read_bandwidth(), "fma_flops": fma_peak()}
-        with _only_writer():
-            known = _write({**_remembered(), key: found})
-    return known[key]
+    return kept(
+        key, lambda: {"read_bytes_s": read_bandwidth(), "fma_flops": fma_peak()}, anew=measure
+    )
 
 
 def bf16_flops() -> float:

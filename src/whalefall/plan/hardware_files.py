@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whalefall.errors import ConfigError, MissingError
-from whalefall.jit import machine
+from whalefall.plan.this_machine import peaks, shares
 
 __all__ = ["Efficiency", "Hardware", "load_hardware", "names"]
 
@@ -100,22 +100,8 @@ def parse(raw: dict[str, Any], where: str) -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """This CPU as measured, a node of one device; FP8 is decoded, so its peak is that of bf16."""
-    measured = machine.limits()
-    peak = machine.bf16_flops() / 1e12
-    read = measured["read_bytes_s"] / 1e9
-    share = Efficiency(
-        gemm=0.75,
-        gemm_wgrad=0.75,
-        attention_forward=0.65,
-        attention_backward=0.5,
-        mla_read=0.8,
-        mla_compute=0.65,
-        read=0.85,
-        rdma=1.0,
-        nvlink=1.0,
-        compute_sms=1.0,
-    )
-    # One device: its "links" are its memory, and nothing crosses them.
-    memory = machine.memory_bytes() / 1e9
-    return Hardware(machine.cpu_model(), 1, memory, read, peak, peak, read, read, share)
+    """This CPU as measured, a node of one device, over whose "links", its memory, nothing goes."""
+    found = peaks()
+    read, peak = found.read_gb_s, found.tflops
+    share = Efficiency(**shares(), rdma=1.0, nvlink=1.0, compute_sms=1.0)
+    return Hardware(found.name, 1, found.memory_gb, read, peak, peak, read, read, share)
