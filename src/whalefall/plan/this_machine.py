@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-import whalefall
-from whalefall.attention import (
     flash_attn_varlen_func,
     flash_mla_with_kvcache,
     get_mla_metadata,
@@ -62,7 +60,7 @@ def shares(measure: bool = False) -> dict[str, float]:
     Takes about three seconds where they were not measured before, or with `measure`.
     """
     level, threads = isa.best_level(), pool.get_num_threads()
-    key = f"{machine.cpu_model()}|{threads}|{level}|shares {whalefall.__version__}"
+    key = f"{machine.cpu_model()}|{threads}|{level}|shares"
     return machine.kept(key, _measured, anew=measure)
 
 
