@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from whalefall.attention import (
     flash_attn_varlen_func,
     flash_mla_with_kvcache,
     get_mla_metadata,
