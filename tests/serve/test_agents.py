@@ -16,7 +16,7 @@ from whalefall.engine import Engine, EngineConfig
 from whalefall.serve import Settings
 
 pydantic_ai = pytest.importorskip(
-    "pydantic_ai", reason="pydantic-ai is not installed: pip install 'pydantic-ai-slim[openai]'"
+    "pydantic_ai", reason="pydantic-ai is not installed: pip install 'whalefall[clients]'"
 )
 
 
