@@ -13,7 +13,7 @@ using gemm::Scratch;
 using gemm::Weight;
 
 constexpr int kAbsorbRows = WF_ISA >= 2 ? 12 : 6;
-constexpr int64_t kFewTokens = 4;
+constexpr int kFewTokens = 4;
 
 // 2 * kLanes weights of row n from column l on, scaled.
 template <int kKind>
@@ -55,22 +55,65 @@ inline void decode_panel(const Weight& w, int64_t pitch, float* panel) {
     }
 }
 
-// Few tokens: W is used as it is decoded, in the order of memory; the sums lie in L1.
-template <int kKind>
-inline void absorb_few(const Weight& w, const float* const* q, int64_t count, int64_t pitch,
-                       float* sums) {
-  std::memset(sums, 0, count * pitch * sizeof(float));
-  for (int64_t n = 0; n < w.rows; ++n)
-    for (int64_t l = 0; l < w.cols; l += 2 * kLanes) {
-      vf low, high;
-      decode_step<kKind>(w, n, l, low, high);
-      for (int64_t t = 0; t < count; ++t) {
-        float* to = sums + t * pitch + l;
-        vf x = broadcast(q[t] + n);
-        store(to, fma(x, low, load(to)));
-        store(to + kLanes, fma(x, high, load(to + kLanes)));
+// kVectors vectors of weights at p, scaled by s (FP8 only).
+template <int kKind, int kVectors>
+inline void decode_vectors(const uint8_t* p, float s, vf* row) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v += 2) {
+    const uint8_t* from = p + v * kLanes * gemm::kind_bytes(kKind);
+    gemm::decode<kKind>(from, row[v], row[v + 1]);
+    if (kKind == gemm::kFp8) row[v] = row[v] * set1(s), row[v + 1] = row[v + 1] * set1(s);
+  }
+}
+
+// Few tokens: W is used as it is decoded. The sums of kVectors vectors of columns, which share a
+// scale, and M tokens stay in registers over all rows; meanwhile `next`, as long as W, is brought
+// into L2.
+template <int kKind, int M, int kVectors, bool kTail = false>
+__attribute__((noinline)) void absorb_columns(const Weight& w, const float* const* q, int64_t l,
+                                              const uint8_t* next, float* const* out) {
+  constexpr int64_t kBytes = gemm::kind_bytes(kKind), kWide = kVectors * kLanes * kBytes;
+  const float* const scales = kKind == gemm::kFp8 ? w.scale + l / gemm::kBlock : nullptr;
+  const uint8_t* p = w.row(0) + l * kBytes;
+  if (!next) next = p;  // already there
+  next += w.rows * l * kBytes;
+  vf sums[M][kVectors] = {};
+  for (int64_t n = 0; n < w.rows;) {
+    const uint64_t block = uint64_t(w.first_row + n) / gemm::kBlock;
+    const float s = scales ? scales[block * w.scale_pitch] * kFp8Scale : 1.0f;
+    const int64_t stop = (block + 1) * gemm::kBlock - w.first_row;
+    for (; n < w.rows && n < stop; ++n, p += w.cols * kBytes, next += kWide) {
+      vf row[kVectors];
+      if constexpr (kTail)
+        decode_step<kKind>(w, n, l, row[0], row[1]);
+      else
+        decode_vectors<kKind, kVectors>(p, s, row);
+      for (int64_t line = 0; line < kWide; line += 64) prefetch_l2(next + line);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const vf x = broadcast(q[m] + n);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[m][v] = fma(x, row[v], sums[m][v]);
       }
     }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kVectors; ++v) store(out[m] + l + v * kLanes, sums[m][v]);
+}
+
+// 16 sums and what is decoded, or 8: registers for both.
+constexpr int kColumnVectors = WF_ISA >= 2 ? 8 : 4;
+
+template <int kKind, int M = 1>
+void absorb_few(const Weight& w, const float* const* q, int64_t count, const uint8_t* next,
+                float* const* out) {
+  if constexpr (M < kFewTokens)
+    if (count > M) return absorb_few<kKind, M + 1>(w, q, count, next, out);
+  constexpr int kVectors = M > 2 ? kColumnVectors / 2 : kColumnVectors;
+  int64_t l = 0;
+  for (; l + kVectors * kLanes <= w.cols; l += kVectors * kLanes)
+    absorb_columns<kKind, M, kVectors>(w, q, l, next, out);
+  for (; l < w.cols; l += 2 * kLanes) absorb_columns<kKind, M, 2, true>(w, q, l, nullptr, out);
 }
 
 template <int kRows, int kVectors>
@@ -94,8 +137,8 @@ inline void absorb_tile(const float* panel, int64_t pitch, int64_t depth, const 
 }
 
 template <int kKind>
-inline void absorb_kind(const Weight& w, const float* q, int64_t q_pitch, int64_t count, float* out,
-                        int64_t out_pitch) {
+inline void absorb_kind(const Weight& w, const float* q, int64_t q_pitch, int64_t count,
+                        const uint8_t* next, float* out, int64_t out_pitch) {
   static thread_local Scratch memory;
   const int64_t pitch = gemm::round_up(w.cols, 2 * kLanes);
   float* panel = memory.get<float>(w.rows * pitch + kAbsorbRows * pitch);
@@ -110,7 +153,7 @@ inline void absorb_kind(const Weight& w, const float* q, int64_t q_pitch, int64_
       to[r] = sums + r * pitch;
     }
     if (count <= kFewTokens)
-      absorb_few<kKind>(w, from, rows, pitch, sums);
+      absorb_few<kKind>(w, from, rows, next, to);
     else
       for (int64_t l = 0; l < pitch; l += 2 * kLanes)
         absorb_tile<kAbsorbRows, 2>(panel, pitch, w.rows, from, to, l);
@@ -119,14 +162,15 @@ inline void absorb_kind(const Weight& w, const float* q, int64_t q_pitch, int64_
   }
 }
 
-// q: [count] rows of w.rows floats; out: [count] rows of w.cols floats.
-inline void absorb(const Weight& w, const float* q, int64_t q_pitch, int64_t count, float* out,
-                   int64_t out_pitch) {
+// q: [count] rows of w.rows floats; out: [count] rows of w.cols floats; `next`: the weights, as
+// many, that this thread will want next, or null.
+inline void absorb(const Weight& w, const float* q, int64_t q_pitch, int64_t count,
+                   const uint8_t* next, float* out, int64_t out_pitch) {
   if (w.kind == gemm::kFp8)
-    absorb_kind<gemm::kFp8>(w, q, q_pitch, count, out, out_pitch);
+    absorb_kind<gemm::kFp8>(w, q, q_pitch, count, next, out, out_pitch);
   else if (w.kind == gemm::kBf16)
-    absorb_kind<gemm::kBf16>(w, q, q_pitch, count, out, out_pitch);
+    absorb_kind<gemm::kBf16>(w, q, q_pitch, count, next, out, out_pitch);
   else
-    absorb_kind<gemm::kF32>(w, q, q_pitch, count, out, out_pitch);
+    absorb_kind<gemm::kF32>(w, q, q_pitch, count, next, out, out_pitch);
 }
 }  // namespace wf::model

@@ -233,7 +233,9 @@ class Step {
     for_heads(count * m_.nope * m_.latent, [&](int64_t h) {
       const float* q = q_ + first * H * head + h * head;
       float* full = q_full_ + h * wide;
-      absorb(layer.k_up[h], q, H * head, count, full, H * wide);
+      const int64_t later = h + num_threads();  // threads take heads in turns, near enough
+      const uint8_t* next = later < H ? layer.k_up[later].row(0) : nullptr;
+      absorb(layer.k_up[h], q, H * head, count, next, full, H * wide);
       for (int64_t t = 0; t < count; ++t)
         rotate(q + t * H * head + m_.nope, angles(first + t), m_.rope,
                full + t * H * wide + m_.latent);
