@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "whalefall/pool.h"
+#include "whalefall/simd.h"
 
 namespace {
 struct Row {
@@ -76,11 +77,25 @@ inline double exp_of_negative(double x) {
   return x < -700.0 ? 0.0 : e * power;
 }
 
+// The first of the greatest; NaN is never greater.
 int32_t argmax(const float* x, int64_t n) {
-  int32_t best = 0;
-  for (int64_t i = 1; i < n; ++i)
-    if (x[i] > x[best]) best = int32_t(i);
-  return best;
+  using wf::kLanes;
+  constexpr int kChains = 4, kStep = kChains * kLanes;
+  if (x[0] != x[0]) return 0;
+  wf::vf most[kChains];
+  for (wf::vf& each : most) each = wf::set1(x[0]);
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int j = 0; j < kChains; ++j) {
+      const wf::vf v = wf::load(x + i + j * kLanes);
+      most[j] = wf::select(v > most[j], v, most[j]);
+    }
+  float best = x[0];
+  for (const wf::vf& each : most)
+    for (int lane = 0; lane < kLanes; ++lane) best = each[lane] > best ? each[lane] : best;
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  for (i = 0; !(x[i] == best); ++i) continue;
+  return int32_t(i);
 }
 
 // p[i] = exp((x[i] - top) / temperature)
