@@ -167,6 +167,7 @@ def _list(values: Sequence[float], dtype: type, keep: list[np.ndarray]) -> int |
 
 
 def _fill(target: _Row, row: SampleRow, keep: list[np.ndarray]) -> None:
+    """Fill what the parameters make use of; the rest stays zero, which means the same."""
     params = row.params
     keep.append(row.logits)
     target.logits, target.vocab = row.logits.ctypes.data, len(row.logits)
@@ -174,18 +175,20 @@ def _fill(target: _Row, row: SampleRow, keep: list[np.ndarray]) -> None:
         target.seen = _list(list(row.seen), np.int32, keep)
         target.counts = _list(list(row.seen.values()), np.int32, keep)
         target.num_seen = len(row.seen)
-    target.biased = _list(list(params.logit_bias), np.int32, keep)
-    target.bias = _list(list(params.logit_bias.values()), np.float32, keep)
-    target.num_biased = len(params.logit_bias)
-    target.banned, target.num_banned = _list(row.banned, np.int32, keep), len(row.banned)
+        target.repetition = params.repetition_penalty
+        target.frequency, target.presence = params.frequency_penalty, params.presence_penalty
+    if params.logit_bias:
+        target.biased = _list(list(params.logit_bias), np.int32, keep)
+        target.bias = _list(list(params.logit_bias.values()), np.float32, keep)
+        target.num_biased = len(params.logit_bias)
+    if row.banned:
+        target.banned, target.num_banned = _list(row.banned, np.int32, keep), len(row.banned)
     if row.allowed is not None:
         keep.append(row.allowed)
         target.allowed = row.allowed.ctypes.data
-    target.temperature, target.top_p = params.temperature, params.top_p
-    target.min_p, target.uniform = params.min_p, row.uniform
-    target.repetition = params.repetition_penalty
-    target.frequency, target.presence = params.frequency_penalty, params.presence_penalty
-    target.top_k = params.top_k
+    if params.temperature:
+        target.temperature, target.top_p = params.temperature, params.top_p
+        target.min_p, target.uniform, target.top_k = params.min_p, row.uniform, params.top_k
     wanted = row.num_logprobs
     target.num_top = -1 if wanted is None else min(wanted, len(row.logits))
     if target.num_top > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -30,18 +31,14 @@ class Span:
 def span_batch(spans: Items[Span], in_prompt: bool, logit_rows: np.ndarray) -> StepBatch:
     """The arrays of a step over spans of one phase."""
     width = max((len(span.seq.blocks) for span in spans), default=1)
-    tables = np.zeros((len(spans), width), np.int32)
-    for row, span in zip(tables, spans, strict=True):
-        row[: len(span.seq.blocks)] = span.seq.blocks
-    counts = [len(span.tokens) for span in spans]
+    tables = [span.seq.blocks + [0] * (width - len(span.seq.blocks)) for span in spans]
+    tokens = [token for span in spans for token in span.tokens]
+    positions = [p for span in spans for p in range(span.start, span.end)]
     return StepBatch(
-        tokens=np.array([token for span in spans for token in span.tokens], np.int32),
-        positions=np.array(
-            [p for s, n in zip(spans, counts, strict=True) for p in range(s.start, s.start + n)],
-            np.int32,
-        ),
-        starts=np.cumsum([0, *counts], dtype=np.int32),
-        block_tables=tables,
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        starts=np.array([0, *accumulate(len(span.tokens) for span in spans)], np.int32),
+        block_tables=np.array(tables, np.int32).reshape(len(spans), width),
         logit_rows=np.asarray(logit_rows, np.int32),
         in_prompt=in_prompt,
     )

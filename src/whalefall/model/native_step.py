@@ -259,6 +259,7 @@ class NativeStep:
             getattr(self._library, entry).restype = _N
         self._config = config
         self._bf16_q = compute != "fp32"  # core attention in bf16, as published
+        self._entries: dict[int, int] = {}
         self._builder = _Builder(config, load)
         self._model = self._builder.model(weights, compute, max_positions)
         self._mtp = self._builder.mtp(self._model, weights.mtp[0]) if weights.mtp else None
@@ -292,12 +293,12 @@ class NativeStep:
     ) -> tuple[_Batch, list[np.ndarray]]:
         """The native batch, and what it points to: the logits first."""
         kind = _ATTENTION_TYPES[kv.dtype]
-        model.attention = _address(paged_entry(kind, self._config.num_heads, self._bf16_q))
+        model.attention = self._attention(kind)
         logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
+        sequences, width = batch.block_tables.shape[0], batch.block_tables.strides[0]
         first = batch.block_tables.ctypes.data
-        width = batch.block_tables.strides[0]
-        owner = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
-        tables = (first + owner * width).astype(np.uint64)
+        rows = np.arange(first, first + sequences * width, max(1, width), np.uint64)
+        tables = rows.repeat(batch.starts[1:] - batch.starts[:-1])
         native = _Batch(
             tokens=batch.tokens.ctypes.data,
             positions=batch.positions.ctypes.data,
@@ -314,6 +315,13 @@ class NativeStep:
             hidden=None if hidden is None else hidden.ctypes.data,
         )
         return native, [logits, tables]
+
+    def _attention(self, kind: int) -> int:
+        """The address of core attention over a cache of this kind."""
+        if kind not in self._entries:
+            entry = paged_entry(kind, self._config.num_heads, self._bf16_q)
+            self._entries[kind] = _address(entry)
+        return self._entries[kind]
 
     def parts(
         self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
