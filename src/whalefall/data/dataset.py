@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from whalefall.data import paths as names
 from whalefall.data.constants import DEFAULT_BATCH_SIZE, GB, split_into_rows
 from whalefall.data.errors import PlanError
+from whalefall.data.template import fragment
 from whalefall.errors import MissingError
 
 __all__ = ["CsvDataSet", "DataSet", "FileSet", "JsonDataSet", "PartitionedDataSet", "quote"]
@@ -55,7 +56,7 @@ class DataSet:
         self.paths = [paths] if isinstance(paths, str) else [str(p) for p in paths]
         self.root_dir = root_dir
         self.recursive = recursive
-        self.columns = list(columns) if columns is not None else None
+        self.columns = None if columns is None else [fragment(c, "columns") for c in columns]
         self._union_by_name = union_by_name
         self._resolved: list[str] | None = None
 

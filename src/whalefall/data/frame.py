@@ -25,9 +25,9 @@ from whalefall.data.nodes import (
     SqlEngineNode,
 )
 from whalefall.data.parquet import ParquetDataSet
-from whalefall.data.relational import RelationalMixin
+from whalefall.data.relational import RelationalMixin, expressions
 from whalefall.data.rowfuncs import BatchCall, RowFilter, RowMap
-from whalefall.data.template import escape
+from whalefall.data.template import escape, fragment
 
 if TYPE_CHECKING:
     from whalefall.data.session import Session
@@ -131,7 +131,7 @@ class DataFrame(RelationalMixin):
 
     def partial_sort(self, by: str | Sequence[str], **kwargs: Any) -> DataFrame:
         """Sort each partition; `by`: SQL order items ("b desc")."""
-        items = [by] if isinstance(by, str) else list(by)
+        items = expressions(by, "partial_sort")
         return self._sql(f"select * from {{0}} order by {', '.join(items)}", **kwargs)
 
     # -- rows
@@ -148,7 +148,8 @@ class DataFrame(RelationalMixin):
     ) -> DataFrame:
         """Keep the rows for which an SQL condition, or a function of the row as a dict, is true."""
         if isinstance(sql_or_func, str):
-            return self._sql(f"select * from {{0}} where ({sql_or_func})", **kwargs)
+            condition = fragment(sql_or_func, "filter")
+            return self._sql(f"select * from {{0}} where ({condition})", **kwargs)
         return self._stream(RowFilter(_function(sql_or_func, "filter")), **kwargs)
 
     def map(
@@ -164,7 +165,7 @@ class DataFrame(RelationalMixin):
             schema: `pyarrow.Schema` of the function's rows; default as the values are.
         """
         if isinstance(sql_or_func, str):
-            return self._sql(f"select {sql_or_func} from {{0}}", **kwargs)
+            return self._sql(f"select {fragment(sql_or_func, 'map')} from {{0}}", **kwargs)
         return self._stream(RowMap(_function(sql_or_func, "map"), False, schema), **kwargs)
 
     def flat_map(
@@ -176,7 +177,7 @@ class DataFrame(RelationalMixin):
     ) -> DataFrame:
         """As `map`, but the function returns several dicts (and SQL may unnest)."""
         if isinstance(sql_or_func, str):
-            return self._sql(f"select {sql_or_func} from {{0}}", **kwargs)
+            return self._sql(f"select {fragment(sql_or_func, 'flat_map')} from {{0}}", **kwargs)
         return self._stream(RowMap(_function(sql_or_func, "flat_map"), True, schema), **kwargs)
 
     def map_batches(

@@ -10,6 +10,7 @@ from typing import Any
 
 from whalefall.data.constants import DEFAULT_BATCH_SIZE
 from whalefall.data.dataset import DataSet
+from whalefall.data.template import fragment
 
 __all__ = ["ArrowTableDataSet", "PandasDataSet", "SqlQueryDataSet"]
 
@@ -110,7 +111,8 @@ class SqlQueryDataSet(DataSet):
         return self.num_rows == 0
 
     def sql_query_fragment(self, filesystem: Any = None, conn: Any = None) -> str:
-        return f"({self.query_builder() if self.query_builder else self.sql_query})"
+        query = self.query_builder() if self.query_builder else self.sql_query
+        return f"({fragment(query, 'SqlQueryDataSet')})"
 
     def identity(self) -> list[Any]:
         return [type(self).__name__, self.sql_query]

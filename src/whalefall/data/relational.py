@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from whalefall.data.dataset import identifier
 from whalefall.data.errors import PlanError
 from whalefall.data.nodes import ConsolidateNode, HashPartitionNode, Node, SqlEngineNode
-from whalefall.data.template import escape
+from whalefall.data.template import escape, fragment
 
 if TYPE_CHECKING:
     from whalefall.data.frame import DataFrame
@@ -75,7 +75,7 @@ class RelationalMixin:
             npartitions: range partitions, by splitters sampled from the data; default one query on
                 one host.
         """
-        items = _items(by, "sort")
+        items = expressions(by, "sort")
         count = self._partition_count(npartitions)
         if count is None or count == 1:
             return self._one_query(f"select * from {{0}} order by {', '.join(items)}")
@@ -85,7 +85,7 @@ class RelationalMixin:
 
     def group_by(self, keys: str | Sequence[str], npartitions: int | None = None) -> GroupBy:
         """Group by SQL expressions; `.agg(total="sum(x)")` makes one row a group."""
-        return GroupBy(self, _items(keys, "group_by"), npartitions)
+        return GroupBy(self, expressions(keys, "group_by"), npartitions)
 
     def distinct(self, npartitions: int | None = None) -> DataFrame:
         """Each row once."""
@@ -115,7 +115,7 @@ class RelationalMixin:
         kinds = ("inner", "left", "right", "full", "semi", "anti")
         if how not in kinds:
             raise PlanError(f"join: how is {how!r}, wanted one of {', '.join(kinds)}")
-        names = [identifier(name) for name in _items(on, "join")]
+        names = [identifier(name) for name in _listed(on, "join")]
         right = self.session._node_of(other, "join")
         query = f"select * from {{0}} {how} join {{1}} using ({', '.join(names)})"
         count = self._partition_count(npartitions)
@@ -140,6 +140,7 @@ class GroupBy:
         """
         if not aggregates:
             raise PlanError('agg: no aggregate given, wanted e.g. total="sum(x)"')
+        aggregates = {name: fragment(text, f"agg: {name}") for name, text in aggregates.items()}
         items = [f"{text} as {identifier(name)}" for name, text in aggregates.items()]
         query = f"select {', '.join([*self.keys, *items])} from {{0}} group by all"
         count = self.frame._partition_count(self.npartitions)
@@ -170,7 +171,12 @@ def _comparable(name: str) -> str:
     return f"coalesce({number}, {moment}, cast({name} as varchar))"
 
 
-def _items(value: str | Sequence[str], where: str) -> list[str]:
+def expressions(value: str | Sequence[str], where: str) -> list[str]:
+    """A list of SQL expressions (order items, keys), without comments."""
+    return [fragment(item, where) for item in _listed(value, where)]
+
+
+def _listed(value: str | Sequence[str], where: str) -> list[str]:
     items = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     if not items or not all(isinstance(item, str) and item.strip() for item in items):
         raise PlanError(f"{where}: got {value!r}, wanted SQL text or a list of it")

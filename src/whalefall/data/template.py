@@ -6,12 +6,64 @@ for single ones, and stay doubled through `inline`.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 
 from whalefall.data.errors import PlanError
 
-__all__ = ["escape", "inline", "input_uses", "render"]
+__all__ = ["escape", "fragment", "inline", "input_uses", "render", "without_comments"]
+
+# Quoted text, in which nothing is a comment: strings, names, $tag$ strings.
+QUOTED = re.compile(
+    r"""[eE]'(?:\\.|''|[^'\\])*'|'[^']*'|"[^"]*"|(\$(?:[A-Za-z_]\w*)?\$).*?\1""", re.S
+)
+BEGIN = re.compile(r"""(?<!\w)[eE]'|['"$]|--|/\*""")
+LINE_END = re.compile(r"[\r\n]")
+EDGE = re.compile(r"/\*|\*/")
+
+
+def without_comments(text: str) -> str:
+    """SQL text with a space for each comment, so that it can stand in the middle of a query.
+
+    Raises: PlanError for a comment without an end.
+    """
+    parts, here = [], 0
+    while (match := BEGIN.search(text, here)) is not None:
+        parts.append(text[here : match.start()])
+        begin = match.start()
+        if match.group() == "--":
+            line_end = LINE_END.search(text, begin)
+            here = len(text) if line_end is None else line_end.start()
+        elif match.group() == "/*":
+            here = _comment_end(text, begin)
+            parts.append(" ")
+        else:
+            quoted = QUOTED.match(text, begin)
+            here = quoted.end() if quoted is not None else begin + 1
+            parts.append(text[begin:here])
+    return "".join([*parts, text[here:]]).strip()
+
+
+def _comment_end(text: str, begin: int) -> int:
+    """Where the comment that begins there ends; comments may hold others."""
+    depth = 0
+    for edge in EDGE.finditer(text, begin):
+        depth += 1 if edge.group() == "/*" else -1
+        if depth == 0:
+            return edge.end()
+    raise PlanError(f"SQL text: a comment /* has no end, in: {text}")
+
+
+def fragment(text: str, where: str) -> str:
+    """An expression, or a list of some, without its comments.
+
+    Raises: PlanError where nothing is left.
+    """
+    bare = without_comments(text)
+    if not bare:
+        raise PlanError(f"{where}: the SQL text is {text!r}, wanted an expression")
+    return bare
 
 
 def parse(text: str) -> list[tuple[str, str | None, str]]:

@@ -14,6 +14,7 @@ from whalefall.data.runtime import PartitionKey
 from whalefall.data.tasks.base import Input, Ref, Task
 from whalefall.data.tasks.exchange import HashPartitionTask, RangePartitionTask
 from whalefall.data.tasks.parquet_out import ParquetOptions
+from whalefall.data.template import fragment
 
 if TYPE_CHECKING:
     from whalefall.data.planner import Planner
@@ -77,6 +78,7 @@ class HashPartitionNode(ExchangeNode):
         memory_limit: int | None = None,
     ) -> None:
         column = data_partition_column or self.default_data_partition_column
+        column = fragment(column, type(self).__name__) if shuffle_only else column
         super().__init__(
             ctx, input_deps, npartitions, dimension or column, nested, output_name, output_path,
             cpu_limit, memory_limit,
@@ -88,7 +90,7 @@ class HashPartitionNode(ExchangeNode):
             hash_columns = [hash_columns]
         if not hash_columns and not random_shuffle and not shuffle_only:
             raise PlanError(f"{kind}: hash_columns is {hash_columns!r}, wanted SQL expressions")
-        self.hash_columns = list(hash_columns or ())
+        self.hash_columns = [fragment(item, kind) for item in hash_columns or ()]
         self.column, self.random_shuffle, self.shuffle_only = column, random_shuffle, shuffle_only
         self.drop_partition_column, self.hive_partitioning = (
             drop_partition_column,
@@ -183,7 +185,7 @@ class RangePartitionNode(ExchangeNode):
         super().__init__(
             ctx, deps, count, dimension, nested, output_name, output_path, cpu_limit, memory_limit
         )
-        self.column, self.sampled = column, sampled
+        self.column, self.sampled = fragment(column, "RangePartitionNode"), sampled
         self.split_points = [] if isinstance(split_points, Node) else list(split_points)
 
     def describe(self) -> str:

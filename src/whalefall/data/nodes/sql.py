@@ -14,7 +14,7 @@ from whalefall.data.nodes.base import Node, TaskGroup
 from whalefall.data.tasks.base import Input, Ref
 from whalefall.data.tasks.parquet_out import ParquetOptions
 from whalefall.data.tasks.sql import SqlEngineTask
-from whalefall.data.template import escape
+from whalefall.data.template import escape, fragment
 
 if TYPE_CHECKING:
     from whalefall.data.planner import Planner
@@ -76,6 +76,7 @@ class SqlEngineNode(Node):
         self.sql_queries = [sql_query] if isinstance(sql_query, str) else list(sql_query)
         if not self.sql_queries or not all(isinstance(q, str) for q in self.sql_queries):
             raise PlanError(f"SqlEngineNode: sql_query is {sql_query!r}, wanted SQL text or a list")
+        self.sql_queries = [fragment(query, "SqlEngineNode") for query in self.sql_queries]
         if memory_limit is not None and memory_limit < 1 * MB:
             raise PlanError(f"SqlEngineNode: memory_limit is {memory_limit} bytes, wanted >= {MB}")
         names = list(udfs or ())
@@ -139,4 +140,4 @@ class LimitNode(SqlEngineNode):
 def query_task(node: Node, dataset: SqlQueryDataSet) -> SqlEngineTask:
     """The task that writes the rows of a query without inputs."""
     text = dataset.query_builder() if dataset.query_builder else dataset.sql_query
-    return SqlEngineTask(node, (), (), [escape(text)], ParquetOptions())
+    return SqlEngineTask(node, (), (), [escape(fragment(text, repr(node)))], ParquetOptions())

@@ -22,6 +22,7 @@ from whalefall.data.errors import PlanError
 from whalefall.data.fingerprint import Memo, fingerprint
 from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.runtime import PartitionInfo, PartitionKey, RuntimeContext
+from whalefall.data.template import fragment
 
 __all__ = ["Input", "Ref", "Task", "resolve_input"]
 
@@ -40,7 +41,7 @@ class Projection:
 
         made = copy.copy(dataset)
         if self.columns is not None:
-            made.columns = list(self.columns)
+            made.columns = [fragment(item, "columns") for item in self.columns]
         if self.generated_columns is not None:
             if not isinstance(made, ParquetDataSet):
                 raise PlanError(f"{dataset}: only Parquet files have {self.generated_columns}")
