@@ -16,7 +16,7 @@ import pytest
 
 from whalefall.data import Session, init, storage
 from whalefall.data.driver import execute_plan
-from whalefall.data.errors import WorkerLost
+from whalefall.data.errors import TaskFailed, WorkerLost
 from whalefall.data.executor.local import LocalExecutor
 from whalefall.data.memory import ArrowTableDataSet
 from whalefall.data.nodes import (
@@ -265,3 +265,63 @@ def test_a_request_above_the_machine_is_capped(
     assert frame.count() == 1
     assert fresh.from_items([2]).map("item", cpu_limit=64).count() == 1
     assert sum("asks for 64 CPUs" in r.message for r in caplog.records) == 1
+
+
+def exit_with(folder: Path, code: object) -> Any:
+    def function(row: dict[str, Any]) -> None:
+        (folder / str(time.time_ns())).touch()
+        sys.exit(code)  # type: ignore[arg-type]
+
+    return function
+
+
+@pytest.mark.parametrize(("code", "shown"), [(3, r"exit\(3\)"), ("no", r"exit\('no'\)"), (0, "0")])
+def test_a_function_that_exits_is_an_error_at_once(
+    fresh: Session, tmp_path: Path, code: object, shown: str
+) -> None:
+    (marks := tmp_path / "marks").mkdir()
+    with pytest.raises(TaskFailed, match=rf"ArrowStreamTask(.*\n)*.*{shown}"):
+        fresh.from_items([1]).map(exit_with(marks, code)).compute()
+    assert len(list(marks.iterdir())) == 1
+    assert fresh.from_items([1]).map(lambda row: row).count() == 1  # the worker lives on
+
+
+def test_a_process_that_ends_itself_is_tried_again(fresh: Session, tmp_path: Path) -> None:
+    (marks := tmp_path / "marks").mkdir()
+
+    def leave_once(row: dict[str, Any]) -> dict[str, Any]:
+        if not list(marks.iterdir()):
+            (marks / "1").touch()
+            os._exit(3)
+        return row
+
+    assert fresh.from_items([7]).map(leave_once).take_all() == [{"item": 7}]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("num_executors", [-3, 10**9, True, 1.5, "2"]),
+        ("cpus", [0, -1, "two", 10**9]),
+        ("memory", [0, -5, "-1GB", "nan", "many", True, "1e30"]),
+        ("job_id", ["", "a/b", "../x", ".", "-x", "a b", "a\nb", "ö", "x" * 200, 7]),
+        ("job_time", ["yesterday", 1e30, float("nan"), ()]),
+        ("data_root", ["", 3, "s3://bucket/x"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, name: str, values: list[Any]
+) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=name if name != "memory" else "size") as caught:
+            init(**{"data_root": str(tmp_path), name: value})
+        assert "\n" not in str(caught.value) and "wanted" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_ids_that_name_a_folder_are_taken(tmp_path: Path) -> None:
+    for value in ("a", "2026-01-02_run.7", "user@host:3", "x" * 128):
+        with init(data_root=str(tmp_path), job_id=value, cpus=1) as session:
+            assert os.path.dirname(session.runtime_ctx.job_root) == str(tmp_path)
+    with pytest.raises(ConfigError, match=r"job_id is '\.\./x'"):
+        RuntimeContext("../x", datetime.now(), str(tmp_path))

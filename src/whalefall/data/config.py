@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from whalefall.data.runtime import JobId
+from whalefall.data.runtime import JobId, checked_job_id
 from whalefall.errors import ConfigError, UnsupportedError
 
 __all__ = ["Config", "parse_bytes"]
 
+MAX_EXECUTORS = 1 << 16
 UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 
@@ -20,14 +23,17 @@ def parse_bytes(value: int | str) -> int:
 
     Raises: ConfigError for anything else.
     """
-    if isinstance(value, int):
-        return value
-    text = value.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = text[-1:] if text[-1:] in UNITS else ""
-    try:
-        return int(float(text.removesuffix(unit)) * UNITS[unit])
-    except ValueError:
-        raise ConfigError(f"size is {value!r}, wanted bytes or a text like 512MB") from None
+    size: float = math.nan
+    if isinstance(value, str):
+        text = value.strip().upper().removesuffix("IB").removesuffix("B")
+        unit = text[-1:] if text[-1:] in UNITS else ""
+        with contextlib.suppress(ValueError):
+            size = float(text.removesuffix(unit)) * UNITS[unit]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    if not 1 <= size < 1 << 63:
+        raise ConfigError(f"size is {value!r}, wanted bytes >= 1 or a text like 512MB")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,15 @@ class Config:
         count = num_executors
         if count is None:
             count = _integer("SP_NUM_EXECUTORS", os.environ.get("SP_NUM_EXECUTORS", "0"))
-        root = data_root or os.environ.get("SP_DATA_ROOT") or "~/.smallpond/data"
+        _in_range("num_executors", count, 0, MAX_EXECUTORS)
+        if cpus is not None:
+            _in_range("cpus", cpus, 1, 1 << 20)
+        if job_id is None:
+            job_id = os.environ.get("SP_JOBID") or JobId.new()
         return Config(
-            job_id=job_id or os.environ.get("SP_JOBID") or JobId.new(),
+            job_id=checked_job_id(job_id),
             job_time=_moment(job_time if job_time is not None else os.environ.get("SP_JOB_TIME")),
-            data_root=os.path.abspath(os.path.expanduser(root)),
+            data_root=_root(data_root),
             num_executors=count,
             ray_address=address or ("local" if platform == "ray" or count > 0 else None),
             memory=parse_bytes(memory) if memory is not None else None,
@@ -107,14 +117,29 @@ def _integer(name: str, text: str) -> int:
         raise ConfigError(f"{name} is {text!r}, wanted a number") from None
 
 
+def _in_range(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"init: {name} is {value!r}, wanted a whole number, {low} to {high}")
+
+
+def _root(given: str | os.PathLike[str] | None) -> str:
+    root = os.environ.get("SP_DATA_ROOT") or "~/.smallpond/data" if given is None else given
+    if not isinstance(root, str | os.PathLike) or not os.fspath(root) or "://" in str(root):
+        raise ConfigError(f"init: data_root is {given!r}, wanted a local (or mounted) folder")
+    return os.path.abspath(os.path.expanduser(root))
+
+
 def _moment(value: datetime | float | str | None) -> datetime:
     if value is None:
         return datetime.now()
     if isinstance(value, datetime):
         return value
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value)
     try:
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value)
         return datetime.fromisoformat(value)
-    except ValueError:
-        raise ConfigError(f"job_time is {value!r}, wanted ISO 8601 (SP_JOB_TIME)") from None
+    except (ValueError, OverflowError, OSError, TypeError):
+        raise ConfigError(
+            f"init: job_time is {value!r}, wanted a datetime, seconds since 1970 or ISO 8601 "
+            "(SP_JOB_TIME)"
+        ) from None

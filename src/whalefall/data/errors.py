@@ -33,8 +33,8 @@ class WorkerLost(WhalefallError, RuntimeError):
 
 def failure_like(message: str, cause: BaseException | None) -> TaskFailed:
     """A `TaskFailed` that is also an instance of `cause`'s class, where Python can build one."""
-    if cause is None or isinstance(cause, TaskFailed):
-        return TaskFailed(message)
+    if not isinstance(cause, Exception) or isinstance(cause, TaskFailed):
+        return TaskFailed(message)  # never a SystemExit, which would end the script in silence
     kind = type(cause)
     try:
         merged = type(f"TaskFailed({kind.__name__})", (TaskFailed, kind), {"__init__": _plain_init})

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DataFrame"]
 
+MAX_PARTITIONS = 1 << 20
+
 
 class DataFrame(RelationalMixin):
     """Rows in partitions, not yet computed.
@@ -93,8 +95,11 @@ class DataFrame(RelationalMixin):
             by_rows: row ranges of nearly equal size, no data moved.
             kwargs: to the node.
         """
-        if not isinstance(npartitions, int) or isinstance(npartitions, bool) or npartitions < 1:
-            raise PlanError(f"repartition: npartitions is {npartitions!r}, wanted an int >= 1")
+        known = isinstance(npartitions, int) and not isinstance(npartitions, bool)
+        if not known or not 1 <= npartitions <= MAX_PARTITIONS:
+            raise PlanError(
+                f"repartition: npartitions is {npartitions!r}, wanted an int, 1 to {MAX_PARTITIONS}"
+            )
         if by is not None and hash_by is not None:
             raise PlanError(f"repartition: both by={by!r} and hash_by={hash_by!r} are given")
         ctx = self.session._ctx

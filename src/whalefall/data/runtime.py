@@ -6,6 +6,7 @@ Source: smallpond `execution.task` (`JobId`, `PartitionInfo`, `RuntimeContext`).
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -17,7 +18,16 @@ from typing import Any
 from whalefall.data.constants import TB, TOPLEVEL_DIMENSION
 from whalefall.errors import ConfigError
 
-__all__ = ["JobId", "PartitionInfo", "PartitionKey", "RuntimeContext", "available_cpus"]
+__all__ = [
+    "JobId",
+    "PartitionInfo",
+    "PartitionKey",
+    "RuntimeContext",
+    "available_cpus",
+    "checked_job_id",
+]
+
+JOB_ID = re.compile(r"\w[\w.+=@:-]{0,127}", re.ASCII)
 
 
 class JobId(str):
@@ -32,6 +42,19 @@ class JobId(str):
     def hex(self) -> str:
         """The text itself."""
         return str(self)
+
+
+def checked_job_id(value: str) -> JobId:
+    """The id of a job, which becomes part of a folder's name.
+
+    Raises: ConfigError for one that would be a path, or that tools would trip over.
+    """
+    if not isinstance(value, str) or not JOB_ID.fullmatch(value):
+        raise ConfigError(
+            f"job_id is {value!r}, wanted 1 to 128 letters, digits and any of _ . + = @ : -, the "
+            "first a letter, a digit or _"
+        )
+    return JobId(value)
 
 
 @dataclass(frozen=True, order=False)
@@ -126,7 +149,7 @@ class RuntimeContext:
     ) -> None:
         if unknown := set(without_effect) - WITHOUT_EFFECT:
             raise ConfigError(f"RuntimeContext: unknown argument {min(unknown)!r}")
-        self.job_id = JobId(job_id)
+        self.job_id = checked_job_id(job_id)
         self.job_time = job_time
         self.data_root = os.path.abspath(os.path.expanduser(data_root))
         self.num_executors = num_executors

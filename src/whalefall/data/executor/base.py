@@ -173,9 +173,11 @@ def portable_error(error: BaseException) -> tuple[BaseException | None, str]:
     """An exception that can travel (or None), and its traceback's text from the user's code on."""
     frames = traceback.extract_tb(error.__traceback__)
     inner = [f for f in frames if "/whalefall/data/" not in f.filename] or list(frames)[-1:]
+    last = traceback.format_exception_only(error)
+    if isinstance(error, SystemExit):
+        last = [f"the function called exit({error.code!r}); it is to return or to raise"]
     text = "".join(
-        ["Traceback (most recent call last):\n", *traceback.format_list(inner)]
-        + traceback.format_exception_only(error)
+        ["Traceback (most recent call last):\n", *traceback.format_list(inner), *last]
     ).rstrip()
     try:
         import pickle

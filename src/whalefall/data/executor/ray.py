@@ -30,7 +30,7 @@ def serve(data: bytes) -> tuple[Any, ...]:
     try:
         outputs = perform(pickle.loads(data))
         return ("done", outputs, time.perf_counter() - begin)
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: code that exits will exit again
         return ("raised", *portable_error(error))
 
 

@@ -35,9 +35,7 @@ def main(path: str) -> None:
         try:
             outputs = perform(pickle.loads(data))
             answer = ("done", outputs, time.perf_counter() - begin)
-        except SystemExit as error:
-            sys.exit(error.code)
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too: code that exits will exit again
             answer = ("raised", *portable_error(error))
         sys.stdout.flush()
         sys.stderr.flush()
