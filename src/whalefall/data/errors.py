@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from whalefall.errors import ConfigError, WhalefallError
 
-__all__ = ["PartitionError", "PlanError", "SqlError", "TaskFailed", "WorkerLost", "failure_like"]
+__all__ = [
+    "PartitionError",
+    "PlanError",
+    "SqlError",
+    "TaskFailed",
+    "WorkerLost",
+    "WriteError",
+    "failure_like",
+    "writing",
+]
+
+REMEDIES = {
+    errno.ENOSPC: "free space there, or choose another place",
+    errno.EDQUOT: "free space there, or choose another place",
+    errno.EACCES: "choose a folder that this user may write to",
+    errno.EPERM: "choose a folder that this user may write to",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
+}
 
 
 class PlanError(ConfigError, AssertionError):
@@ -29,6 +52,25 @@ class TaskFailed(WhalefallError, RuntimeError):
 
 class WorkerLost(WhalefallError, RuntimeError):
     """A task's process died more often than the job allows."""
+
+
+class WriteError(WhalefallError, OSError):
+    """A result cannot be written: a full disk, no permission, a store that refuses."""
+
+
+@contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Make a `WriteError` that names `target` of what the operating system refuses."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WhalefallError):
+            raise
+        reason = error.strerror or str(error).splitlines()[0]
+        remedy = REMEDIES.get(error.errno or 0, "what was there before is untouched")
+        made = WriteError(f"{target}: not written: {reason}; {remedy}")
+        made.errno = error.errno
+        raise made from None
 
 
 def failure_like(message: str, cause: BaseException | None) -> TaskFailed:

@@ -21,6 +21,7 @@ from whalefall.data.nodes import (
     Node,
     PythonScriptNode,
 )
+from whalefall.data.storage import check_target
 from whalefall.errors import MissingError
 
 if TYPE_CHECKING:
@@ -106,5 +107,6 @@ def source_node(session: Session, paths: str | Sequence[str], check_data: bool) 
 
 def sink_node(session: Session, node: Node, path: str, column: str) -> Node:
     """The node of `DataFrame.write_ffrecord`."""
+    check_target(path)
     script = PythonScriptNode(session._ctx, (node,), process_func=SampleWriter(column))
     return DataSinkNode(session._ctx, (script,), names.to_absolute(path))

@@ -205,14 +205,18 @@ class DataFrame(RelationalMixin):
         """Write Parquet files into a folder (or fsspec URL), all of them or none.
 
         An earlier result there is replaced; files that whalefall did not write stay.
-        Raises: ConfigError where the folder holds Parquet files that no manifest of ours lists.
+        Raises: ConfigError for a target that is no folder, an unknown protocol, and a folder that
+            holds Parquet files that no manifest of ours lists; WriteError where it cannot be
+            written.
         """
         self.write_parquet_lazy(path).compute()
 
     def write_parquet_lazy(self, path: str) -> DataFrame:
         """As `write_parquet`, when it is computed."""
         from whalefall.data.paths import to_absolute
+        from whalefall.data.storage import check_target
 
+        check_target(path)
         ctx = self.session._ctx
         node = self.plan
         if isinstance(node, DataSourceNode):  # never a link to the user's own file

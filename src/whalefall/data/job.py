@@ -18,7 +18,7 @@ from typing import Any
 from whalefall.data import dataset as datasets
 from whalefall.data import storage
 from whalefall.data.dataset import DataSet
-from whalefall.data.errors import TaskFailed, WorkerLost, failure_like
+from whalefall.data.errors import TaskFailed, WorkerLost, failure_like, writing
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, perform
 from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.paths import is_url
@@ -102,9 +102,10 @@ class Job:
         """Move a finished attempt's files to their place and note the result."""
         if os.path.isdir(staging):
             home = self._home(task)
-            os.makedirs(os.path.dirname(home), exist_ok=True)
-            shutil.rmtree(home, ignore_errors=True)
-            os.rename(staging, home)
+            with writing(home):
+                os.makedirs(os.path.dirname(home), exist_ok=True)
+                shutil.rmtree(home, ignore_errors=True)
+                os.rename(staging, home)
             outputs = [d.relocated(staging, home) for d in outputs]
         self.results[task.key] = outputs
         if task.kept and all(type(d).__name__ in KINDS for d in outputs):
@@ -204,8 +205,15 @@ class Job:
         return Work(task, inputs, ctx, start.attempt, staging, temp)
 
     def _run_here(self, work: Work) -> None:
-        outputs = perform(work)
-        self._commit(work.task, outputs, work.output_dir)
+        try:
+            outputs = perform(work)
+            self._commit(work.task, outputs, work.output_dir)
+        except BaseException as error:
+            for folder in (work.output_dir, work.temp_dir):
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, WhalefallError):
+                raise located(work.task, error) from None
+            raise
 
     def _take(self, outcome: Outcome, state: Scheduler, tasks: dict[str, Task]) -> None:
         task = tasks[outcome.key]
@@ -245,6 +253,21 @@ class Job:
 def task_error(task: Task, outcome: Raised) -> WhalefallError:
     """What the driver raises: our own errors as they are, the user's with its traceback."""
     if isinstance(outcome.error, WhalefallError) and not isinstance(outcome.error, TaskFailed):
-        return outcome.error
-    place = ", ".join(str(info) for info in task.partition_key) or "the only partition"
-    return failure_like(f"{task.label} ({place}) failed\n{outcome.text}", outcome.error)
+        return located(task, outcome.error)
+    return failure_like(f"{place_of(task)} failed\n{outcome.text}", outcome.error)
+
+
+def place_of(task: Task) -> str:
+    """The task and its partition, for an error."""
+    where = ", ".join(str(info) for info in task.partition_key) or "the only partition"
+    return f"{task.label} ({where})"
+
+
+def located(task: Task, error: WhalefallError) -> WhalefallError:
+    """The error with its task and partition before it, where it does not tell them itself."""
+    if str(error).startswith((task.label, "SQL node", "exchange node")):
+        return error
+    made = type(error)(f"{place_of(task)}: {error}")
+    if isinstance(error, OSError) and isinstance(made, OSError):
+        made.errno = error.errno
+    return made

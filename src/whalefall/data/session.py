@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from whalefall.data.config import Config
 from whalefall.data.context import Context
-from whalefall.data.errors import PlanError
+from whalefall.data.errors import PlanError, writing
 from whalefall.data.executor.base import Executor
 from whalefall.data.executor.local import LocalExecutor
 from whalefall.data.job import Job
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from whalefall.data.frame import DataFrame
 
 __all__ = ["Session", "init"]
+
+log = logging.getLogger(__name__)
 
 
 def init(
@@ -83,7 +85,8 @@ class Session:
         ctx.usable_memory_size = min(
             ctx.usable_memory_size, config.memory or ctx.usable_memory_size
         )
-        ctx.initialize("driver")
+        with writing(ctx.job_root):
+            ctx.initialize("driver")
         self._runtime_ctx = ctx
         self._ctx = Context()
         self._optimized: dict[int, Node] = {}
@@ -303,11 +306,14 @@ class Session:
             self._job.executor.close()
             status = "failure" if self._job.failed else "success"
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            with open(self._runtime_ctx.job_status_path, "a", encoding="utf-8") as file:
-                file.write(f"{status}@{stamp}\n")
+            try:
+                with open(self._runtime_ctx.job_status_path, "a", encoding="utf-8") as file:
+                    file.write(f"{status}@{stamp}\n")
+            except OSError as error:  # a full disk; the job's own outcome stands
+                log.warning("%s: %s", self._runtime_ctx.job_status_path, error.strerror)
             if not self._job.failed:
                 self._runtime_ctx.cleanup(self.config.remove_output_root)
-            logging.getLogger(__name__).info("%s: %s", status, self._runtime_ctx.job_root)
+            log.info("%s: %s", status, self._runtime_ctx.job_root)
 
 
 def _import_arrow() -> None:

@@ -2,11 +2,13 @@
 
 The files are gathered in a folder beside the target, which then takes the target's name in one
 step; what the target held before (an earlier result) goes away, files that no manifest lists stay.
-On a store without renames (s3) the files are put one by one, and the manifest last.
+What a killed process leaves beside a target goes away when the next one writes there. On a store
+without renames (s3) the files are put one by one, and the manifest last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -16,10 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from whalefall.data.errors import WriteError, writing
 from whalefall.data.paths import is_url
-from whalefall.errors import ConfigError
+from whalefall.data.scratch import scratch_folder
+from whalefall.errors import ConfigError, WhalefallError
 
-__all__ = ["MANIFEST", "Placed", "commit_folder", "fsync_path", "write_atomic", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "Placed",
+    "check_target",
+    "commit_folder",
+    "fsync_path",
+    "write_atomic",
+    "write_manifest",
+]
 
 MANIFEST = ".MANIFEST.txt"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -51,14 +63,20 @@ def write_atomic(path: str, text: str, sync: bool = True) -> None:
     Args:
         sync: False where a crash of the machine may lose it, and a reader minds no broken file.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
 
 
 def write_manifest(folder: str, paths: Sequence[str]) -> None:
@@ -80,6 +98,34 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
+def check_target(target: Any) -> None:
+    """Refuse, before anything is computed, what cannot be a folder of results.
+
+    Raises: ConfigError for a file, an unknown protocol or one whose library is not installed;
+        WriteError for a folder that this user may not write to.
+    """
+    if not isinstance(target, str) or not target:
+        raise ConfigError(f"the folder to write to is {target!r}, wanted a path or an fsspec URL")
+    if is_url(target):
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(target.split("://", 1)[0])
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{target}: {error}") from None
+        return
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise ConfigError(f"{target} is a file, wanted a folder to write to")
+    with writing(target):
+        above = os.path.dirname(target)
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above):
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is no folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{above}: permission denied")
+
+
 def commit_folder(target: str, files: Sequence[Placed], link: bool = True) -> list[str]:
     """Make `target` the folder of exactly these files (and of what no manifest of ours listed).
 
@@ -89,16 +135,21 @@ def commit_folder(target: str, files: Sequence[Placed], link: bool = True) -> li
         link: hard links where the file system allows, copies elsewhere.
     Returns: where the files lie now.
     Raises: ConfigError where the folder holds Parquet files that no manifest lists, which a reader
-        of the folder would take for part of the result.
+        of the folder would take for part of the result; WriteError where it cannot be written.
     """
+    check_target(target)
     names = unique_names([file.path for file in files])
     if is_url(target):
         return _commit_remote(target, [file.path for file in files], names)
-    target = os.path.abspath(target)
+    with writing(target):
+        return _commit_local(os.path.abspath(target), files, names, link)
+
+
+def _commit_local(
+    target: str, files: Sequence[Placed], names: Sequence[str], link: bool
+) -> list[str]:
     foreign = foreign_entries(target)
-    temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp"
-    os.makedirs(temporary)
-    try:
+    with scratch_folder(target) as temporary:
         for file, name in zip(files, names, strict=True):
             _place(file.path, os.path.join(temporary, name), link)
         for name in foreign:
@@ -108,8 +159,6 @@ def commit_folder(target: str, files: Sequence[Placed], link: bool = True) -> li
         write_manifest(temporary, placed)
         fsync_path(temporary)
         _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return placed
 
 
@@ -121,8 +170,6 @@ def foreign_entries(target: str) -> list[str]:
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         return []
-    if not os.path.isdir(target):
-        raise ConfigError(f"{target} is a file, wanted a folder to write to")
     listed, manifest = {MANIFEST}, os.path.join(target, MANIFEST)
     if os.path.exists(manifest):
         with open(manifest, encoding="utf-8") as file:
@@ -191,29 +238,51 @@ def _exchange(first: str, second: str) -> bool:
 def _commit_remote(target: str, files: Sequence[str], names: Sequence[str]) -> list[str]:
     import fsspec
 
-    filesystem, root = fsspec.core.url_to_fs(target)
     protocol = target.split("://", 1)[0]
-    root = root.rstrip("/")
-    placed = [f"{target.rstrip('/')}/{name}" for name in names]
     renames = protocol not in ("s3", "s3a", "gs", "gcs", "abfs", "az", "http", "https")
-    folder = f"{root}.{uuid.uuid4().hex[:8]}.tmp" if renames else root
-    old = _listed(filesystem, f"{root}/{MANIFEST}")
-    filesystem.makedirs(folder, exist_ok=True)
-    for file, name in zip(files, names, strict=True):
-        filesystem.put_file(file, f"{folder}/{name}")
-    filesystem.pipe_file(f"{folder}/{MANIFEST}", "".join(p + "\n" for p in placed).encode())
-    if not renames:
-        for name in old - set(names):
-            filesystem.rm_file(f"{root}/{name}")
-    elif filesystem.exists(root):
+    made: list[str] = []  # to take back after a failure
+    filesystem: Any = None
+    try:
+        filesystem, root = fsspec.core.url_to_fs(target)
+        root = root.rstrip("/")
+        placed = [f"{target.rstrip('/')}/{name}" for name in names]
+        folder = f"{root}.{uuid.uuid4().hex[:8]}.tmp" if renames else root
+        old = _listed(filesystem, f"{root}/{MANIFEST}")
+        if renames:
+            made.append(folder)
+        filesystem.makedirs(folder, exist_ok=True)
+        for file, name in zip(files, names, strict=True):
+            if not renames and name not in old:
+                made.append(f"{root}/{name}")
+            filesystem.put_file(file, f"{folder}/{name}")
+        manifest = "".join(p + "\n" for p in placed).encode()
+        filesystem.pipe_file(f"{folder}/{MANIFEST}", manifest)
+        _take_place(filesystem, folder, root, names, old)
+    except Exception as error:  # a store's library raises what it likes
+        for path in made:
+            with contextlib.suppress(Exception):
+                filesystem.rm(path, recursive=renames)
+        if isinstance(error, WhalefallError):
+            raise
+        reason = (str(error) or "no message").splitlines()[0]
+        raise WriteError(f"{target}: not written: {type(error).__name__}: {reason}") from None
+    return placed
+
+
+def _take_place(
+    filesystem: Any, folder: str, root: str, names: Sequence[str], old: set[str]
+) -> None:
+    """Give the folder the target's name, or its files where there is one; drop what is `old`."""
+    if folder != root and not filesystem.exists(root):
+        filesystem.mv(folder, root, recursive=True)
+        return
+    if folder != root:
         for name in [*names, MANIFEST]:
             filesystem.mv(f"{folder}/{name}", f"{root}/{name}")
-        for name in old - set(names):
-            filesystem.rm_file(f"{root}/{name}")
+    for name in old - set(names):
+        filesystem.rm_file(f"{root}/{name}")
+    if folder != root:
         filesystem.rm(folder, recursive=True)
-    else:
-        filesystem.mv(folder, root, recursive=True)
-    return placed
 
 
 def _listed(filesystem: Any, manifest: str) -> set[str]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.data.errors import writing
 from whalefall.data.graysort.library import library
+from whalefall.data.scratch import scratch_folder
 from whalefall.data.storage import fsync_path
 from whalefall.errors import ConfigError
 
@@ -49,10 +51,11 @@ def gensort(
 
     Args:
         watch: called with (records written, all).
+    Raises: WriteError.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
     buffer = np.empty((min(count, BLOCK_RECORDS), RECORD_BYTES), np.uint8)
-    try:
+    with writing(path), scratch_folder(path) as folder:
+        temporary = os.path.join(folder, "records")
         with open(temporary, "wb", buffering=0) as file:
             for at in range(0, count, BLOCK_RECORDS):
                 block = make_records(
@@ -64,9 +67,6 @@ def gensort(
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_path(os.path.dirname(os.path.abspath(path)))
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def write_all(handle: int, data: np.ndarray, offset: int) -> None:

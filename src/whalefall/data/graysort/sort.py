@@ -14,11 +14,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from whalefall.data.errors import writing
 from whalefall.data.graysort.library import library
 from whalefall.data.graysort.records import (
     KEY_BYTES,
@@ -28,6 +29,7 @@ from whalefall.data.graysort.records import (
     write_all,
 )
 from whalefall.data.runtime import available_memory
+from whalefall.data.scratch import scratch_folder
 from whalefall.data.storage import fsync_path
 from whalefall.errors import ConfigError
 
@@ -55,7 +57,7 @@ def sort_file(
         temp_dir: where to spill; default beside the target.
         watch: called with (bytes moved, bytes to move).
     Returns: records sorted.
-    Raises: MissingError, ConfigError.
+    Raises: MissingError, ConfigError, WriteError.
     """
     count = count_records(source)
     budget = available_memory() // 2 if memory is None else memory
@@ -64,19 +66,21 @@ def sort_file(
     folder = os.path.dirname(os.path.abspath(target))
     if not os.path.isdir(folder):
         raise ConfigError(f"sort: {folder} is no folder")
-    temporary = os.path.join(folder, f".{os.path.basename(target)}.{os.getpid()}.tmp")
-    try:
+    with writing(target), ExitStack() as stack:
+        own = spill = stack.enter_context(scratch_folder(target))
+        if temp_dir:
+            spill = stack.enter_context(
+                scratch_folder(os.path.join(temp_dir, os.path.basename(target)))
+            )
+        temporary = os.path.join(own, "sorted")
         with (
             _opened(source, os.O_RDONLY) as read,
             _opened(temporary, os.O_RDWR | os.O_CREAT) as out,
         ):
-            Sorter(read, out, count, budget, temp_dir or folder, watch).run()
+            Sorter(read, out, count, budget, spill, watch).run()
             os.fsync(out)
         os.replace(temporary, target)
         fsync_path(folder)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return count
 
 
@@ -110,8 +114,7 @@ class Sorter:
                 records = self.read_whole(self.source, 0, self.count)
                 self.emit(records, 0)
             else:
-                with tempfile.TemporaryDirectory(prefix=".sort-", dir=self.temp_dir) as spill:
-                    self.external(spill, self.source, self.count, 0)
+                self.external(self.temp_dir, self.source, self.count, 0)
 
     def _tell(self, num_bytes: int) -> None:
         self.moved += num_bytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from whalefall.data.constants import DEFAULT_ROW_GROUP_SIZE
 from whalefall.data.dataset import identifier, quote
+from whalefall.data.errors import WriteError, writing
 from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.rowrange import RowRange
 
@@ -53,7 +55,20 @@ class TableWriter:
         self.num_rows = self.num_bytes = 0
 
     def write(self, table: Any) -> None:
-        """Append a table; later ones are cast to the first one's types."""
+        """Append a table; later ones are cast to the first one's types.
+
+        Raises: WriteError where the disk takes no more.
+        """
+        try:
+            with writing(self.path):
+                self._write(table)
+        except WriteError:
+            if self._writer is not None:
+                with contextlib.suppress(OSError):  # or its destructor would try, and complain
+                    self._writer.close()
+            raise
+
+    def _write(self, table: Any) -> None:
         import pyarrow.parquet as pq
 
         if self._writer is None:
@@ -78,7 +93,8 @@ class TableWriter:
         """End the file; returns the data set, without any file where nothing was written."""
         if self._writer is None:
             return ParquetDataSet.of_ranges([])
-        self._writer.close()
+        with writing(self.path):
+            self._writer.close()
         rows = self.num_rows
         return ParquetDataSet.of_ranges([RowRange(self.path, self.num_bytes, rows, 0, rows)])
 
