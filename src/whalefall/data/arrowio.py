@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from whalefall.data.constants import DEFAULT_BATCH_SIZE, DEFAULT_ROW_GROUP_SIZE, KB
 from whalefall.data.errors import PlanError
 from whalefall.data.paths import is_url
+from whalefall.data.reading import reading
 from whalefall.data.rowrange import RowRange, file_ranges
 from whalefall.errors import CorruptError, MissingError
 
@@ -114,19 +115,25 @@ def _ranges(paths_or_ranges: Sequence[str | RowRange]) -> list[RowRange]:
     return file_ranges([str(item) for item in paths_or_ranges])
 
 
-def _checked_columns(file: Any, path: str, columns: Sequence[str] | None) -> list[str]:
+def _checked_columns(
+    file: Any, path: str, columns: Sequence[str] | None, missing_ok: bool = False
+) -> list[str]:
     names = list(file.schema_arrow.names)
     if columns is None:
         return names
     missing = [name for name in columns if name not in names]
+    if missing and missing_ok:
+        return [name for name in columns if name in names]
     if missing:
         raise PlanError(f"{path}: no column {', '.join(missing)}; there are {', '.join(names)}")
     return list(columns)
 
 
-def _read_range(part: RowRange, columns: Sequence[str] | None, filesystem: Any) -> pa.Table:
-    with open_parquet(part.path, filesystem) as file:
-        names = _checked_columns(file, part.path, columns)
+def _read_range(
+    part: RowRange, columns: Sequence[str] | None, filesystem: Any, missing_ok: bool
+) -> pa.Table:
+    with open_parquet(part.path, filesystem) as file, reading(part.path):
+        names = _checked_columns(file, part.path, columns, missing_ok)
         first, groups = None, []
         position = 0
         for index in range(file.metadata.num_row_groups):
@@ -148,18 +155,22 @@ def load_from_parquet_files(
     columns: Sequence[str] | None = None,
     max_workers: int = 16,
     filesystem: Any = None,
+    missing_ok: bool = False,
 ) -> pa.Table:
     """Read files or row ranges into one table, in the order given.
 
     Args:
         columns: which, in this order; all where None.
-    Raises: PlanError (an AssertionError) for a column that a file lacks.
+        missing_ok: whether a column that a file lacks is NULL there.
+    Raises: CorruptError; PlanError (an AssertionError) for a column that a file lacks.
     Source: smallpond `io.arrow.load_from_parquet_files`.
     """
     parts = _ranges(paths_or_ranges)
     workers = max(1, min(max_workers, len(parts), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        tables = list(pool.map(lambda part: _read_range(part, columns, filesystem), parts))
+        tables = list(
+            pool.map(lambda part: _read_range(part, columns, filesystem, missing_ok), parts)
+        )
     return concat(tables)
 
 
@@ -181,11 +192,12 @@ def iterate_batches(
     columns: Sequence[str] | None,
     batch_size: int,
     filesystem: Any = None,
+    missing_ok: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """Record batches of at most `batch_size` rows, one file after the other."""
     for part in parts:
-        with open_parquet(part.path, filesystem) as file:
-            names = _checked_columns(file, part.path, columns)
+        with open_parquet(part.path, filesystem) as file, reading(part.path):
+            names = _checked_columns(file, part.path, columns, missing_ok)
             position, skip = 0, []
             for index in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(index).num_rows
@@ -234,10 +246,12 @@ def build_batch_reader_from_files(
     batch_size: int = DEFAULT_BATCH_SIZE,
     max_batch_byte_size: int | None = None,
     filesystem: Any = None,
+    union_by_name: bool = False,
 ) -> pa.RecordBatchReader:
     """A reader of exactly `batch_size` rows a batch, but the last.
 
     Args:
+        union_by_name: whether a column that a file lacks is NULL there.
         max_batch_byte_size: lowers `batch_size` so that a batch stays below this many bytes.
     Source: smallpond `io.arrow.build_batch_reader_from_files`.
     """
@@ -249,12 +263,12 @@ def build_batch_reader_from_files(
     )
     if max_batch_byte_size and rows and size > 0:
         batch_size = max(1, min(batch_size, max_batch_byte_size * rows // size))
-    with open_parquet(parts[0].path, filesystem) as file:
-        names = _checked_columns(file, parts[0].path, columns)
-        schema = convert_types_to_large_string(filter_schema(file.schema_arrow, names))
-    read = iterate_batches(parts, names, batch_size, filesystem)
-    cast = (batch if batch.schema.equals(schema) else batch.cast(schema) for batch in read)
-    return pa.RecordBatchReader.from_batches(schema, rebatch(cast, batch_size))
+    from whalefall.data.schemas import common_schema, fitted
+
+    schema, _ = common_schema([p.path for p in parts], columns, union_by_name, filesystem)
+    read = iterate_batches(parts, schema.names, batch_size, filesystem, union_by_name)
+    fit = (fitted(batch, schema) for batch in read)
+    return pa.RecordBatchReader.from_batches(schema, rebatch(fit, batch_size))
 
 
 def dump_to_parquet_files(

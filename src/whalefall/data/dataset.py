@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from whalefall.data import paths as names
 from whalefall.data.constants import DEFAULT_BATCH_SIZE, GB, split_into_rows
 from whalefall.data.errors import PlanError
+from whalefall.data.reading import guarded, reading
 from whalefall.data.template import fragment
 from whalefall.errors import MissingError
 
@@ -93,8 +94,12 @@ class DataSet:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are; reads the files where their footers do not tell."""
-        return int(self._query("select count(*) from {}").fetchall()[0][0])
+        """How many rows there are; reads the files where their footers do not tell.
+
+        Raises: MissingError, CorruptError, PlanError, as all that reads does.
+        """
+        with reading(self):
+            return int(self._query("select count(*) from {}").fetchall()[0][0])
 
     @property
     def empty(self) -> bool:
@@ -177,7 +182,9 @@ class DataSet:
         """All rows as a `pyarrow.Table`."""
         from whalefall.data.arrowio import cast_columns_to_large_string
 
-        return cast_columns_to_large_string(self._query("select * from {}", conn).to_arrow_table())
+        with reading(self):
+            table = self._query("select * from {}", conn).to_arrow_table()
+        return cast_columns_to_large_string(table)
 
     def to_batch_reader(
         self, batch_size: int = DEFAULT_BATCH_SIZE, filesystem: Any = None, conn: Any = None
@@ -187,8 +194,10 @@ class DataSet:
 
         from whalefall.data.arrowio import rebatch
 
-        reader = self._query("select * from {}", conn).to_arrow_reader(batch_size)
-        return pa.RecordBatchReader.from_batches(reader.schema, rebatch(reader, batch_size))
+        with reading(self):
+            reader = self._query("select * from {}", conn).to_arrow_reader(batch_size)
+        batches = rebatch(guarded(reader, self), batch_size)
+        return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
     def to_pandas(self) -> Any:
         """All rows as a `pandas.DataFrame`."""
@@ -216,33 +225,15 @@ class DataSet:
 
     def relocated(self, old: str, new: str) -> DataSet:
         """The data set after its folder `old` was renamed to `new`."""
-        return self.with_paths([move(path, old, new) for path in self.resolved_paths])
+        return self.with_paths([names.move(path, old, new) for path in self.resolved_paths])
 
     def identity(self) -> list[Any]:
         """What a task's content hash takes of its input: names, sizes and times of the files."""
-        return [type(self).__name__, self._settings(), [stamp(p) for p in self.resolved_paths]]
-
-
-def move(path: str, old: str, new: str) -> str:
-    """`path` with the folder `old` at its head replaced by `new`."""
-    return new + path[len(old) :] if path.startswith(old + "/") else path
-
-
-def stamp(path: str) -> list[Any]:
-    """A file's name, size and modification time; only the name where that cannot be had."""
-    import os
-
-    try:
-        if names.is_url(path):
-            import fsspec
-
-            filesystem, inner = fsspec.core.url_to_fs(path)
-            info = filesystem.info(inner)
-            return [path, info.get("size"), str(info.get("mtime") or info.get("ETag") or "")]
-        status = os.stat(path)
-    except (OSError, ImportError, ValueError):
-        return [path]
-    return [path, status.st_size, status.st_mtime_ns]
+        return [
+            type(self).__name__,
+            self._settings(),
+            [names.stamp(p) for p in self.resolved_paths],
+        ]
 
 
 class FileSet(DataSet):
@@ -375,7 +366,7 @@ class JsonDataSet(TextDataSet):
 
 
 def _size(path: str) -> int:
-    facts = stamp(path)
+    facts = names.stamp(path)
     return int(facts[1] or 0) if len(facts) > 1 else 0
 
 

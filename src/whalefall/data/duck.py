@@ -12,6 +12,7 @@ from typing import Any
 
 from whalefall.data.errors import PlanError, SqlError
 from whalefall.data.paths import is_url
+from whalefall.data.reading import condensed
 
 __all__ = ["connect", "execute", "forget_remote", "register_remote", "task_cursor"]
 
@@ -81,7 +82,9 @@ def execute(conn: Any, query: str, where: str) -> Any:
     try:
         return conn.execute(query).fetchall()
     except duckdb.Error as error:
-        text = str(error).strip()
+        text = condensed(str(error))
+        if "No space left" in text:
+            text += "; free space there, or choose another data_root"
         raise SqlError(f"{where}: {text}\nin the query: {query}") from None
 
 

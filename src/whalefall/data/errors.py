@@ -16,6 +16,7 @@ __all__ = [
     "WorkerLost",
     "WriteError",
     "failure_like",
+    "within",
     "writing",
 ]
 
@@ -25,6 +26,8 @@ REMEDIES = {
     errno.EACCES: "choose a folder that this user may write to",
     errno.EPERM: "choose a folder that this user may write to",
     errno.EROFS: "choose a folder that can be written to",
+    errno.ENOENT: "make the folder first",
+    errno.EISDIR: "it is a folder, wanted a file",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
 }
@@ -70,6 +73,23 @@ def writing(target: str) -> Iterator[None]:
         remedy = REMEDIES.get(error.errno or 0, "what was there before is untouched")
         made = WriteError(f"{target}: not written: {reason}; {remedy}")
         made.errno = error.errno
+        raise made from None
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Put the task and partition before our errors that do not begin with one."""
+    try:
+        yield
+    except WhalefallError as error:
+        if str(error).startswith((place.split(" (")[0], "SQL node", "exchange node")):
+            raise
+        try:
+            made = type(error)(f"{place}: {error}")
+        except TypeError:  # a class that takes more than a message
+            raise error from None
+        if isinstance(error, OSError) and isinstance(made, OSError):
+            made.errno = error.errno
         raise made from None
 
 

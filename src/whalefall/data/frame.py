@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from whalefall.data.constants import DEFAULT_BATCH_SIZE
 from whalefall.data.dataset import DataSet
-from whalefall.data.errors import PlanError
+from whalefall.data.errors import PlanError, within
 from whalefall.data.memory import ArrowTableDataSet, PandasDataSet
 from whalefall.data.nodes import (
     ArrowBatchNode,
@@ -55,9 +55,9 @@ class DataFrame(RelationalMixin):
         return DataFrame(self.session, node)
 
     # -- computing
-    def _run(self) -> list[DataSet]:
-        """Compute; the data set of each partition."""
-        return self.session._run(self.plan).partitions()
+    def _run(self) -> list[tuple[str, DataSet]]:
+        """Compute; the data set of each partition, with its name for errors."""
+        return self.session._run(self.plan).named_partitions()
 
     def is_computed(self) -> bool:
         """Whether the result is there, so that an action costs nothing."""
@@ -233,7 +233,11 @@ class DataFrame(RelationalMixin):
 
     def count(self) -> int:
         """How many rows; from the files' footers where there are any."""
-        return sum(dataset.num_rows for dataset in self._run())
+        total = 0
+        for name, dataset in self._run():
+            with within(name):
+                total += dataset.num_rows
+        return total
 
     def take(self, limit: int) -> list[dict[str, Any]]:
         """The first rows as dicts."""
@@ -254,10 +258,21 @@ class DataFrame(RelationalMixin):
         """All rows as a `pyarrow.Table`; strings are `large_string`."""
         from whalefall.data.arrowio import cast_columns_to_large_string, concat
 
-        parts = [d for d in self._run() if not isinstance(d, ParquetDataSet) or d.resolved_paths]
-        tables = [part.to_arrow_table() for part in parts]
-        full = [table for table in tables if table.num_rows] or tables[:1]
-        return cast_columns_to_large_string(concat(full))
+        parts = [
+            (name, dataset)
+            for name, dataset in self._run()
+            if not isinstance(dataset, ParquetDataSet) or dataset.resolved_paths
+        ]
+        tables = []
+        for name, dataset in parts:
+            with within(name):
+                tables.append((name, dataset.to_arrow_table()))
+        full = [item for item in tables if item[1].num_rows] or tables[:1]
+        if full and not any(dataset._union_by_name for _, dataset in parts):
+            from whalefall.data.schemas import same_columns
+
+            same_columns([(name, table.column_names) for name, table in full])
+        return cast_columns_to_large_string(concat([table for _, table in full]))
 
     # -- looking at it
     def explain(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from whalefall.data import dataset as datasets
 from whalefall.data import storage
 from whalefall.data.dataset import DataSet
-from whalefall.data.errors import TaskFailed, WorkerLost, failure_like, writing
+from whalefall.data.errors import TaskFailed, WorkerLost, failure_like, within, writing
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, perform
 from whalefall.data.parquet import ParquetDataSet
 from whalefall.data.paths import is_url
@@ -206,13 +206,12 @@ class Job:
 
     def _run_here(self, work: Work) -> None:
         try:
-            outputs = perform(work)
-            self._commit(work.task, outputs, work.output_dir)
-        except BaseException as error:
+            with within(place_of(work.task)):
+                outputs = perform(work)
+                self._commit(work.task, outputs, work.output_dir)
+        except BaseException:
             for folder in (work.output_dir, work.temp_dir):
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, WhalefallError):
-                raise located(work.task, error) from None
             raise
 
     def _take(self, outcome: Outcome, state: Scheduler, tasks: dict[str, Task]) -> None:
@@ -240,7 +239,8 @@ class Job:
                 raise WorkerLost(f"{task.label}: {state.failed.reason}")
             return
         state.raised(task.key, outcome.text)
-        raise task_error(task, outcome)
+        with within(place_of(task)):
+            raise task_error(task, outcome)
 
     def _work_dirs(self, task: Task, attempt: int) -> tuple[str, str]:
         name = f"{task.label}-{task.key[:12]}.{attempt}"
@@ -253,7 +253,7 @@ class Job:
 def task_error(task: Task, outcome: Raised) -> WhalefallError:
     """What the driver raises: our own errors as they are, the user's with its traceback."""
     if isinstance(outcome.error, WhalefallError) and not isinstance(outcome.error, TaskFailed):
-        return located(task, outcome.error)
+        return outcome.error
     return failure_like(f"{place_of(task)} failed\n{outcome.text}", outcome.error)
 
 
@@ -261,13 +261,3 @@ def place_of(task: Task) -> str:
     """The task and its partition, for an error."""
     where = ", ".join(str(info) for info in task.partition_key) or "the only partition"
     return f"{task.label} ({where})"
-
-
-def located(task: Task, error: WhalefallError) -> WhalefallError:
-    """The error with its task and partition before it, where it does not tell them itself."""
-    if str(error).startswith((task.label, "SQL node", "exchange node")):
-        return error
-    made = type(error)(f"{place_of(task)}: {error}")
-    if isinstance(error, OSError) and isinstance(made, OSError):
-        made.errno = error.errno
-    return made

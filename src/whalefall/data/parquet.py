@@ -17,8 +17,9 @@ from whalefall.data.constants import (
     PARQUET_METADATA_KEY_PREFIX,
     split_into_rows,
 )
-from whalefall.data.dataset import DataSet, move, quote
+from whalefall.data.dataset import DataSet, quote
 from whalefall.data.errors import PlanError
+from whalefall.data.paths import move
 from whalefall.data.rowrange import RowRange
 
 __all__ = ["ParquetDataSet"]
@@ -135,10 +136,20 @@ class ParquetDataSet(DataSet):
             register_remote(conn, self.resolved_paths)
         if not self.resolved_paths:
             raise PlanError(f"{self}: no Parquet file matches, so there is no schema to read by")
-        pieces = list(self._pieces())
-        return pieces[0] if len(pieces) == 1 else "(" + " union all ".join(pieces) + ")"
+        pieces = list(self._pieces(self._differ()))
+        return pieces[0] if len(pieces) == 1 else "(" + " union all by name ".join(pieces) + ")"
 
-    def _pieces(self) -> Iterable[str]:
+    def _differ(self) -> bool:
+        """Whether the files' types (or, by name, columns) differ; PlanError where they may not."""
+        if len(set(self.resolved_paths)) < 2:
+            return False
+        from whalefall.data.schemas import common_schema
+
+        columns = self.columns if self._plain_columns() else None
+        by_name = self._union_by_name or (self.columns is not None and columns is None)
+        return not common_schema(self.resolved_paths, columns, by_name)[1]
+
+    def _pieces(self, differ: bool) -> Iterable[str]:
         """One `select` for each run of whole files, and for each part of a file."""
         run: list[str] = []
         for path, part in self._path_ranges():
@@ -146,21 +157,21 @@ class ParquetDataSet(DataSet):
                 run.append(path)
                 continue
             if run:
-                yield self._select(run)
+                yield self._select(run, differ)
                 run = []
-            yield self._select([path], part)
+            yield self._select([path], differ, part)
         if run:
-            yield self._select(run)
+            yield self._select(run, differ)
 
     def _path_ranges(self) -> Iterable[tuple[str, RowRange | None]]:
         if self._ranges is None:
             return [(path, None) for path in self.resolved_paths]
         return [(r.path, None if r.whole else r) for r in self._ranges]
 
-    def _select(self, files: Sequence[str], part: RowRange | None = None) -> str:
+    def _select(self, files: Sequence[str], differ: bool, part: RowRange | None = None) -> str:
         generated = self.generated_columns or []
         options = ["hive_partitioning=false"]
-        if self.union_by_name:
+        if self.union_by_name or differ:
             options.append("union_by_name=true")
         options += [f"{name}=true" for name in generated if name != "file_row_number" or not part]
         where, star = "", "*"
@@ -182,11 +193,14 @@ class ParquetDataSet(DataSet):
         if conn is not None or self.generated_columns or not self._plain_columns():
             return super().to_arrow_table(max_workers, filesystem, conn)
         from whalefall.data.arrowio import load_from_parquet_files
+        from whalefall.data.schemas import common_schema
 
         parts = self.resolved_row_ranges
         if not parts:
             raise PlanError(f"{self}: no Parquet file matches, so there is no schema to read by")
-        table = load_from_parquet_files(parts, self.columns, max_workers, filesystem)
+        by_name = self._union_by_name
+        schema, _ = common_schema([p.path for p in parts], self.columns, by_name, filesystem)
+        table = load_from_parquet_files(parts, schema.names, max_workers, filesystem, by_name)
         return table.replace_schema_metadata(without_task_keys(table.schema.metadata))
 
     def _plain_columns(self) -> bool:
@@ -201,7 +215,7 @@ class ParquetDataSet(DataSet):
 
         return build_batch_reader_from_files(
             self.resolved_row_ranges, columns=self.columns, batch_size=batch_size,
-            filesystem=filesystem,
+            filesystem=filesystem, union_by_name=self._union_by_name,
         )  # fmt: skip
 
     # -- dividing

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from whalefall.errors import MissingError
 
-__all__ = ["has_magic", "is_url", "resolve", "to_absolute"]
+__all__ = ["has_magic", "is_url", "move", "resolve", "stamp", "to_absolute"]
 
 
 def has_magic(text: str) -> bool:
@@ -80,3 +81,23 @@ def _resolve_url(url: str, recursive: bool, suffix: str) -> list[str]:
     else:
         return [url]
     return [filesystem.unstrip_protocol(name) for name in names]
+
+
+def move(path: str, old: str, new: str) -> str:
+    """`path` with the folder `old` at its head replaced by `new`."""
+    return new + path[len(old) :] if path.startswith(old + "/") else path
+
+
+def stamp(path: str) -> list[Any]:
+    """A file's name, size and modification time; only the name where that cannot be had."""
+    try:
+        if is_url(path):
+            import fsspec
+
+            filesystem, inner = fsspec.core.url_to_fs(path)
+            info = filesystem.info(inner)
+            return [path, info.get("size"), str(info.get("mtime") or info.get("ETag") or "")]
+        status = os.stat(path)
+    except (OSError, ImportError, ValueError):
+        return [path]
+    return [path, status.st_size, status.st_mtime_ns]

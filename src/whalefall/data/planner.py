@@ -51,8 +51,18 @@ class ExecutionPlan:
 
     def partitions(self, group: TaskGroup | None = None) -> list[DataSet]:
         """The result's partitions, in order; the plan must have run."""
+        return [dataset for _, dataset in self.named_partitions(group)]
+
+    def named_partitions(self, group: TaskGroup | None = None) -> list[tuple[str, DataSet]]:
+        """As `partitions`, each with the task and partition that it comes from, for errors."""
         chosen = self.group if group is None else group
-        return [resolve_input(chosen.parts[key], self.results) for key in sorted(chosen.parts)]
+        found = []
+        for key in sorted(chosen.parts):
+            where = ", ".join(map(str, key)) or "the only partition"
+            refs = chosen.parts[key]
+            name = f"{refs[0].task.label} ({where})"
+            found.append((name, resolve_input(refs, self.results)))
+        return found
 
     @property
     def final_output(self) -> DataSet:

@@ -198,14 +198,22 @@ class Session:
 
     def from_pandas(self, df: Any) -> DataFrame:
         """A frame of a `pandas.DataFrame`."""
+        import pandas as pd
+
         from whalefall.data.memory import PandasDataSet
 
+        if not isinstance(df, pd.DataFrame):
+            raise PlanError(f"from_pandas: got {type(df).__name__}, wanted a pandas.DataFrame")
         return self._frame(DataSourceNode(self._ctx, PandasDataSet(df)))
 
     def from_arrow(self, table: Any) -> DataFrame:
         """A frame of a `pyarrow.Table`."""
+        import pyarrow as pa
+
         from whalefall.data.memory import ArrowTableDataSet
 
+        if not isinstance(table, pa.Table):
+            raise PlanError(f"from_arrow: got {type(table).__name__}, wanted a pyarrow.Table")
         return self._frame(DataSourceNode(self._ctx, ArrowTableDataSet(table)))
 
     # -- queries
@@ -324,7 +332,10 @@ def _anchored(paths: str | Iterable[str]) -> list[str]:
     """The paths made absolute now, since the current folder may change before they are read."""
     from whalefall.data.paths import to_absolute
 
-    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    alone = isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable)
+    listed: list[Any] = [paths] if alone else list(paths)
+    if not all(isinstance(path, str | os.PathLike) for path in listed):
+        raise PlanError(f"paths are {paths!r}, wanted a path or a list of paths")
     return [to_absolute(os.fspath(path)) for path in listed]
 
 

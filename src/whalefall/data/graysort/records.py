@@ -101,6 +101,8 @@ def count_records(path: str) -> int:
         size = os.path.getsize(path)
     except OSError as error:
         raise MissingError(f"{path}: {error.strerror}") from None
+    if os.path.isdir(path):
+        raise ConfigError(f"{path} is a folder, wanted a file of records")
     if size % RECORD_BYTES:
         raise ConfigError(f"{path}: {size} bytes, wanted a multiple of {RECORD_BYTES}")
     return size // RECORD_BYTES

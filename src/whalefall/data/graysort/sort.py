@@ -66,6 +66,8 @@ def sort_file(
     folder = os.path.dirname(os.path.abspath(target))
     if not os.path.isdir(folder):
         raise ConfigError(f"sort: {folder} is no folder")
+    if temp_dir and not os.path.isdir(temp_dir):
+        raise ConfigError(f"sort: temp_dir is {temp_dir!r}, wanted a folder to spill to")
     with writing(target), ExitStack() as stack:
         own = spill = stack.enter_context(scratch_folder(target))
         if temp_dir:

@@ -104,7 +104,9 @@ class FunctionTask(Task):
                 writer.write(table)
         if not writer.num_rows and empty is not None and empty.num_columns:
             writer.write(empty)
-        return [writer.close()]
+        made = writer.close()
+        made._union_by_name = True  # a function may give each partition other columns
+        return [made]
 
     def _checked(self, item: Any) -> Any:
         import pyarrow as pa

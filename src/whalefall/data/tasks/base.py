@@ -262,14 +262,14 @@ class Task:
 
     def create_input_views(self, conn: Any, inputs: Sequence[DataSet]) -> list[str]:
         """Make a view of each input; returns their names."""
-        from whalefall.data.duck import execute
+        from whalefall.data.reading import reading
 
         views = []
         for index, dataset in enumerate(inputs):
             name = f"__input_{index}"
-            fragment = dataset.sql_query_fragment(conn=conn)
-            execute(
-                conn, f"create or replace temp view {name} as select * from {fragment}", self.label
-            )
+            with reading(dataset):
+                source = dataset.sql_query_fragment(conn=conn)
+                statement = f"create or replace temp view {name} as select * from {source}"
+                conn.execute(statement).fetchall()
             views.append(name)
         return views

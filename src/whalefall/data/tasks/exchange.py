@@ -16,6 +16,7 @@ from whalefall.data.dataset import DataSet, identifier, quote
 from whalefall.data.duck import execute
 from whalefall.data.errors import PartitionError, SqlError
 from whalefall.data.parquet import ParquetDataSet
+from whalefall.data.reading import explained
 from whalefall.data.rowrange import RowRange
 from whalefall.data.runtime import PartitionKey
 from whalefall.data.tasks.base import Input, Task
@@ -64,8 +65,8 @@ class HashPartitionTask(Task):
             self.checked, self.hive, self.volatile,
         )  # fmt: skip
 
-    def _query(self, source: str, conn: Any, inputs: Sequence[DataSet]) -> str:
-        number = f"cast(({self.number(conn, inputs)}) as bigint)"
+    def _query(self, conn: Any, views: Sequence[str]) -> str:
+        number = f"cast(({self.number(conn, views)}) as bigint)"
         if self.checked:
             last = self.num_outputs - 1
             number = (
@@ -76,9 +77,9 @@ class HashPartitionTask(Task):
         name = identifier(self.column or SCRATCH)
         star = f"* exclude ({name})" if self.replaces else "*"
         kind = "::ubigint" if self.column else ""
-        return f"select {star}, {number}{kind} as {name} from {source} as __row"
+        return f"select {star}, {number}{kind} as {name} from {views[0]} as __row"
 
-    def number(self, conn: Any, inputs: Sequence[DataSet]) -> str:
+    def number(self, conn: Any, views: Sequence[str]) -> str:
         """The SQL expression of a row's partition number (`__row` is the row as a struct)."""
         return self.partition_sql
 
@@ -87,9 +88,10 @@ class HashPartitionTask(Task):
         schema_file = file_in(self.runtime_output_abspath, f"{self.output_filename}.schema.parquet")
         conn = self.connect()
         try:
-            inputs[0].require_files()
-            fragment = inputs[0].sql_query_fragment(conn=conn)
-            name, query = identifier(self.column or SCRATCH), self._query(fragment, conn, inputs)
+            for dataset in inputs:
+                dataset.require_files()
+            views = self.create_input_views(conn, inputs)
+            name, query = identifier(self.column or SCRATCH), self._query(conn, views)
             options = self.options.copy_options(self.parquet_metadata())
             stats = self._execute(
                 conn,
@@ -102,20 +104,27 @@ class HashPartitionTask(Task):
                 f"copy (select {columns} from ({query}) limit 0) to {quote(schema_file)} "
                 f"({options})",
             )
+        except SqlError as error:
+            raise explained(error, inputs) from None
         finally:
             conn.close()
-        return self._outputs(stats, schema_file)
+        made = self._outputs(stats, schema_file)
+        for part in made:
+            part._union_by_name = inputs[0]._union_by_name
+        return made
 
     def _execute(self, conn: Any, statement: str) -> list[tuple[Any, ...]]:
-        where = f"exchange node {self.node_id}"
+        place = ", ".join(str(info) for info in self.partition_key)
+        where = f"exchange node {self.node_id}" + (f", partition {place}" if place else "")
         try:
             rows: list[tuple[Any, ...]] = execute(conn, statement, where)
         except SqlError as error:
-            text = str(error)
-            if "partition key" in text and ("out of range" in text or "is NULL" in text):
-                begin = text.index("partition key ")
-                raise PartitionError(f"{where}: {text[begin:].splitlines()[0]}") from None
-            raise
+            head = str(error).partition("\n")[0]  # below it is the query, with both texts
+            if "partition key" in head and ("out of range" in head or "is NULL" in head):
+                begin = head.index("partition key ")
+                raise PartitionError(f"{where}: {head[begin:]}") from None
+            shown = f"select {self.partition_sql} from __input_0"
+            raise SqlError(str(error).replace(statement, shown)) from None
         return rows
 
     def _outputs(self, stats: Sequence[Sequence[Any]], schema_file: str) -> list[DataSet]:
@@ -157,13 +166,11 @@ class RangePartitionTask(HashPartitionTask):
     def content(self) -> Sequence[Any]:
         return (*super().content(), self.split_points)
 
-    def number(self, conn: Any, inputs: Sequence[DataSet]) -> str:
+    def number(self, conn: Any, views: Sequence[str]) -> str:
         points = self.split_points
-        if len(inputs) > 1:
-            fragment = inputs[1].sql_query_fragment(conn=conn)
-            points = [
-                row[0] for row in execute(conn, f"select k from {fragment} order by k", self.label)
-            ]
+        if len(views) > 1:
+            query = f"select k from {views[1]} order by k"
+            points = [row[0] for row in execute(conn, query, self.label)]
         return range_number(self.partition_sql, points)
 
 

@@ -10,6 +10,7 @@ from whalefall.data.dataset import DataSet, identifier, quote
 from whalefall.data.duck import execute
 from whalefall.data.errors import SqlError
 from whalefall.data.parquet import ParquetDataSet
+from whalefall.data.reading import explained
 from whalefall.data.rowrange import RowRange
 from whalefall.data.runtime import PartitionKey
 from whalefall.data.tasks.base import Input, Task
@@ -81,7 +82,11 @@ class SqlEngineTask(Task):
                 query = render(template, views, names).strip().rstrip(";").rstrip()
                 if index + 1 < len(self.queries):
                     execute(conn, query, self.where())
-            return [self._copy(conn, query, path)]
+            made = self._copy(conn, query, path)
+            made._union_by_name = any(d._union_by_name for d in inputs)
+            return [made]
+        except SqlError as error:
+            raise explained(error, inputs) from None
         finally:
             conn.close()
 
