@@ -46,13 +46,13 @@ def against_gloo(size: int, tokens: int, rounds: int, name: str) -> list[Row]:
     ours = times["dispatch"] + times["combine"]
     theirs = times["gloo dispatch"] + times["gloo combine"]
     moved = 2 * statistics.mean(one["bytes"] for one in said)
-    copy = 64 * 2**20 / times["copy"]
     what = f"{name}: {tokens} tokens × {HIDDEN}, top-8, {size} ranks"
     rows = [
         Row(f"{what}, dispatch + combine", f"gloo all_to_all_single, torch {said[0]['torch']}",
             ">= 5x", ours * 1e3, theirs * 1e3, "ms", theirs / ours, theirs / ours >= 5)
     ]  # fmt: skip
     if name == "prefill":
+        copy = 64 * 2**20 / times["copy"]
         share = moved / ours / copy
         rows.append(
             Row(f"{what}, received bytes a second and rank", "plain copy, all ranks at once",

@@ -29,7 +29,6 @@ __all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16
 THREAD_BYTES = 4 << 20  # what makes another thread worth waking
-MAX_ROW_BYTES = (1 << 17) - 4 * 256
 
 
 class Combining:
@@ -107,8 +106,6 @@ class Combining:
         K, selection = handle.want.top_k, handle.want.per_selection
         tail = 4 * K if row_weights is not None else 0
         row = -(-(-(-hidden * x.itemsize // 4) * 4 + tail) // 64) * 64
-        if row > MAX_ROW_BYTES:
-            raise LimitError(f"ep: combine: rows of {row} bytes, wanted at most {MAX_ROW_BYTES}")
         spread = K if selection else self.size
         block = self._block(row * spread, "combine")
         ticks = -(-int(handle.tokens.max(initial=0)) // block)

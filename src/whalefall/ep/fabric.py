@@ -30,9 +30,10 @@ __all__ = ["Fabric", "Lock", "Plan"]
 
 PAGE = 4096
 MAILBOXES = 8
-# Busy waiting pays only where every rank has a core of its own; there some 0.4 ms of it, since to
-# be woken takes longer than most waits of a small collective.
-SPINS_ALONE, SPINS_CROWDED = 30_000, 50
+# Looking again and again pays where every rank has a core of its own; there for some 0.4 ms, since
+# to be woken takes longer than most waits of a small collective. With more ranks than cores a rank
+# gives its core away between looks, so often.
+SPINS_ALONE, SPINS_CROWDED = 30_000, 100
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -165,8 +166,8 @@ class Fabric:
         alone = len(self.locals) <= len(os.sched_getaffinity(0))
         return GroupView(
             self.rank, R, self.locals.index(self.rank), len(self.locals), plan.slots,
-            SPINS_ALONE if alone else SPINS_CROWDED, lock.region.descriptor, plan.shrink,
-            plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes, MAILBOXES,
+            SPINS_ALONE if alone else SPINS_CROWDED, not alone, lock.region.descriptor,
+            plan.shrink, 0, plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes, MAILBOXES,
             *(a.ctypes.data for a in arrays), self._regions[self.rank].descriptor, slots_at,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ class GroupView(ctypes.Structure):
     """`wf_ep::Group`: what this process knows of its group's shared memory."""
 
     _fields_ = _fields(
-        ("rank num_ranks local num_local slots spins lock shrink", _I32),
+        ("rank num_ranks local num_local slots spins crowded lock shrink pad", _I32),
         ("slot_bytes timeout_ns mailbox_bytes mailboxes", _I64),
         ("rank_of local_of owner control stream mailbox slot shared masked reserved", _P),
         ("memory_file slot_offset", _I64),

@@ -97,111 +97,126 @@ struct Reader {
 inline void add_weights(const Combine& c, const Terms& terms, int64_t t) {
   float* out = c.out_weights + t * c.top_k;
   for (int64_t k = 0; k < c.top_k; k++) out[k] = 0;
-  for (int j = 0; j < terms.n; j++) {
-    auto* from = reinterpret_cast<const float*>(terms.row[j] + weights_at(c));
-    for (int64_t k = 0; k < c.top_k; k++) out[k] += from[k];
-  }
+  for (int j = 0; j < terms.n; j++)
+    for (int64_t k = 0; k < c.top_k; k++) out[k] += terms.row_weights[j][k];
 }
 
-// The local rank and rank of expert selection (t, k), or false for -1.
+// The rank of an expert, or false for -1.
 inline bool rank_of_expert(const Combine& c, int64_t expert, int* rank) {
   if (expert < 0) return false;
   *rank = static_cast<int>(expert / c.experts_per_rank);
   return true;
 }
 
+// Finds the rows of this rank's tokens of a block, in the order in which they are added.
+struct Collector {
+  const Group& g;
+  const Combine& c;
+  Reader reader;
+  int64_t own;  // this rank's next own entry
+  int64_t remote_bytes, remote_next[64] = {};
+
+  Collector(const Group& g, const Combine& c, uint32_t tick, int64_t max_entries, int64_t stride,
+            int64_t own)
+      : g(g),
+        c(c),
+        reader(g, c, g.rank, tick, max_entries, stride),
+        own(own),
+        remote_bytes(up(weights_at(c) + tail(c), 64)) {}
+
+  // The next row that `rank` has for this rank; null where that rank is masked.
+  const uint8_t* next(int rank, const float** weights) {
+    if (rank == g.rank) {
+      int64_t j = own++, from = c.order ? c.order[j] : j;
+      *weights = c.row_weights ? c.row_weights + from * c.top_k : nullptr;
+      return c.x + from * c.x_stride;
+    }
+    const uint8_t* row;
+    if (g.local_of[rank] >= 0) {
+      if (g.masked[rank]) return nullptr;
+      row = reader.take(g.local_of[rank]);
+    } else {
+      int host = c.host_of[rank];
+      row = c.remote[host] + remote_next[host]++ * remote_bytes;
+    }
+    *weights = reinterpret_cast<const float*>(row + weights_at(c));
+    return row;
+  }
+
+  void push(Terms& terms, int rank, float weight, int host) {
+    const uint8_t* row = next(rank, &terms.row_weights[terms.n]);
+    if (!row) return;
+    terms.row[terms.n] = row;
+    terms.weight[terms.n] = weight;
+    terms.host[terms.n++] = host;
+  }
+
+  void collect(int64_t t, Terms& terms) {
+    terms.n = 0;
+    if (c.per_selection) {
+      for (int64_t k = 0; k < c.top_k; k++) {
+        int rank;
+        if (rank_of_expert(c, c.topk_idx[t * c.top_k + k], &rank))
+          push(terms, rank, c.topk_weights[t * c.top_k + k], 0);
+      }
+      return;
+    }
+    const uint8_t* wanted = c.in_rank + t * g.num_ranks;
+    int host_done = -1;
+    for (int rank = 0; rank < g.num_ranks; rank++) {
+      if (!wanted[rank]) continue;
+      int host = c.num_hosts > 1 ? c.host_of[rank] : 0;
+      bool remote = g.local_of[rank] < 0;
+      if (remote && host == host_done) continue;  // one row a host; its ranks are neighbours
+      push(terms, rank, 1, host);
+      if (remote) host_done = host;
+    }
+  }
+
+  // Put out the rows of token t unadded, zeros where there is none; `skip`: only move on.
+  void put(int64_t t, bool skip) {
+    int64_t bytes = c.hidden * elem(c);
+    auto* to = static_cast<uint8_t*>(c.out) + t * c.top_k * bytes;
+    for (int64_t k = 0; k < c.top_k; k++, to += bytes) {
+      int rank;
+      const float* weights;
+      bool there = rank_of_expert(c, c.topk_idx[t * c.top_k + k], &rank);
+      const uint8_t* row = there ? next(rank, &weights) : nullptr;
+      if (skip) continue;
+      if (row)
+        copy_row(to, row, bytes, c.big);
+      else
+        memset(to, 0, bytes);
+    }
+  }
+};
+
 // Add up this rank's tokens [first, end) of a block that begins at `begin`; those before `first`
 // only move the readers on. `own`: this rank's next own entry.
 inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t first, int64_t end,
                       uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
-  Reader reader(g, c, g.rank, tick, max_entries, stride);
-  int64_t remote_bytes = up(weights_at(c) + tail(c), 64), remote_next[64] = {};
-  // Own rows carry their weights elsewhere: copy them beside when weights are added.
-  alignas(64) static thread_local uint8_t own_copies[2][1 << 17];
-  bool skip = true;
-  // A token is added up once the next one's rows are known.
+  Collector collector(g, c, tick, max_entries, stride, *own);
   Terms two[2];
-  int64_t waiting = -1;  // the token in two[waiting % 2]
+  int64_t waiting =
+      -1;  // the token in two[waiting % 2]: added up once the next one's rows are known
   auto finish = [&](const Terms* next) {
     if (waiting < 0) return;
     add_terms(c, two[waiting % 2], waiting, next);
     if (c.out_weights) add_weights(c, two[waiting % 2], waiting);
   };
-  int64_t now = begin;
-  auto own_row = [&]() -> const uint8_t* {
-    int64_t j = (*own)++, from = c.order ? c.order[j] : j;
-    const uint8_t* row = c.x + from * c.x_stride;
-    if (!c.row_weights || skip) return row;
-    uint8_t* own_copy = own_copies[now % 2];
-    memcpy(own_copy, row, c.hidden * elem(c));
-    memcpy(own_copy + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
-    return own_copy;
-  };
   for (int64_t t = begin; t < end; t++) {
-    skip = t < first;
-    now = t;
-    Terms& terms = two[t % 2];
-    terms.n = 0;
-    auto push = [&](const uint8_t* row, float weight, int host) {
-      terms.row[terms.n] = row;
-      terms.weight[terms.n] = weight;
-      terms.host[terms.n++] = host;
-    };
-    auto next_remote = [&](int host) {
-      return c.remote[host] + remote_next[host]++ * remote_bytes;
-    };
-    if (c.per_selection) {
-      for (int64_t k = 0; k < c.top_k; k++) {
-        int rank;
-        if (!rank_of_expert(c, c.topk_idx[t * c.top_k + k], &rank)) {
-          if (!c.topk_weights && !skip)
-            memset(static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c), 0,
-                   c.hidden * elem(c));
-          continue;
-        }
-        const uint8_t* row = nullptr;
-        if (rank == g.rank) {
-          row = own_row();
-        } else if (g.local_of[rank] >= 0) {
-          if (!g.masked[rank]) row = reader.take(g.local_of[rank]);
-        } else {
-          row = next_remote(c.host_of[rank]);
-        }
-        if (skip) continue;
-        if (!c.topk_weights) {
-          uint8_t* to = static_cast<uint8_t*>(c.out) + (t * c.top_k + k) * c.hidden * elem(c);
-          if (row)
-            memcpy(to, row, c.hidden * elem(c));
-          else
-            memset(to, 0, c.hidden * elem(c));
-        } else if (row) {
-          push(row, c.topk_weights[t * c.top_k + k], 0);
-        }
-      }
-      if (!c.topk_weights || skip) continue;
-      finish(&terms);
-      waiting = t;
+    if (c.per_selection && !c.topk_weights) {
+      collector.put(t, t < first);
       continue;
     }
-    const uint8_t* wanted = c.in_rank + t * g.num_ranks;
-    int64_t host_done = -1;
-    for (int rank = 0; rank < g.num_ranks; rank++) {
-      if (!wanted[rank]) continue;
-      int host = c.num_hosts > 1 ? c.host_of[rank] : 0;
-      if (rank == g.rank) {
-        push(own_row(), 1, host);
-      } else if (g.local_of[rank] >= 0) {
-        push(reader.take(g.local_of[rank]), 1, host);
-      } else if (host != host_done) {  // one row a host; its ranks are neighbours
-        push(next_remote(host), 1, host);
-        host_done = host;
-      }
-    }
-    if (skip) continue;
+    Terms& terms = two[t % 2];
+    collector.collect(t, terms);
+    if (t < first) continue;
     finish(&terms);
     waiting = t;
   }
   finish(nullptr);
+  *own = collector.own;
 }
 
 // What a proxy sends for tokens [first, last) of its list: the host's sums, or its rows.
@@ -225,8 +240,12 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
       continue;
     }
     Terms terms;
-    for (int l = 0; l < g.num_local; l++)
-      if (mask[j] >> l & 1) terms.row[terms.n++] = reader.take(l);
+    for (int l = 0; l < g.num_local; l++) {
+      if (!(mask[j] >> l & 1)) continue;
+      const uint8_t* row = reader.take(l);
+      terms.row_weights[terms.n] = reinterpret_cast<const float*>(row + weights_at(c));
+      terms.row[terms.n++] = row;
+    }
     Combine one = c;  // a plain sum of these rows, in the rows' type
     one.bias[0] = one.bias[1] = nullptr;
     one.num_hosts = 1;

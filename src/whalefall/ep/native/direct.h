@@ -48,36 +48,67 @@ inline T* at_section(uint8_t* piece, int64_t section) {
   return reinterpret_cast<T*>(piece + section);
 }
 
-// Write token t to row `at` of rank r.
-inline void write_row(const Dispatch& d, const Direct& to, const Sections& s, int r, int64_t at,
-                      int64_t t) {
+// Where one token's row goes, over all ranks (and selections).
+struct Places {
+  uint8_t* to[256];
+  int n = 0;
+};
+
+// Copy a token's row to all its places; around the caches it is read once for each two of them.
+inline void copy_to(const Places& places, const uint8_t* from, int64_t bytes, bool past) {
+  int i = 0;
+#if defined(__AVX512F__)
+  auto aligned = [&](int j) { return reinterpret_cast<uintptr_t>(places.to[j]) % 64 == 0; };
+  for (; past && bytes % 64 == 0 && i + 1 < places.n && aligned(i) && aligned(i + 1); i += 2) {
+    auto* one = reinterpret_cast<__m512i*>(places.to[i]);
+    auto* two = reinterpret_cast<__m512i*>(places.to[i + 1]);
+    auto* line = reinterpret_cast<const __m512i*>(from);
+    for (int64_t l = 0; l < bytes / 64; l++) {
+      __m512i value = _mm512_loadu_si512(line + l);
+      _mm512_stream_si512(one + l, value);
+      _mm512_stream_si512(two + l, value);
+    }
+  }
+#endif
+  for (; i < places.n; i++) copy_row(places.to[i], from, bytes, past);
+}
+
+// Token t takes row `at` of rank r: all but its x.
+inline void take_row(const Dispatch& d, const Direct& to, const Sections& s, int r, int64_t at,
+                     int64_t t, Places& places) {
   uint8_t* piece = to.to[r];
-  copy_row(piece + at * d.x_bytes, d.x + t * d.x_stride, d.x_bytes, d.big);
+  places.to[places.n++] = piece + at * d.x_bytes;
   if (d.scale_bytes)
     memcpy(piece + s.scale + at * d.scale_bytes, d.scale + t * d.scale_bytes, d.scale_bytes);
   at_section<int32_t>(piece, s.token)[at] = static_cast<int32_t>(t);
 }
 
-// False where the counts were not true: nothing is written past a piece.
-inline bool write_token(const Dispatch& d, const Direct& to, const Sections& s, int r, int64_t t) {
+// Token t for rank r, a row a selection. False where the counts were not true: nothing is written
+// past a piece.
+inline bool take_selections(const Dispatch& d, const Direct& to, const Sections& s, int r,
+                            int64_t t, Places& places) {
   uint8_t* piece = to.to[r];
   int64_t first = r * d.experts_per_rank;
-  if (d.per_selection) {
-    for (int64_t k = 0; k < d.top_k; k++) {
-      int64_t e = d.topk_idx[t * d.top_k + k];
-      if (e < first || e >= first + d.experts_per_rank) continue;
-      int64_t at = to.next[e]++, j = to.next_order[r]++;
-      if (at >= to.rows[r] || j >= to.rows[r]) return false;
-      write_row(d, to, s, r, at, t);
-      at_section<int64_t>(piece, s.order)[j] = at;
-      at_section<int32_t>(piece, s.order_token)[j] = static_cast<int32_t>(t);
-      if (d.topk_weights) at_section<float>(piece, s.weights)[at] = d.topk_weights[t * d.top_k + k];
-    }
-    return true;
+  for (int64_t k = 0; k < d.top_k; k++) {
+    int64_t e = d.topk_idx[t * d.top_k + k];
+    if (e < first || e >= first + d.experts_per_rank) continue;
+    int64_t at = to.next[e]++, j = to.next_order[r]++;
+    if (at >= to.rows[r] || j >= to.rows[r] || places.n == 256) return false;
+    take_row(d, to, s, r, at, t, places);
+    at_section<int64_t>(piece, s.order)[j] = at;
+    at_section<int32_t>(piece, s.order_token)[j] = static_cast<int32_t>(t);
+    if (d.topk_weights) at_section<float>(piece, s.weights)[at] = d.topk_weights[t * d.top_k + k];
   }
-  int64_t at = to.next[r]++;
+  return true;
+}
+
+// The same, one row.
+inline bool take_token(const Dispatch& d, const Direct& to, const Sections& s, int r, int64_t t,
+                       Places& places) {
+  uint8_t* piece = to.to[r];
+  int64_t first = r * d.experts_per_rank, at = to.next[r]++;
   if (at >= to.rows[r]) return false;
-  write_row(d, to, s, r, at, t);
+  take_row(d, to, s, r, at, t, places);
   for (int64_t k = 0; d.topk_idx && k < d.top_k; k++) {
     int64_t e = d.topk_idx[t * d.top_k + k] - first;
     bool there = e >= 0 && e < d.experts_per_rank;
@@ -89,24 +120,29 @@ inline bool write_token(const Dispatch& d, const Direct& to, const Sections& s, 
   return true;
 }
 
-inline bool write_all(const Group& g, const Dispatch& d, const Direct& to) {
+// Write all tokens to ranks [first, last).
+inline bool write_to(const Group& g, const Dispatch& d, const Direct& to, int first, int last) {
   Sections s[kMaxRanks];
-  for (int r = 0; r < g.num_ranks; r++) s[r] = sections_of(form_of(d), to.rows[r]);
-  auto wanted = [&](int64_t t, int r) { return d.in_rank[t * g.num_ranks + r] != 0; };
-  std::atomic<bool> fits{true};
-  if (d.threads > 1) {  // a receiver each
-    wf::parallel_for(g.num_ranks, [&](int64_t n, int) {
-      int r = static_cast<int>(n);
-      for (int64_t t = 0; t < d.tokens; t++)
-        if (wanted(t, r) && !write_token(d, to, s[r], r, t)) fits = false;
-      if (d.big) fence_streams();
-    });
-    return fits;
+  for (int r = first; r < last; r++) s[r] = sections_of(form_of(d), to.rows[r]);
+  bool fits = true;
+  for (int64_t t = 0; t < d.tokens; t++) {
+    Places places;
+    for (int r = first; r < last; r++)
+      if (d.in_rank[t * g.num_ranks + r])
+        fits &= d.per_selection ? take_selections(d, to, s[r], r, t, places)
+                                : take_token(d, to, s[r], r, t, places);
+    copy_to(places, d.x + t * d.x_stride, d.x_bytes, d.big);
   }
-  for (int64_t t = 0; t < d.tokens; t++)
-    for (int r = 0; r < g.num_ranks; r++)
-      if (wanted(t, r) && !write_token(d, to, s[r], r, t)) fits = false;
   if (d.big) fence_streams();
+  return fits;
+}
+
+inline bool write_all(const Group& g, const Dispatch& d, const Direct& to) {
+  if (d.threads <= 1) return write_to(g, d, to, 0, g.num_ranks);
+  std::atomic<bool> fits{true};  // a receiver each
+  wf::parallel_for(g.num_ranks, [&](int64_t r, int) {
+    if (!write_to(g, d, to, static_cast<int>(r), static_cast<int>(r) + 1)) fits = false;
+  });
   return fits;
 }
 

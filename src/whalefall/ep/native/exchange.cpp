@@ -237,8 +237,12 @@ WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combi
 WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int64_t ticks,
                                 int64_t max_entries, int64_t stride, int64_t* own) {
   const Combine& c = *combine;
+  int64_t staged = 0;
   for (int64_t i = 0; i < ticks; i++) {
-    int64_t status = wf_ep_combine_stage(group, combine, i, max_entries, stride);
+    // One tick ahead, so that no rank waits for what its neighbours are staging now.
+    int64_t status = 0;
+    for (; !status && staged < ticks && staged < i + group->slots; staged++)
+      status = wf_ep_combine_stage(group, combine, staged, max_entries, stride);
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
     if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
     if (status) return status;

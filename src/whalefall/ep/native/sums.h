@@ -1,5 +1,7 @@
-// Sums of bf16 or fp32 rows in fp32, in a fixed order, each column held in a register over all
-// terms.
+// Sums of bf16 or fp32 rows in fp32, in a fixed order, a cache line of the result at a time, held
+// in registers over all terms. Bound: memory. So each row of a token has a load instruction of its
+// own (the number of terms is a template parameter), which the hardware's prefetcher follows: with
+// one loop over the terms it loses the streams, and the sum of two rows takes three times as long.
 #pragma once
 #include "wire.h"
 
@@ -45,161 +47,191 @@ inline uint16_t narrow(float f) {
   return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 | 0x40) : rounded);
 }
 
-// Eight elements at a time; compilers lower these vectors to whatever the level has.
-typedef float F8 __attribute__((vector_size(32)));
-typedef uint32_t U8 __attribute__((vector_size(32)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-typedef uint16_t H8 __attribute__((vector_size(16)));
+// As wide as the level's registers. GCC 12 lowers conversions between 16 and 32 bits badly, so they
+// are intrinsics where the level has them.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WF_EP_512 1
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int kColumns = 32;  // of a step: a cache line of bf16
+constexpr int kWide = kColumns / kLanes;
+typedef float FV __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UV __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IV __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HV __attribute__((vector_size(2 * kLanes)));
 
-inline F8 load8(const uint8_t* row, int64_t at, bool fp32) {
-  F8 out;
+inline FV load(const uint8_t* row, int64_t at, bool fp32) {
+  FV out;
   if (fp32) {
-    memcpy(&out, row + 4 * at, 32);
+    memcpy(&out, row + 4 * at, sizeof out);
     return out;
   }
-  H8 half;
-  memcpy(&half, row + 2 * at, 16);
-  U8 wide = __builtin_convertvector(half, U8) << 16;
-  memcpy(&out, &wide, 32);
-  return out;
-}
-
-inline H8 narrow8(F8 f) {
-  U8 u;
-  memcpy(&u, &f, 32);
-  U8 rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-  I8 nan = (I8)(u & 0x7FFFFFFF) > (I8)(U8{} + 0x7F800000);
-  U8 chosen = ((u >> 16 | 0x40) & (U8)nan) | (rounded & (U8)~nan);
-  return __builtin_convertvector(chosen, H8);
-}
-
-// Two vectors to 16 bf16 (or fp32) at column `at`; kStream writes around the caches.
-template <bool kStream>
-inline void store16(void* out, int64_t at, F8 low, F8 high, bool fp32) {
-  if (fp32) {
-    memcpy(static_cast<float*>(out) + at, &low, 32);
-    memcpy(static_cast<float*>(out) + at + 8, &high, 32);
-    return;
-  }
-  uint16_t* to = static_cast<uint16_t*>(out) + at;
-#if defined(__AVX2__)
-  auto rounded = [](F8 f) {
-    __m256i u = _mm256_castps_si256((__m256)f);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
-    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps((__m256)f, (__m256)f, _CMP_UNORD_Q));
-    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
-  };
-  __m256i packed = _mm256_packus_epi32(rounded(low), rounded(high));
-  packed = _mm256_permute4x64_epi64(packed, 0xD8);
-  if (kStream)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), packed);
-  else
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  const uint8_t* from = row + 2 * at;
+#if defined(WF_EP_512)
+  auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (FV)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  auto half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (FV)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 #else
-  H8 halves[2] = {narrow8(low), narrow8(high)};
-  memcpy(to, halves, 32);
+  HV half;
+  memcpy(&half, from, sizeof half);
+  return (FV)(__builtin_convertvector(half, UV) << 16);
 #endif
+}
+
+// Each to the nearest bf16, which stands in the upper halves.
+inline UV rounded(FV f) {
+  UV u = (UV)f, near = u + 0x7FFF + (u >> 16 & 1);
+#if defined(WF_EP_512)
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)f, (__m512)f, _CMP_UNORD_Q);
+  return (UV)_mm512_mask_or_epi32((__m512i)near, nan, (__m512i)u, _mm512_set1_epi32(0x400000));
+#else
+  UV nan = (UV)((IV)(u & 0x7FFFFFFF) > (IV)(UV{} + 0x7F800000));
+  return ((u | 0x400000) & nan) | (near & ~nan);
+#endif
+}
+
+// The upper halves of two vectors, beside each other.
+inline UV pack(UV low, UV high) {
+#if defined(WF_EP_512)
+  alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                    23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                    45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return (UV)_mm512_permutex2var_epi16((__m512i)low, _mm512_load_si512(kOdd), (__m512i)high);
+#elif defined(__AVX2__)
+  auto packed = _mm256_packus_epi32((__m256i)(low >> 16), (__m256i)(high >> 16));
+  return (UV)_mm256_permute4x64_epi64(packed, 0xD8);
+#else
+  HV halves[2] = {__builtin_convertvector(low >> 16, HV), __builtin_convertvector(high >> 16, HV)};
+  UV out;
+  memcpy(&out, halves, sizeof out);
+  return out;
+#endif
+}
+
+// `past`: around the caches, to an aligned place.
+inline void put_vector(uint8_t* to, UV value, bool past) {
+#if defined(WF_EP_512)
+  if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#elif defined(__AVX2__)
+  if (past) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#else
+  (void)past;
+#endif
+  memcpy(to, &value, sizeof value);
 }
 
 // The rows of one token: pointers in the order in which they are added.
 struct Terms {
   const uint8_t* row[256];
+  const float* row_weights[256];  // [K] of the row, where they are added up too
   float weight[256];
   int32_t host[256];
   int n = 0;
 };
 
-// Ask for columns [at, at + 64) of the rows of the token after this one: rows lie in different
-// pages, across which the hardware looks ahead badly.
-inline void look_ahead(const Terms* next, int64_t at, int64_t bytes_each) {
-  if (!next) return;
-  for (int j = 0; j < next->n; j++)
-    for (int64_t line = 0; line < 64 * bytes_each; line += 64)
-      __builtin_prefetch(next->row[j] + at * bytes_each + line);
-}
+// Where a token's sum begins and goes; in locals, which no store can change, so that a step is
+// short and many cache lines are on their way at a time.
+struct Target {
+  const uint8_t* bias[2];
+  uint8_t* out;
+  bool fp32, past;  // past: around the caches
+};
 
-// out[t] = bias + terms, columns [at, at + 8 * kWide), each held in a register over all terms.
-template <int kWide, bool kWeighted, bool kFp32, bool kByHost, bool kStream>
-inline void add_columns(const Combine& c, const Terms& terms, int64_t t, int64_t at) {
-  F8 acc[kWide], part[kWide];
-  int64_t base = t * c.hidden + at;
-#pragma GCC unroll 8
-  for (int v = 0; v < kWide; v++) acc[v] = part[v] = F8{} + 0.0f;
-  for (const uint16_t* bias : c.bias) {
-    if (!bias) continue;
-#pragma GCC unroll 8
-    for (int v = 0; v < kWide; v++)
-      acc[v] += load8(reinterpret_cast<const uint8_t*>(bias), base + 8 * v, false);
-  }
-  for (int j = 0; j < terms.n; j++) {
-    const uint8_t* row = terms.row[j];
-    if (!kByHost) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kWide; v++) {
-        F8 value = load8(row, at + 8 * v, kFp32);
-        acc[v] += kWeighted ? value * terms.weight[j] : value;
-      }
-      continue;
-    }
-    bool first = j == 0 || terms.host[j - 1] != terms.host[j];
-    bool last = j + 1 == terms.n || terms.host[j + 1] != terms.host[j];
-#pragma GCC unroll 8
-    for (int v = 0; v < kWide; v++) {
-      F8 value = load8(row, at + 8 * v, kFp32);
-      part[v] = first ? value + 0.0f : part[v] + value;
-      if (!last) continue;  // each host's sum is rounded as it would be on the wire
-      H8 rounded = narrow8(part[v]);
-      acc[v] += kFp32 ? part[v] : load8(reinterpret_cast<const uint8_t*>(&rounded), 0, false);
-    }
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kWide; v += 2)
-    store16<kStream>(c.out, base + 8 * v, acc[v], acc[v + 1], c.out_fp32);
-}
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-// The same for bf16 rows of one host to bf16, 16 elements at a time: columns [at, at + 64).
-template <bool kWeighted, bool kStream>
-inline void add_columns512(const Combine& c, const Terms& terms, int64_t t, int64_t at) {
-  auto load = [](const void* from) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+inline Target target_of(const Combine& c, int64_t t, bool past) {
+  auto bias = [&](int i) {
+    return c.bias[i] ? reinterpret_cast<const uint8_t*>(c.bias[i] + t * c.hidden) : nullptr;
   };
-  int64_t base = t * c.hidden + at;
-  __m512 acc[4];
+  bool fp32 = c.out_fp32 != 0;
+  auto* out = static_cast<uint8_t*>(c.out) + t * c.hidden * (fp32 ? 4 : 2);
+  return {{bias(0), bias(1)}, out, fp32, past};
+}
+
+inline void start(const Target& to, int64_t at, FV* acc) {
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) acc[v] = _mm512_setzero_ps();
-  for (const uint16_t* bias : c.bias) {
+  for (int v = 0; v < kWide; v++) acc[v] = FV{} + 0.0f;
+  for (const uint8_t* bias : to.bias) {
     if (!bias) continue;
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) acc[v] = _mm512_add_ps(acc[v], load(bias + base + 16 * v));
-  }
-  for (int j = 0; j < terms.n; j++) {
-    auto* row = reinterpret_cast<const uint16_t*>(terms.row[j]) + at;
-    __m512 weight = _mm512_set1_ps(terms.weight[j]);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      __m512 value = load(row + 16 * v);
-      acc[v] = _mm512_add_ps(acc[v], kWeighted ? _mm512_mul_ps(value, weight) : value);
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) {
-    __m512i u = _mm512_castps_si512(acc[v]);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
-    __mmask16 nan = _mm512_cmp_ps_mask(acc[v], acc[v], _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-    __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
-    auto* to = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(c.out) + base + 16 * v);
-    kStream ? _mm256_stream_si256(to, half) : _mm256_storeu_si256(to, half);
+    for (int v = 0; v < kWide; v++) acc[v] += load(bias, at + kLanes * v, false);
   }
 }
-#endif
 
-// The same for the last columns, which fill no vector.
+inline void store(const Target& to, int64_t at, const FV* acc) {
+  uint8_t* out = to.out + at * (to.fp32 ? 4 : 2);
+#pragma GCC unroll 4
+  for (int v = 0; v < kWide; v += 2) {
+    if (to.fp32) {
+      put_vector(out + 4 * kLanes * v, (UV)acc[v], to.past);
+      put_vector(out + 4 * kLanes * (v + 1), (UV)acc[v + 1], to.past);
+    } else {
+      put_vector(out + 2 * kLanes * v, pack(rounded(acc[v]), rounded(acc[v + 1])), to.past);
+    }
+  }
+}
+
+// out[t] = bias + kTerms terms (0: any number); returns the columns done. `next`: the token after
+// it, whose rows are asked for, line by line: they lie in other pages, across which the hardware
+// does not look ahead.
+template <int kTerms, bool kWeighted, bool kFp32>
+inline int64_t add_row(const Combine& c, const Terms& terms, int64_t t, bool past,
+                       const Terms& next) {
+  constexpr int kRows = kTerms ? kTerms : 256, kElem = kFp32 ? 4 : 2;
+  int n = kTerms ? kTerms : terms.n;
+  const uint8_t *row[kRows], *ahead[kRows];
+  float weight[kRows];
+  for (int j = 0; j < n; j++) {
+    row[j] = terms.row[j];
+    weight[j] = terms.weight[j];
+    ahead[j] = j < next.n ? next.row[j] : row[j];
+  }
+  const Target to = target_of(c, t, past);
+  int64_t at = 0, end = c.hidden / kColumns * kColumns;
+  for (; at < end; at += kColumns) {
+    FV acc[kWide];
+    start(to, at, acc);
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++) {
+      for (int line = 0; line < kColumns * kElem; line += 64)
+        __builtin_prefetch(ahead[j] + at * kElem + line);
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; v++) {
+        FV value = load(row[j], at + kLanes * v, kFp32);
+        acc[v] += kWeighted ? value * weight[j] : value;
+      }
+    }
+    store(to, at, acc);
+  }
+  return at;
+}
+
+// The same where ranks are on several hosts: each host's sum is rounded as it is on the wire.
+template <bool kFp32>
+inline int64_t add_row_by_host(const Combine& c, const Terms& terms, int64_t t, bool past) {
+  const Target to = target_of(c, t, past);
+  int64_t at = 0;
+  for (; at + kColumns <= c.hidden; at += kColumns) {
+    FV acc[kWide], part[kWide];
+    start(to, at, acc);
+    for (int j = 0; j < terms.n; j++) {
+      bool first = j == 0 || terms.host[j - 1] != terms.host[j];
+      bool last = j + 1 == terms.n || terms.host[j + 1] != terms.host[j];
+      for (int v = 0; v < kWide; v++) {
+        FV value = load(terms.row[j], at + kLanes * v, kFp32);
+        part[v] = first ? value + 0.0f : part[v] + value;
+        if (!last) continue;
+        acc[v] += kFp32 ? part[v] : (FV)(rounded(part[v]) & 0xFFFF0000);
+      }
+    }
+    store(to, at, acc);
+  }
+  return at;
+}
+
+// The same for the last columns, which fill no step.
 inline void add_rest(const Combine& c, const Terms& terms, int64_t t, int64_t at, bool by_host) {
   auto value = [](const uint8_t* row, int64_t i, bool fp32) {
     float f;
@@ -228,48 +260,51 @@ inline void add_rest(const Combine& c, const Terms& terms, int64_t t, int64_t at
   }
 }
 
-template <bool kWeighted, bool kFp32, bool kByHost>
-inline void add_row(const Combine& c, const Terms& terms, int64_t t, const Terms* next) {
-  int64_t at = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  if (!kFp32 && !kByHost && !c.out_fp32) {
-    bool past = c.big && reinterpret_cast<uintptr_t>(c.out) % 32 == 0 && c.hidden % 16 == 0;
-    for (; at + 64 <= c.hidden; at += 64) {
-      look_ahead(next, at, 2);
-      past ? add_columns512<kWeighted, true>(c, terms, t, at)
-           : add_columns512<kWeighted, false>(c, terms, t, at);
-    }
+template <bool kWeighted, bool kFp32>
+inline int64_t add_any(const Combine& c, const Terms& terms, int64_t t, bool past,
+                       const Terms& next) {
+  switch (terms.n) {
+    case 1:
+      return add_row<1, kWeighted, kFp32>(c, terms, t, past, next);
+    case 2:
+      return add_row<2, kWeighted, kFp32>(c, terms, t, past, next);
+    case 3:
+      return add_row<3, kWeighted, kFp32>(c, terms, t, past, next);
+    case 4:
+      return add_row<4, kWeighted, kFp32>(c, terms, t, past, next);
+    case 5:
+      return add_row<5, kWeighted, kFp32>(c, terms, t, past, next);
+    case 6:
+      return add_row<6, kWeighted, kFp32>(c, terms, t, past, next);
+    case 7:
+      return add_row<7, kWeighted, kFp32>(c, terms, t, past, next);
+    case 8:
+      return add_row<8, kWeighted, kFp32>(c, terms, t, past, next);
+    default:
+      return add_row<0, kWeighted, kFp32>(c, terms, t, past, next);
   }
-#endif
-  bool aligned = reinterpret_cast<uintptr_t>(c.out) % 32 == 0 && c.hidden % 16 == 0;
-  if (c.big && aligned && !c.out_fp32)
-    for (; at + 64 <= c.hidden; at += 64) {
-      look_ahead(next, at, kFp32 ? 4 : 2);
-      add_columns<8, kWeighted, kFp32, kByHost, true>(c, terms, t, at);
-    }
-  for (; at + 64 <= c.hidden; at += 64) {
-    look_ahead(next, at, kFp32 ? 4 : 2);
-    add_columns<8, kWeighted, kFp32, kByHost, false>(c, terms, t, at);
-  }
-  for (; at + 16 <= c.hidden; at += 16)
-    add_columns<2, kWeighted, kFp32, kByHost, false>(c, terms, t, at);
-  if (at < c.hidden) add_rest(c, terms, t, at, kByHost);
 }
 
+// Add up the rows of token t; `next`: those of the token after it, if there is one.
 inline void add_terms(const Combine& c, const Terms& terms, int64_t t,
                       const Terms* next = nullptr) {
-  if (c.per_selection)
-    c.fp32 ? add_row<true, true, false>(c, terms, t, next)
-           : add_row<true, false, false>(c, terms, t, next);
-  else if (terms.n == 1 && !c.bias[0] && !c.bias[1] && c.fp32 == c.out_fp32)
-    copy_row(static_cast<uint8_t*>(c.out) + t * c.hidden * elem(c), terms.row[0],
-             c.hidden * elem(c), c.big);
-  else if (c.num_hosts > 1)
-    c.fp32 ? add_row<false, true, true>(c, terms, t, next)
-           : add_row<false, false, true>(c, terms, t, next);
+  const Terms& then = next ? *next : terms;
+  int64_t out_bytes = c.hidden * (c.out_fp32 ? 4 : 2);
+  if (!c.per_selection && terms.n == 1 && !c.bias[0] && !c.bias[1] && c.fp32 == c.out_fp32)
+    return copy_row(static_cast<uint8_t*>(c.out) + t * out_bytes, terms.row[0], out_bytes, c.big);
+  bool past = c.big && reinterpret_cast<uintptr_t>(c.out) % 64 == 0 && out_bytes % 64 == 0;
+  bool by_host = !c.per_selection && c.num_hosts > 1;
+  int64_t done;
+  if (by_host)
+    done = c.fp32 ? add_row_by_host<true>(c, terms, t, past)
+                  : add_row_by_host<false>(c, terms, t, past);
+  else if (c.per_selection)
+    done = c.fp32 ? add_any<true, true>(c, terms, t, past, then)
+                  : add_any<true, false>(c, terms, t, past, then);
   else
-    c.fp32 ? add_row<false, true, false>(c, terms, t, next)
-           : add_row<false, false, false>(c, terms, t, next);
+    done = c.fp32 ? add_any<false, true>(c, terms, t, past, then)
+                  : add_any<false, false>(c, terms, t, past, then);
+  if (done < c.hidden) add_rest(c, terms, t, done, by_host);
 }
 
 }  // namespace wf_ep

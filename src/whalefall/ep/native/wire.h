@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -28,6 +29,8 @@
 namespace wf_ep {
 
 constexpr int64_t kSliceNs = 20'000'000;  // how often a waiting rank looks whether the other lives
+constexpr int64_t kGoneNs = 1'500'000;    // a core that stayed away for so long is busy with others
+constexpr int kSleeps = 64;
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
 constexpr int kMaxRanks = 64;                      // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
@@ -51,7 +54,7 @@ struct Stream {                  // one a rank of the group, on each host
 
 // The view of one process. Arrays are the caller's.
 struct Group {
-  int32_t rank, num_ranks, local, num_local, slots, spins, lock, shrink;
+  int32_t rank, num_ranks, local, num_local, slots, spins, crowded, lock, shrink, pad;
   int64_t slot_bytes, timeout_ns, mailbox_bytes, mailboxes;
   const int32_t* rank_of;   // [num_local] its rank in the group
   const int32_t* local_of;  // [num_ranks] its place on this host, or -1
@@ -99,13 +102,35 @@ inline void pause_cpu() {
 #endif
 }
 
+// Look again and again for a while: busily where each rank has a core; else giving the core away
+// each time, to the ranks that are waited for. If it stays away for long, something else runs
+// there, and whoever sleeps gets it back sooner than whoever gives it away: then not for the next
+// waits.
+inline bool spin(const Group& g, const Word& w, uint32_t target) {
+  static thread_local int sleeping = 0;
+  if (!g.crowded) {
+    for (int i = 0; i < g.spins; i++, pause_cpu())
+      if (reached(w, target)) return true;
+    return false;
+  }
+  if (sleeping > 0) return sleeping--, reached(w, target);
+  int64_t before = now_ns();
+  for (int i = 0; i < g.spins; i++) {
+    if (reached(w, target)) return true;
+    sched_yield();
+    int64_t now = now_ns();
+    if (now - before > kGoneNs) return sleeping = kSleeps, reached(w, target);
+    before = now;
+  }
+  return false;
+}
+
 // Wait until w reaches target. `owner`: the local rank that moves it; `stream`: where a proxy notes
 // a broken connection, or null; `silent`: whom to name if only time runs out. 0, or a status that
 // names the rank which will not come.
 inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream* stream,
                      int silent) {
-  for (int i = 0; i < g.spins; i++, pause_cpu())
-    if (reached(w, target)) return 0;
+  if (spin(g, w, target)) return 0;
   int64_t end = now_ns() + g.timeout_ns, status = 0;
   w.sleepers.fetch_add(1);
   for (;;) {
@@ -184,17 +209,24 @@ inline int64_t reserve(const Group& g, uint32_t tick, int64_t bytes) {
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Copy a row; `stream_past` writes around the caches, for results larger than they are.
-inline void copy_row(void* to, const void* from, int64_t n, bool stream_past) {
-#if defined(__AVX2__)
-  if (stream_past && n % 32 == 0 && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+// Copy n bytes; `past` writes around the caches, for results larger than they are.
+inline void copy_row(void* to, const void* from, int64_t n, bool past) {
+#if defined(__AVX512F__)
+  if (past && n % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    auto* d = static_cast<__m512i*>(to);
+    auto* s = static_cast<const __m512i*>(from);
+    for (int64_t i = 0; i < n / 64; i++) _mm512_stream_si512(d + i, _mm512_loadu_si512(s + i));
+    return;
+  }
+#elif defined(__AVX2__)
+  if (past && n % 32 == 0 && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
     auto* d = static_cast<__m256i*>(to);
     auto* s = static_cast<const __m256i*>(from);
     for (int64_t i = 0; i < n / 32; i++) _mm256_stream_si256(d + i, _mm256_loadu_si256(s + i));
     return;
   }
 #else
-  (void)stream_past;
+  (void)past;
 #endif
   memcpy(to, from, n);
 }
