@@ -30,7 +30,7 @@ namespace wf_ep {
 
 constexpr int64_t kSliceNs = 20'000'000;  // how often a waiting rank looks whether the other lives
 constexpr int64_t kGoneNs = 1'500'000;    // a core that stayed away for so long is busy with others
-constexpr int kSleeps = 64;
+constexpr int kSleeps = 64, kLooks = 128;
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
 constexpr int kMaxRanks = 64;                      // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
@@ -102,25 +102,22 @@ inline void pause_cpu() {
 #endif
 }
 
-// Look again and again for a while: busily where each rank has a core; else giving the core away
-// each time, to the ranks that are waited for. If it stays away for long, something else runs
-// there, and whoever sleeps gets it back sooner than whoever gives it away: then not for the next
-// waits.
+// Look again and again for a while. The core is given away between looks, where there are more
+// ranks than cores each time, else now and then: the rank that is waited for may have been put on
+// this one. If the core stays away for long, something else runs there, and whoever sleeps gets it
+// back sooner than whoever gives it away: then not for the next waits.
 inline bool spin(const Group& g, const Word& w, uint32_t target) {
   static thread_local int sleeping = 0;
-  if (!g.crowded) {
-    for (int i = 0; i < g.spins; i++, pause_cpu())
-      if (reached(w, target)) return true;
-    return false;
-  }
   if (sleeping > 0) return sleeping--, reached(w, target);
-  int64_t before = now_ns();
-  for (int i = 0; i < g.spins; i++) {
+  for (int i = 1; i <= g.spins; i++) {
     if (reached(w, target)) return true;
+    if (!g.crowded && i % kLooks) {
+      pause_cpu();
+      continue;
+    }
+    int64_t before = now_ns();
     sched_yield();
-    int64_t now = now_ns();
-    if (now - before > kGoneNs) return sleeping = kSleeps, reached(w, target);
-    before = now;
+    if (now_ns() - before > kGoneNs) return sleeping = kSleeps, reached(w, target);
   }
   return false;
 }
