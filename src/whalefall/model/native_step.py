@@ -297,7 +297,7 @@ class NativeStep:
         logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
         sequences, width = batch.block_tables.shape[0], batch.block_tables.strides[0]
         first = batch.block_tables.ctypes.data
-        rows = np.arange(first, first + sequences * width, max(1, width), np.uint64)
+        rows = np.uint64(first) + np.uint64(width) * np.arange(sequences, dtype=np.uint64)
         tables = rows.repeat(batch.starts[1:] - batch.starts[:-1])
         native = _Batch(
             tokens=batch.tokens.ctypes.data,
