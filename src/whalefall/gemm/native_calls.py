@@ -82,6 +82,8 @@ class ExpertsCall(ctypes.Structure):
         ("rows", Output),
         ("form", _INT32),
         ("activations", _INT32),
+        ("shared", _POINTER),
+        ("shared_rows", Output),
     )
 
 

@@ -20,6 +20,7 @@ struct ExpertsCall {
   Output rows;
   int32_t form;
   int32_t activations;
+  Shared shared;
 };
 
 WF_EXPORT void wf_linear(const LinearCall* call) {
@@ -31,6 +32,6 @@ WF_EXPORT void wf_linear(const LinearCall* call) {
 
 WF_EXPORT void wf_experts(const ExpertsCall* call) {
   static thread_local FusedExperts fused;
-  fused.run(call->experts, call->num_experts, call->selected, call->x, call->rows, call->form,
-            call->activations);
+  fused.run(call->experts, call->num_experts, call->selected, call->shared, call->x, call->rows,
+            call->form, call->activations);
 }

@@ -185,10 +185,9 @@ inline int64_t few_chunk(const Weight& w, bool dot) {
 inline void linear(const Weight& w, const Rows& x, int64_t count, const Output& y, int form) {
   if (form == kFew) {
     int64_t chunk = few_chunk(w, x.halves != nullptr);
-    const int64_t stride = num_threads() * chunk;  // threads take tasks in turns, near enough
-    parallel_for(ceil_div(w.rows, chunk), [&](int64_t task, int) {
+    parallel_runs(ceil_div(w.rows, chunk), [&](int64_t task, int64_t next, const Run&) {
       int64_t n = task * chunk, end = n + chunk < w.rows ? n + chunk : w.rows;
-      multiply_few(w, n, end, x, count, y, n + stride < w.rows ? w.row(n + stride) : nullptr);
+      multiply_few(w, n, end, x, count, y, next < 0 ? nullptr : w.row(next * chunk));
     });
     return;
   }

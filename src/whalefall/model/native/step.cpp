@@ -50,7 +50,7 @@ class Step {
         if (layer.experts && !route(layer)) return -1 - i;
         break;
       case kShared:
-        if (layer.dense) run_experts(layer.dense, 1, every_, 1, out_, false);
+        if (layer.dense) run_experts(nullptr, layer.dense);
         break;
       case kFinish:
         for_tokens([&](int64_t t) { finish(layer, t, call.routed); });
@@ -89,7 +89,7 @@ class Step {
     float* start = b_.workspace;
     if (!start) start = memory.get<float>(workspace());
     place(start);
-    for (int64_t t = 0; t < b_.count; ++t) keys_[t] = b_.positions[t] + 1, every_[t] = 0;
+    for (int64_t t = 0; t < b_.count; ++t) keys_[t] = b_.positions[t] + 1;
   }
 
   // Lays the arrays out from `start` on; the floats they take.
@@ -112,7 +112,6 @@ class Step {
                              T * K * m_.hidden / (m_.bf16_rows ? 2 : 1) + 1,
                              b_.num_logit_rows * m_.hidden,
                              T,
-                             T,
                              m_.mtp ? T * 2 * m_.hidden : 0};
     float** places[] = {&x_,
                         &normed_,
@@ -130,7 +129,6 @@ class Step {
                         &rows_,
                         &last_,
                         reinterpret_cast<float**>(&keys_),
-                        reinterpret_cast<float**>(&every_),
                         &both_};
     int64_t total = 0;
     for (int i = 0; i < int(sizeof sizes / sizeof *sizes); ++i) {
@@ -266,26 +264,38 @@ class Step {
     });
   }
 
-  void run_experts(const Expert* experts, int64_t num, const int32_t* chosen, int64_t topk,
-                   void* rows, bool bf16) const {
-    ExpertsCall call{experts,
-                     num,
-                     chosen,
+  // The routed experts' rows, and the shared expert's (or the dense MLP's) in out_; either may be
+  // null.
+  void run_experts(const Expert* routed, const Expert* dense) const {
+    const Weight& w = (routed ? routed : dense)->w1;
+    ExpertsCall call{routed,
+                     routed ? m_.num_experts : 0,
+                     chosen_,
                      b_.count,
-                     topk,
+                     m_.gate.top_k,
                      {normed_, m_.hidden, gemm::kF32, 0},
-                     {rows, m_.hidden, nullptr, nullptr, bf16 ? gemm::kBf16 : gemm::kF32, 0},
+                     output(rows_, m_.bf16_rows),
                      b_.form,
-                     activations(experts->w1)};
+                     activations(w),
+                     dense,
+                     output(out_, false)};
     m_.experts(&call);
+  }
+  gemm::Output output(void* rows, bool bf16) const {
+    return {rows, m_.hidden, nullptr, nullptr, bf16 ? gemm::kBf16 : gemm::kF32, 0};
   }
 
   bool mlp(const Layer& layer) const {
     norm(x_, layer.post_norm, m_.hidden, m_.eps, normed_);
     if (layer.experts && !route(layer)) return false;
-    if (layer.experts)
-      run_experts(layer.experts, m_.num_experts, chosen_, m_.gate.top_k, rows_, m_.bf16_rows);
-    if (layer.dense) run_experts(layer.dense, 1, every_, 1, out_, false);
+    const bool alike =
+        layer.experts && layer.dense && layer.experts->w1.kind == layer.dense->w1.kind;
+    if (alike || !layer.dense) {
+      run_experts(layer.experts, layer.dense);
+    } else {
+      if (layer.experts) run_experts(layer.experts, nullptr);
+      run_experts(nullptr, layer.dense);
+    }
     for_tokens([&](int64_t t) { combine(layer, t); });
     return true;
   }
@@ -358,7 +368,7 @@ class Step {
   float *x_, *normed_, *out_, *q_a_, *q_, *kv_, *q_full_, *o_latent_, *value_, *gate_, *weight_;
   float *rows_, *last_, *both_;
   int64_t* index_;
-  int32_t *chosen_, *keys_, *every_;
+  int32_t *chosen_, *keys_;
 };
 }  // namespace
 }  // namespace wf::model

@@ -28,6 +28,8 @@ struct ExpertsCall {
   gemm::Input x;
   gemm::Output rows;
   int32_t form, activations;
+  const Expert* shared;  // null: none
+  gemm::Output shared_rows;
 };
 // Of ep/native/routing.cpp.
 struct GateCall {

@@ -5,7 +5,11 @@
 //
 // Tasks are handed out by an atomic counter: which thread runs a task is not fixed, so a task must
 // own its outputs and its results must not depend on `thread` (0 <= thread < num_threads()).
+//
+// Tasks that stream neighbouring memory go through `parallel_runs` instead: each thread takes a run
+// of neighbours, so that it reads on where it stopped, and helps others when it has done its own.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -35,6 +39,50 @@ inline void parallel_for(int64_t tasks, Body&& body) {
         (*static_cast<Plain*>(context))(task, thread);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Which of `runs` equal runs a thread works on; the first of `tasks` tasks that are its share.
+struct Run {
+  int64_t index, runs;
+  int64_t first_of(int64_t tasks) const { return tasks * index / runs; }
+};
+
+// body(task, next, run): `next` is the task that this thread does after this one, -1 if it does not
+// know; `run` its share, from which it can tell what it will do in the call after this one.
+template <class Body>
+inline void parallel_runs(int64_t tasks, Body&& body) {
+  constexpr int64_t kMost = 64;
+  struct alignas(64) Share {  // tasks [first, end) are left; both in one word
+    std::atomic<uint64_t> left;
+    int64_t take(bool from_front, bool& more) {
+      uint64_t seen = left.load(std::memory_order_relaxed);
+      for (;;) {
+        const uint64_t first = seen >> 32, end = seen & 0xffffffff;
+        if (first >= end) return -1;
+        const uint64_t rest = from_front ? (first + 1) << 32 | end : first << 32 | (end - 1);
+        more = first + 1 < end;
+        if (left.compare_exchange_weak(seen, rest, std::memory_order_relaxed))
+          return int64_t(from_front ? first : end - 1);
+      }
+    }
+  };
+  const int64_t threads = num_threads(), most = threads < kMost ? threads : kMost;
+  const int64_t runs = tasks < most ? tasks : most;
+  Share shares[kMost];
+  for (int64_t i = 0; i < runs; ++i) {
+    const Run run{i, runs}, after{i + 1, runs};
+    shares[i].left.store(uint64_t(run.first_of(tasks)) << 32 | uint64_t(after.first_of(tasks)),
+                         std::memory_order_relaxed);
+  }
+  parallel_for(runs, [&](int64_t own, int) {
+    const Run run{own, runs};
+    bool more = false;
+    for (int64_t task; (task = shares[own].take(true, more)) >= 0;)
+      body(task, more ? task + 1 : -1, run);
+    for (int64_t i = 1; i < runs; ++i)
+      for (int64_t task; (task = shares[(own + i) % runs].take(false, more)) >= 0;)
+        body(task, int64_t(-1), run);
+  });
 }
 }  // namespace wf
 
