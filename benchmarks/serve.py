@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _server
 from whalefall.errors import MissingError
 from whalefall.jit import machine
 from whalefall.model.check import check
@@ -168,8 +169,10 @@ def main() -> None:
     versions = {engine.name: engine.version for engine in engines}
     for engine in engines:
         engine.close()
-    bound = machine.limits(measure=True)["read_bytes_s"] / check(model).token_bytes
-    save("serve", rows(found, versions, bound), versions)
+    report = check(model)
+    bound = machine.limits(measure=True)["read_bytes_s"] / report.token_bytes
+    table = rows(found, versions, bound) + _server.rows(model, report.kv_token_bytes)
+    save("serve", table, versions)
 
 
 if __name__ == "__main__":

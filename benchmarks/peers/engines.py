@@ -164,7 +164,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """Transformers in BF16 on torch's CPU kernels."""
+    """Transformers in BF16 on torch's CPU kernels; weights of its own: its FP8 wants a GPU."""
 
     def __init__(self, path: str) -> None:
         import torch
@@ -172,7 +172,17 @@ class Transformers:
 
         torch.set_num_threads(THREADS)
         self.torch = torch
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        config = transformers.AutoConfig.from_pretrained(path)
+        del config.quantization_config
+        with torch.device("meta"):
+            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.model.to_empty(device="cpu")
+        noise = torch.randn(1 << 20) / 50  # a generator for each weight would take minutes
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            for part in tensor.data.view(-1).split(len(noise)):
+                part.copy_(noise[: len(part)])
+        rotary = self.model.model.rotary_emb
+        self.model.model.rotary_emb = type(rotary)(config)
         self.version = transformers.__version__
 
     def _run(self, ids: list[list[int]], steps: int) -> float:
