@@ -27,6 +27,11 @@ def llm(folder: Path) -> LLM:
     return LLM(folder, num_blocks=64)
 
 
+def test_a_cache_beyond_the_address_space_is_refused_with_its_remedy(folder: Path) -> None:
+    with pytest.raises(LimitError, match=r"GB, which the system does not grant; make it smaller"):
+        Engine(folder, EngineConfig(kv_cache_bytes=1 << 47))
+
+
 def answer(llm: LLM, **params: Any) -> RequestOutput:
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
     # byte-level tokens only, so that each has a text of its own

@@ -91,7 +91,7 @@ class EngineConfig:
         for name in (*limits, "max_model_len"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1 << 48:
-                raise ConfigError(f"{name} is {value!r}, wanted 1 or more")
+                raise ConfigError(f"{name} is {value!r}, wanted 1 to {(1 << 48) - 1}")
 
     @property
     def kv_dtype(self) -> str:

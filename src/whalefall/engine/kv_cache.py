@@ -14,7 +14,7 @@ import numpy as np
 
 from whalefall.attention.native_calls import FP8_ROW_BYTES
 from whalefall.engine.core.sequence import BLOCK_SIZE
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, LimitError
 
 __all__ = ["KV_DTYPES", "KVCache", "map_array"]
 
@@ -28,10 +28,19 @@ _HUGE = 2 << 20
 
 
 def map_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A zeroed array on anonymous mapped memory that asks for huge pages."""
+    """A zeroed array on anonymous mapped memory that asks for huge pages.
+
+    Raises: LimitError where the system grants no such address space.
+    """
     count = int(np.prod(shape, dtype=np.int64))
     size = max(1, -(-count * dtype.itemsize // _HUGE)) * _HUGE
-    area = mmap.mmap(-1, size + _HUGE)
+    try:
+        area = mmap.mmap(-1, size + _HUGE)
+    except (OSError, OverflowError, ValueError):
+        raise LimitError(
+            f"the KV cache would take {size / 1e9:.0f} GB, which the system does not grant; "
+            "make it smaller (--kv-cache-gb, kv_cache_bytes, num_blocks)"
+        ) from None
     area.madvise(mmap.MADV_HUGEPAGE)
     raw = np.frombuffer(area, np.uint8)
     start = -raw.ctypes.data % _HUGE
