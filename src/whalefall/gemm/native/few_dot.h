@@ -1,13 +1,17 @@
 // The form for few rows of x with bf16 dots: y as in few.h, x and W both bf16 on the way.
 //
-// 64 codes become two vectors of bf16 by table (exact), which 2 dots a row of x use up. x is dealt
-// into the decoder's order once a call. Each (m, n) is one chain over k within a block, then one
-// over blocks, however rows are grouped.
-//   M <= 4: `stream`, W's rows one by one, in the order of memory. Bound: memory.
-//   else:   `dots`, R rows of W times M rows of x in registers, R * M sums of a block and as many
-//           of all blocks. Bound: dots.
-// Each line brings a later one into L1; at the end of a task's rows, what its thread will read next
-// (`Next`), since the rows behind are another thread's.
+// 64 codes become two vectors of bf16 by table (exact), which 2 dots a row of x use up: a row
+// or two of W times up to 8 rows of x in registers. x is dealt into the decoder's order once a
+// call. Each (m, n) is one chain over k within a block, then one over blocks, whatever the tiles
+// are.
+//
+// Memory: W is read, and prefetched kAhead bytes before, in the order in which it lies there: with
+// more than two rows at once, or with prefetches that jump from row to row, a fifth of the
+// bandwidth is lost. Where x is too large for L1, a band of 16 rows meets it in slices of K, and
+// the band behind is brought into L2 meanwhile, again in the order of memory. At the end of a
+// task's rows, what its thread reads next (`Next`) is prefetched: the rows behind are another
+// thread's. Bound: memory up to 4 rows of x; with 8 dots, which are a fifth slower on data from
+// memory.
 #pragma once
 #include "few.h"
 
@@ -32,162 +36,172 @@ struct HalfDecoder<kBf16> {
   }
 };
 
-constexpr int64_t kAhead = 16384;  // bytes; with half of it the memory bus idles
+constexpr int64_t kAhead = 8192;        // bytes
+constexpr int64_t kSliceBytes = 24576;  // of x: half of L1
+constexpr int kBand = kLanes;           // rows of W whose sums become one vector
+constexpr int kTokens = 8;              // rows of x at once
 
-constexpr int64_t kStreamAhead = 8192;  // bytes
+// Rows of W that share vectors of x: two, where the registers hold all sums and x counts.
+constexpr int rows_at_once(int tokens) { return tokens >= 2 && tokens <= 4 ? 2 : 1; }
 
-// What to bring while the rows of a group go by: as many bytes from `lines` on; null: nothing.
-template <int kKind, int R>
-const uint8_t* lines_ahead(const Group<kKind, R>& group, const Weight& w, int64_t n, int64_t end,
-                           Next next) {
-  const int64_t later = n + ceil_div(kAhead, R * group.pitch) * R;
-  if (later < end) return w.row(later);
-  return next ? next + (later - end) * group.pitch : nullptr;
-}
+// The rows of a band over a slice of K. Each of their lines brings one of those that lie, in the
+// order of memory, at `ahead`, or, from `turn` bytes on, at `after`; a null pointer: none.
+struct Strip {
+  const uint8_t* first;
+  int64_t pitch, rows, blocks;
+  const float* scale[kBand];
+  bool first_of_k;  // nothing is summed yet
+  bool far;         // a band ahead: into L2
+  const uint8_t *ahead, *after;
+  int64_t turn;
+};
 
-// R rows of W times M rows of x: sums[m * R + r].
-template <int kKind, int R, int M>
-__attribute__((noinline)) void dots(const Group<kKind, R>& group, const uint16_t* const* x,
-                                    const float* const* sx, const uint8_t* ahead, float* sums) {
+// out[m * kBand + r] += lanes of (row r of W . row m of x), scaled block by block.
+template <int kKind, int M>
+__attribute__((noinline)) void dots(const Strip& strip, const uint16_t* const* x,
+                                    const float* const* sx, vf* out) {
+  constexpr int R = rows_at_once(M);
+  constexpr int64_t kBytes = kind_bytes(kKind);
   const HalfDecoder<kKind> decode;
-  vf out[R][M] = {};
+  const int64_t blocks = strip.blocks, pitch = strip.pitch, bytes = blocks * kBlock * kBytes;
   const uint16_t* row[M];
   for (int m = 0; m < M; ++m) row[m] = x[m];
-  if (!ahead) ahead = group.first;  // already there
-  for (int64_t b = 0, at = 0; b < group.blocks(); ++b) {
-    int64_t pitch;
-    const uint8_t* w = group.block(b, pitch);
-    vf acc[R][M] = {};
-#pragma GCC unroll 2
-    for (int k = 0; k < kBlock; k += 64, at += 64) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* p = w + r * pitch + k * group.kBytes;
-        const uint8_t* line = ahead + r * group.pitch + at * group.kBytes;
-        for (int i = 0; i < group.kBytes; ++i) prefetch_l1(line + i * 64);
-        halves first, second;
-        decode(p, first, second);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          acc[r][m] = dot(acc[r][m], first, load_halves(row[m] + at));
-          acc[r][m] = dot(acc[r][m], second, load_halves(row[m] + at + 32));
-        }
-      }
+  for (int64_t n = 0; n < strip.rows; n += R, out += R) {
+    const uint8_t* w[R];
+    const float* scale[R];
+    vf held[R][M];
+    for (int r = 0; r < R; ++r) {
+      const int64_t real = n + r < strip.rows ? n + r : n;
+      w[r] = strip.first + real * pitch;
+      scale[r] = strip.scale[real];
+      for (int m = 0; m < M; ++m) held[r][m] = strip.first_of_k ? vf{} : out[m * kBand + r];
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        float factor = group.factor(r, b);
-        if (sx) factor *= sx[m][b];
-        out[r][m] = fma(acc[r][m], set1(factor), out[r][m]);
-      }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[m * R + r] = sum(out[r][m]);
-}
-
-// Rows [n, end) of W one by one, in the order of memory, times M rows of x: y[m][n' - n]. What lies
-// kStreamAhead bytes on is brought into L1: without it hardware brings half of it late, and with
-// several rows at once (as `dots` does) a stream of each is begun anew at every group.
-template <int kKind, int M, bool kScaled>
-__attribute__((noinline)) void stream(const Weight& w, int64_t n, int64_t end,
-                                      const uint16_t* const* x, const float* const* sx, Next next,
-                                      float* const* y) {
-  const HalfDecoder<kKind> decode;
-  constexpr int64_t kBytes = kind_bytes(kKind);
-  const int64_t pitch = w.cols * kBytes, blocks = w.cols / kBlock;
-  const uint8_t* p = w.row(n);
-  const uint8_t* const last = w.row(end) - kStreamAhead;
-  static const float kOne[1] = {1.0f};
-  for (int64_t r = n; r < end; ++r) {
-    const uint8_t* ahead = p < last ? p + kStreamAhead : next ? next + (p - last) : p;
-    const float* scale = kKind == kFp8 ? w.row_scale(r) : kOne;
-    constexpr int64_t kNext = kKind == kFp8;  // bf16 has no scales
-    vf out[M] = {};
+    const uint8_t* ahead = n * bytes < strip.turn ? strip.ahead : strip.after;
+    ahead = ahead ? ahead + n * bytes - (n * bytes < strip.turn ? 0 : strip.turn) : w[0];
     for (int64_t b = 0; b < blocks; ++b) {
-      vf acc[M] = {};
+      vf acc[R][M] = {};
 #pragma GCC unroll 2
-      for (int64_t at = b * kBlock; at < (b + 1) * kBlock; at += 64) {
-        for (int i = 0; i < kBytes; ++i) prefetch_l1(ahead + at * kBytes + i * 64);
-        halves first, second;
-        decode(p + at * kBytes, first, second);
-#pragma GCC unroll 4
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < R * kBytes; ++i, ahead += 64)
+          strip.far ? prefetch_l2(ahead) : prefetch_l1(ahead);
+        halves first[R], second[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r, w[r - 1] += 64 * kBytes) {
+          decode(w[r], first[r], second[r]);
+          if (strip.far)
+            for (int i = 0; i < kBytes; ++i) prefetch_l1(w[r] + R * pitch + i * 64);
+        }
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          acc[m] = dot(acc[m], first, load_halves(x[m] + at));
-          acc[m] = dot(acc[m], second, load_halves(x[m] + at + 32));
+          const uint16_t* p = row[m] + b * kBlock + half * 64;
+          const halves a = load_halves(p), b = load_halves(p + 32);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) acc[r][m] = dot(acc[r][m], first[r], a);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) acc[r][m] = dot(acc[r][m], second[r], b);
         }
       }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const float* factor = scale + b * kNext;
-        out[m] = fma(acc[m], kScaled ? set1(*factor * sx[m][b]) : broadcast(factor), out[m]);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const vf s = kKind == kFp8 ? broadcast(scale[r] + b) : set1(1.0f);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+          held[r][m] = fma(acc[r][m], sx ? s * broadcast(sx[m] + b) : s, held[r][m]);
       }
     }
-    for (int m = 0; m < M; ++m) y[m][r - n] = sum(out[m]);
-    p += pitch;
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) out[m * kBand + r] = held[r][m];
   }
 }
 
-template <int kKind, int M>
-void stream_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int64_t m, Next next,
-               const Output& out) {
-  constexpr int64_t kRows = 256;
-  float sums[M][kRows], *to[M];
-  for (int i = 0; i < M; ++i) to[i] = sums[i];
-  for (; n < end; n += kRows) {
-    const int64_t stop = n + kRows < end ? n + kRows : end;
-    const Next then = stop < end ? w.row(stop) : next;
-    if (x.scaled())
-      stream<kKind, M, true>(w, n, stop, x.half, x.scale, then, to);
-    else
-      stream<kKind, M, false>(w, n, stop, x.half, nullptr, then, to);
-    for (int i = 0; i < M; ++i) out.put(m + i, n, sums[i], stop - n);
-  }
-}
-
-template <int kKind, int R, int M>
-void dots_of(const Group<kKind, R>& group, int64_t n, const Tokens& x, int first, int64_t m,
-             const uint8_t* ahead, const Output& out) {
-  float sums[M * R];
-  dots<kKind, R, M>(group, x.half + first, x.scaled() ? x.scale + first : nullptr,
-                    first == 0 ? ahead : nullptr, sums);
-  for (int i = 0; i < M; ++i) out.put(m + first + i, n, sums + i * R, R);
-}
-
-// Rows [n, n + R) of W for all tokens of a pass, kMost at a time: W's rows stay in L1 meanwhile.
-template <int kKind, int R, int kMost, int M = kMost>
-void group_dots(const Group<kKind, R>& group, int64_t n, const Tokens& x, int first, int64_t m,
-                const uint8_t* ahead, const Output& out) {
-  for (; x.count - first >= M; first += M) dots_of<kKind, R, M>(group, n, x, first, m, ahead, out);
+// `dots` for all tokens, kTokens at a time: the strip stays in the caches meanwhile.
+template <int kKind, int M = kTokens>
+void dots_of(const Strip& strip, const uint16_t* const* x, const float* const* sx, int count,
+             vf* out) {
+  for (; count >= M; count -= M, x += M, sx += sx ? M : 0, out += M * kBand)
+    dots<kKind, M>(strip, x, sx, out);
   if constexpr (M > 1)
-    if (first < x.count) group_dots<kKind, R, kMost, M - 1>(group, n, x, first, m, ahead, out);
+    if (count > 0) dots_of<kKind, M - 1>(strip, x, sx, count, out);
 }
 
-template <int kKind, int R, int kMost>
-int64_t groups_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int64_t m, Next next,
-                  const Output& out) {
-  for (; n + R <= end; n += R) {
-    const Group<kKind, R> group(w, n);
-    const uint8_t* ahead = m == 0 ? lines_ahead(group, w, n, end, next) : nullptr;
-    group_dots<kKind, R, kMost>(group, n, x, 0, m, ahead, out);
+// The rows [n, end) of W, at most kBand, times the tokens: y[m, n..end).
+template <int kKind>
+class Band {
+ public:
+  Band(const Weight& w, int64_t n, int64_t end, const Tokens& x) : w_(w), x_(x), n_(n), end_(end) {
+    const int64_t tokens = x.count < kTokens ? x.count : kTokens;
+    const int64_t slices = ceil_div(tokens * w.cols * 2, kSliceBytes);
+    depth_ = ceil_div(ceil_div(w.cols, kBlock), slices) * kBlock;
   }
-  return n;
-}
+
+  // `next`: what is read after this band.
+  void run(int64_t m, Next next, const Output& y) {
+    if (end_ - n_ < kBand)
+      for (int i = 0; i < x_.count * kBand; ++i) sums_[i] = vf{};
+    for (int64_t k = 0; k < w_.cols; k += depth_) multiply(k, next);
+    for (int i = 0; i < x_.count; ++i) {
+      float values[kBand];
+      store(values, sums(sums_ + i * kBand));
+      y.put(m + i, n_, values, end_ - n_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBytes = kind_bytes(kKind);
+
+  // The slice that starts at k.
+  void multiply(int64_t k, Next next) {
+    const int64_t left = w_.cols - k, depth = left < depth_ ? left : depth_;
+    const int64_t whole = depth / kBlock * kBlock, rest = depth - whole;
+    Strip strip{w_.row(n_) + k * kBytes, w_.cols * kBytes, end_ - n_, whole / kBlock, {}, k == 0};
+    if (depth_ < w_.cols) {
+      strip.far = true, strip.turn = INT64_MAX;
+      strip.ahead = next ? next + k * strip.rows * kBytes : nullptr;
+    } else {
+      const int64_t group = rows_at_once(x_.count) * strip.pitch;
+      const int64_t lead = kAhead < group ? group : kAhead;
+      strip.ahead = strip.first + lead, strip.after = next;
+      strip.turn = strip.pitch * strip.rows - lead;
+    }
+    if (kKind == kFp8)
+      for (int64_t n = n_; n < end_; ++n) strip.scale[n - n_] = w_.row_scale(n) + k / kBlock;
+    if (whole > 0) run_dots(strip, k), strip.first_of_k = false;
+    if (rest == 0) return;
+    uint8_t tail[kBand * kBlock * kBytes] = {};
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const uint8_t* from = strip.first + r * strip.pitch + whole * kBytes;
+      std::memcpy(tail + r * kBlock * kBytes, from, rest * kBytes);
+      if (kKind == kFp8) strip.scale[r] += whole / kBlock;
+    }
+    strip.first = tail, strip.pitch = kBlock * kBytes, strip.blocks = 1;
+    strip.ahead = nullptr, strip.turn = INT64_MAX;
+    run_dots(strip, k + whole);
+  }
+
+  void run_dots(const Strip& strip, int64_t k) {
+    const uint16_t* x[kRowsOfX];
+    const float* sx[kRowsOfX];
+    for (int i = 0; i < x_.count; ++i) {
+      x[i] = x_.half[i] + k;
+      if (x_.scaled()) sx[i] = x_.scale[i] + k / kBlock;
+    }
+    dots_of<kKind>(strip, x, x_.scaled() ? sx : nullptr, x_.count, sums_);
+  }
+
+  const Weight& w_;
+  const Tokens& x_;
+  const int64_t n_, end_;
+  int64_t depth_;  // K of a slice
+  vf sums_[kRowsOfX * kBand];
+};
 
 template <int kKind>
 void dot_rows_of(const Weight& w, int64_t n, int64_t end, const Tokens& x, int64_t m, Next next,
-                 const Output& out) {
-  if (w.cols % kBlock == 0 && x.count <= 4) {
-    if (m > 0) next = nullptr;
-    if (x.count == 1) return stream_of<kKind, 1>(w, n, end, x, m, next, out);
-    if (x.count == 2) return stream_of<kKind, 2>(w, n, end, x, m, next, out);
-    if (x.count == 3) return stream_of<kKind, 3>(w, n, end, x, m, next, out);
-    return stream_of<kKind, 4>(w, n, end, x, m, next, out);
+                 const Output& y) {
+  for (; n < end; n += kBand) {
+    const int64_t stop = n + kBand < end ? n + kBand : end;
+    Band<kKind>(w, n, stop, x).run(m, stop < end ? w.row(stop) : next, y);
   }
-  if (x.count == 1) n = groups_of<kKind, 8, 1>(w, n, end, x, m, next, out);
-  n = groups_of<kKind, 4, 4>(w, n, end, x, m, next, out);
-  groups_of<kKind, 1, 4>(w, n, end, x, m, next, out);
 }
 }  // namespace few
 

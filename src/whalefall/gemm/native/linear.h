@@ -176,7 +176,7 @@ inline int64_t few_chunk(const Weight& w, bool dot) {
     const int64_t row = w.cols * kind_bytes(w.kind);
     int64_t bytes = w.rows * row / (num_threads() * 3);
     bytes = bytes < 65536 ? 65536 : bytes > 524288 ? 524288 : bytes;
-    return round_up(ceil_div(bytes, row), 8);
+    return round_up(ceil_div(bytes, row), 16);
   }
   int64_t chunk = round_up(ceil_div(w.rows, int64_t(num_threads()) * 8), 8);
   return chunk < 16 ? 16 : chunk > 256 ? 256 : chunk;

@@ -92,7 +92,16 @@ struct Output {
   void put(int64_t m, int64_t n, const float* values, int64_t count) const {
     int64_t place = (index ? index[m] : m) * pitch + n;
     float f = factor ? factor[index ? index[m] : m] : 1.0f;
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      vf v = load(values + i);
+      if (factor) v = v * set1(f);
+      if (kind == kBf16)
+        store_bf16(static_cast<uint16_t*>(data) + place + i, v);
+      else
+        store(static_cast<float*>(data) + place + i, v);
+    }
+    for (; i < count; ++i) {
       float v = factor ? values[i] * f : values[i];
       if (kind == kBf16)
         static_cast<uint16_t*>(data)[place + i] = float_to_bf16(v);

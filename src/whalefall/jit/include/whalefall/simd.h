@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #pragma GCC diagnostic push  // g++ 12 warns inside its own AVX-512 header
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -70,6 +71,54 @@ inline float sum(vf v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
+
+constexpr auto kEachLane = std::make_integer_sequence<int, kLanes>{};
+// The lane that `fold` takes: blocks of B lanes; x's sums go to a block's lower half, y's to the
+// upper half; `Upper` picks the second term of a sum.
+template <int B, int Upper>
+constexpr int fold_lane(int lane) {
+  int block = lane / B * B, i = lane % B, from_y = i >= B / 2;
+  return from_y * kLanes + block + i % (B / 2) + Upper * (B / 2);
+}
+template <int B, int... L>
+inline vf fold(vf x, vf y, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, y, fold_lane<B, 0>(L)...) +
+         __builtin_shufflevector(x, y, fold_lane<B, 1>(L)...);
+}
+// Transposing sum: lane i of the result is the sum of the lanes of v[i].
+#if WF_ISA >= 2
+// Within 128-bit lanes first, where shuffles are cheapest: 12 of the 15 folds.
+inline vf sums(const vf* v) {
+  __m512 quarter[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512 pair[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      __m512 x = (__m512)v[4 * i + 2 * j], y = (__m512)v[4 * i + 2 * j + 1];
+      pair[j] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x44),
+                               _mm512_shuffle_ps(pair[0], pair[1], 0xEE));
+  }
+  auto fold = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+  };
+  return (vf)fold(fold(quarter[0], quarter[1]), fold(quarter[2], quarter[3]));
+}
+#else
+template <int B = kLanes>
+inline vf sums(const vf* v) {
+  if constexpr (B == 1) {
+    return v[0];
+  } else {
+    vf half[B / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < B / 2; ++i) half[i] = fold<B>(v[i], v[i + B / 2], kEachLane);
+    return sums<B / 2>(half);
+  }
+}
+#endif
 
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
