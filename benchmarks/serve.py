@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _server
+from benchmarks import _server
 from whalefall.errors import MissingError
 from whalefall.jit import machine
 from whalefall.model.check import check
