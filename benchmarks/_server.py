@@ -32,7 +32,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, self.model = f"http://127.0.0.1:{port}", ""
         command = [sys.executable, "-m", "whalefall", "serve"]
         self.process = subprocess.Popen(
             [*command, "--model", str(model), "--port", str(port)],
@@ -44,7 +44,8 @@ class Server:
         """Return when it answers."""
         while self.process.poll() is None:
             try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+                with urllib.request.urlopen(f"{self.url}/v1/models", timeout=1) as models:
+                    self.model = json.load(models)["data"][0]["id"]
                 return
             except OSError:
                 time.sleep(0.01)
@@ -52,7 +53,7 @@ class Server:
 
     def ask(self, ids: list[int], count: int = 1) -> tuple[float, dict[str, Any]]:
         """Seconds to the first token of a streamed answer, and its usage."""
-        body = {"model": "any", "prompt": ids, "max_tokens": count, "temperature": 0}
+        body = {"model": self.model, "prompt": ids, "max_tokens": count, "temperature": 0}
         body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         request = urllib.request.Request(
             f"{self.url}/v1/completions",
