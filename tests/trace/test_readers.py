@@ -40,6 +40,7 @@ def test_a_browser_draws_the_page_of_a_shipped_trace(tmp_path: Path) -> None:
     assert "data-drawn" not in drawn(broken, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of that package, about its own use of pandas
 def test_holistic_trace_analysis_loads_our_traces(tmp_path: Path) -> None:
     analysis = pytest.importorskip("hta.trace_analysis")
     files = {}

@@ -167,8 +167,9 @@ class Fabric:
         return GroupView(
             self.rank, R, self.locals.index(self.rank), len(self.locals), plan.slots,
             SPINS_ALONE if alone else SPINS_CROWDED, not alone, lock.region.descriptor,
-            plan.shrink, 0, plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes, MAILBOXES,
-            *(a.ctypes.data for a in arrays), self._regions[self.rank].descriptor, slots_at,
+            plan.shrink, 0, plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes,
+            MAILBOXES, *(a.ctypes.data for a in arrays), self._regions[self.rank].descriptor,
+            slots_at,
         )  # fmt: skip
 
     @property
