@@ -1,0 +1,184 @@
+// One node's placement: replica counts, heaviest first to the lightest GPU, then local search.
+// Bound: a search is O(slots^2) per step; a node of 72 slots takes tens of microseconds.
+#pragma once
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "bound.h"
+#include "exact.h"
+#include "search.h"
+
+namespace eplb {
+
+constexpr double kFar = 1.003;  // this far from it, other replica counts are tried
+constexpr double kKick = 1.05;  // farther than this, other packings of the same counts cannot help
+constexpr int kCountSteps = 8;
+
+struct Node {
+  std::vector<int> slot;  // local expert of each slot, GPU by GPU
+  double load = 0;
+};
+
+inline double largest(const std::vector<int>& slot, const double* w, int experts, int gpus) {
+  std::vector<int> count(experts, 0);
+  for (int e : slot) ++count[e];
+  const int per_gpu = int(slot.size()) / gpus;
+  double most = 0;
+  for (int g = 0; g < gpus; ++g) {
+    double load = 0;
+    for (int s = g * per_gpu; s < (g + 1) * per_gpu; ++s) load += w[slot[s]] / count[slot[s]];
+    most = std::max(most, load);
+  }
+  return most;
+}
+
+// Replicas by falling share, each to the lightest GPU with room that lacks the expert.
+inline void spread(Search& search, const std::vector<int>& count) {
+  std::vector<int> item;
+  for (int e = 0; e < search.num_experts; ++e) item.insert(item.end(), count[e], e);
+  std::vector<double> share(search.num_experts);
+  for (int e = 0; e < search.num_experts; ++e) share[e] = search.weight[e] / count[e];
+  std::stable_sort(item.begin(), item.end(), [&](int a, int b) { return share[a] > share[b]; });
+  if (search.per_gpu == 2) {  // the heaviest with the lightest: optimal for given counts
+    for (int g = 0; g < search.num_gpus; ++g) {
+      search.slot[2 * g] = item[g];
+      search.slot[2 * g + 1] = item[search.num_slots - 1 - g];
+    }
+    search.index();
+    return;
+  }
+  std::vector<int> fill(search.num_gpus, 0);
+  for (int e : item) {
+    int best = -1;
+    bool best_apart = false;
+    for (int g = 0; g < search.num_gpus; ++g) {
+      if (fill[g] == search.per_gpu) continue;
+      const bool apart = search.held(g, e) == 0;
+      if (best < 0 || apart > best_apart ||
+          (apart == best_apart && search.load[g] < search.load[best]))
+        best = g, best_apart = apart;
+    }
+    search.slot[best * search.per_gpu + fill[best]++] = e;
+    search.load[best] += share[e];
+    ++search.held(best, e);
+  }
+  search.index();
+}
+
+// Two replicas of one expert on a GPU: one changes place with the replica that makes the larger of
+// the two loads smallest.
+inline void separate(Search& search) {
+  for (int a = 0; a < search.num_slots; ++a) {
+    const int g = a / search.per_gpu, x = search.slot[a];
+    if (search.held(g, x) < 2) continue;
+    int best = -1;
+    double best_value = 0;
+    for (int b = 0; b < search.num_slots; ++b) {
+      const int h = b / search.per_gpu, y = search.slot[b];
+      if (h / search.domain != g / search.domain) continue;
+      if (search.held(h, x) || search.held(g, y)) continue;
+      const double less = search.share(x) - search.share(y);
+      const double value = std::max(search.load[g] - less, search.load[h] + less);
+      if (best < 0 || value < best_value) best = b, best_value = value;
+    }
+    if (best >= 0) search.apply({best_value, 0, a, best, -1, 0});
+  }
+}
+
+// Leaves a local optimum: the heaviest GPU exchanges replicas at random, then is relieved again.
+inline void kick(Search& search, std::mt19937& random, double target, int rounds) {
+  std::vector<int> best_slot = search.slot;
+  double best = search.largest();
+  for (int round = 0; round < rounds && best > target; ++round) {
+    const int g =
+        int(std::max_element(search.load.begin(), search.load.end()) - search.load.begin());
+    for (int n = 0; n < 3; ++n) {
+      const int from = n == 0 ? g : int(random() % search.num_gpus);
+      const int a = from * search.per_gpu + int(random() % search.per_gpu);
+      const int b = int(random() % search.num_slots), h = b / search.per_gpu;
+      const int x = search.slot[a], y = search.slot[b];
+      if (h == from || search.held(h, x) || search.held(from, y)) continue;
+      search.apply({0, 0, a, b, -1, 0});
+    }
+    search.run(target, 4 * search.num_slots);
+    if (search.largest() < best * (1 - 1e-12)) {
+      best = search.largest();
+      best_slot = search.slot;
+    } else {
+      search.slot = best_slot;
+      search.index();
+    }
+  }
+}
+
+// Replica counts that keep every share at or below `limit`, the spare slots given to the largest
+// shares, or (dilute) to the lightest experts, which makes company for the heavy ones. Empty: too
+// few slots.
+inline std::vector<int> counts_for(const double* w, int experts, int slots, int cap, double limit,
+                                   bool dilute) {
+  std::vector<int> count(experts);
+  int left = slots;
+  for (int e = 0; e < experts; ++e) {
+    count[e] = std::min<double>(cap, std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12))));
+    left -= count[e];
+  }
+  if (left < 0) return {};
+  for (; left > 0; --left) {
+    int best = -1;
+    for (int e = 0; e < experts; ++e) {
+      if (count[e] >= cap) continue;
+      const double share = w[e] / count[e];
+      if (best < 0 || (dilute ? share < w[best] / count[best] : share > w[best] / count[best]))
+        best = e;
+    }
+    ++count[best];
+  }
+  return count;
+}
+
+// Fewer replicas of the hottest experts leave GPUs free of them: other counts, each searched.
+inline void other_counts(Search& search, Node& best, int cap, double share, double enough) {
+  const double ceiling = std::max(best.load, share * 1.0001);
+  std::vector<std::vector<int>> seen;
+  for (int step = 0; step <= kCountSteps && best.load > enough; ++step)
+    for (bool dilute : {false, true}) {
+      const double limit = share * std::pow(ceiling / share, double(step) / kCountSteps);
+      const auto count = counts_for(search.weight, search.num_experts, search.num_slots, cap,
+                                    limit * (1 + 1e-9), dilute);
+      if (count.empty() || std::find(seen.begin(), seen.end(), count) != seen.end()) continue;
+      seen.push_back(count);
+      search.clear();
+      spread(search, count);
+      separate(search);
+      search.run(enough, 4 * search.num_slots);
+      if (search.largest() < best.load) best = {search.slot, search.largest()};
+    }
+}
+
+inline Node solve_node(const double* w, int experts, int slots, int gpus, double target,
+                       double enough) {
+  const int cap = std::max(gpus, (slots + experts - 1) / experts);
+  std::vector<int> count;
+  const double share = min_max_share(w, experts, slots, cap, count);
+  Search search(w, experts, slots, gpus, gpus);
+  spread(search, count);
+  separate(search);
+  search.run(enough, 8 * slots);
+  Node node{search.slot, search.largest()};
+  if (node.load > target * kFar && slots / gpus > 1) other_counts(search, node, cap, share, enough);
+  if (node.load > enough && node.load < target * kKick && slots > kExactSlots && slots / gpus > 2) {
+    search.slot = node.slot;
+    search.index();
+    std::mt19937 random(1);
+    kick(search, random, enough, 24);
+    if (search.largest() < node.load) node = {search.slot, search.largest()};
+  }
+  if (node.load > target * (1 + 1e-12) && slots <= kExactSlots) {
+    Exact exact(w, experts, slots, gpus, node.load);
+    if (!exact.found.empty()) node = {exact.found, exact.best};
+  }
+  return node;
+}
+
+}  // namespace eplb
