@@ -363,6 +363,28 @@ def check_low_latency_refuses_before_it_sends(buffer: ep.Buffer) -> None:
         buffer.low_latency_combine(got, idx.flip(0), weights, handle)
 
 
+def check_a_hook_keeps_what_the_call_made_alive(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    got, _, handle, _, hook = low_latency(buffer, x, idx, use_fp8=False, return_recv_hook=True)
+    hook()
+    want, _, _ = buffer.low_latency_combine(got, idx, weights, handle)
+    apart = weights.t().contiguous().t()  # the call makes a copy, which nobody else holds
+    out, _, hook = buffer.low_latency_combine(got, idx, apart, handle, return_recv_hook=True)
+    churn = [torch.full_like(weights, float("nan")) for _ in range(64)]  # takes freed memory
+    hook()
+    assert len(churn) == 64 and torch.equal(out, want)
+
+
+def check_experts_dropped_since_the_dispatch_count_nothing(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+    dropped, lighter = idx.clone(), weights.clone()
+    dropped[:, 1], lighter[:, 1] = -1, 0
+    out, _, _ = buffer.low_latency_combine(got, dropped, weights, handle)
+    want, _, _ = buffer.low_latency_combine(got, idx, lighter, handle)
+    assert torch.equal(out, want)
+
+
 def check_gradients_are_those_of_one_process(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     x, weights = x.requires_grad_(), weights.requires_grad_()

@@ -161,6 +161,8 @@ class Combining:
             with self.links.partials(call, i):
                 check(lib.wf_ep_combine_sum(group, where, i, most, stride, pointer(own)), "combine")
             lib.wf_ep_done(group, call.base + i)
+            if i + 1 == ticks:  # whoever has only this half keeps all arrays alive with it
+                keep.clear()
 
         def run() -> None:
             with trace.span("ep.combine", "communication", tokens=call.tokens):

@@ -318,14 +318,11 @@ class Engine:
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
         self.worker.drain()
-        self.normal.combine(
-            contiguous_rows(rows),
-            handle,
-            out,
-            row_weights=weights,
-            out_weights=out_weights,
+        pending = self.normal.combine(
+            contiguous_rows(rows), handle, out, row_weights=weights, out_weights=out_weights,
             bias=bias,
-        ).run()
+        )  # fmt: skip
+        pending.run()
         return out, out_weights
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

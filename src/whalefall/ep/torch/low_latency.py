@@ -179,12 +179,11 @@ class LowLatency:
             )
         idx = array(topk_idx, torch.int64, "topk_idx")
         weights = array(topk_weights, torch.float32, "topk_weights")
-        if native.topk_idx is None or not np.array_equal(idx, native.topk_idx):
-            raise ConfigError("low_latency_combine: topk_idx is not that of the dispatch")
         if weights.shape != idx.shape:
             raise ShapeError(
                 f"low_latency_combine: topk_weights is {weights.shape}, wanted {idx.shape}"
             )
+        weights = _without_dropped(weights, idx, native.topk_idx)
         stride = 0
         if zero_copy:
             stride = 2 * H + H // 32
@@ -337,3 +336,18 @@ def _cast(x: np.ndarray, round_scale: bool, packed: bool) -> tuple[np.ndarray, n
         return codes, scales
     exponents = (scales.view(np.int32) >> 23).astype(np.uint8)  # [T, H/128], sign is 0
     return codes, exponents.view(np.int32)
+
+
+def _without_dropped(
+    weights: np.ndarray, idx: np.ndarray, dispatched: np.ndarray | None
+) -> np.ndarray:
+    """[T, K] weights, 0 where `idx` is −1 since the dispatch (of a failed rank's experts).
+
+    Raises: ConfigError where it names other experts than the dispatch did.
+    """
+    if dispatched is None or idx.shape != dispatched.shape:
+        raise ConfigError("low_latency_combine: topk_idx is not that of the dispatch")
+    same = idx == dispatched
+    if not (same | (idx == -1)).all():
+        raise ConfigError("low_latency_combine: topk_idx is not that of the dispatch")
+    return weights if same.all() else np.where(same, weights, np.float32(0))
