@@ -55,3 +55,14 @@ def test_holistic_trace_analysis_loads_our_traces(tmp_path: Path) -> None:
     assert sorted(found.t.traces) == [0, 1]
     names = found.t.symbol_table.get_sym_table()
     assert "gemm" in names and all(len(frame) >= 6 for frame in found.t.traces.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["train", "prefill", "decode"])
+def test_holistic_trace_analysis_breaks_the_shipped_traces_down(tmp_path: Path, name: str) -> None:
+    analysis = pytest.importorskip("hta.trace_analysis")
+    file = TRACES / f"{name}.json.gz"
+    found = analysis.TraceAnalysis(trace_files={0: str(file)}, trace_dir=str(tmp_path))
+    _, kernels = found.get_gpu_kernel_breakdown(visualize=False, num_kernels=100)
+    ours = {kernel.name for kernel in trace.summarize(file).kernels}
+    assert len(ours) > 3 and ours <= set(kernels["name"])
