@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from whalefall.compat import install
+from whalefall.compat.children import begin
 from whalefall.errors import ConfigError, MissingError, WhalefallError
 
 
@@ -32,11 +32,7 @@ def main(arguments: list[str]) -> int:
     except WhalefallError as error:
         print(error, file=sys.stderr)
         return 2
-    install()
-    if device == "cpu":
-        from whalefall.compat.cuda import emulate
-
-        emulate()
+    begin(device)
     sys.argv = arguments
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
