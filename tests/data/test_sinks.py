@@ -116,6 +116,16 @@ def test_a_bad_target_is_refused_before_anything_runs(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_relative_target_may_be_new(
+    sp: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sp.from_items([1]).write_parquet("new/deep/")
+    sp.from_items([2]).write_parquet("other")
+    assert sp.read_parquet("new/deep").take_all() == [{"item": 1}]
+    assert sp.read_parquet("other/*.parquet").take_all() == [{"item": 2}]
+
+
 def test_a_folder_of_another_user_is_refused(
     sp: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def check_target(target: Any) -> None:
     if os.path.exists(target) and not os.path.isdir(target):
         raise ConfigError(f"{target} is a file, wanted a folder to write to")
     with writing(target):
-        above = os.path.dirname(target)
+        above = os.path.dirname(os.path.abspath(target))  # "" has nothing above it
         while not os.path.lexists(above):
             above = os.path.dirname(above)
         if not os.path.isdir(above):
