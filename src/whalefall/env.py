@@ -42,6 +42,11 @@ TABLE = (
     ),
     Variable("WHALEFALL_HOST", "", "name of this host in a group of ranks (default: found out)"),
     Variable("WHALEFALL_FS_TOKEN", "", "the secret of the file-system cluster to connect to"),
+    Variable(
+        "WHALEFALL_FS_LOCAL",
+        "1",
+        "0: TCP between file-system processes of one host too, where Unix sockets would do",
+    ),
     Variable("WHALEFALL_API_KEY", "", "the key that clients of `whalefall serve` must send"),
     Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
 )

@@ -61,7 +61,7 @@ MUTATIONS = [
     Mutation(5, "deduplication only at the head", (
         (craq, "_commit", "message.chunk, chain_version, message.tag)",
          "message.chunk, chain_version, message.tag if message.order is None else None)"),
-    ), 3),
+    ), 16),
     Mutation(6, "a failure is remembered as final", (
         (craq, "update", "target.busy.discard(key)",
          "None if __import__('sys').exc_info()[0] else target.busy.discard(key)"),
@@ -120,7 +120,7 @@ MUTATIONS = [
     Mutation(19, "a target is up to date as soon as its node starts", (
         (replica.StorageNode, "__init__", "Target(number, store) for",
          "Target(number, store, local=Local.UPTODATE) for"),
-    ), 40),
+    ), 65),
     Mutation(21, "no target stops itself", (
         (replica.StorageNode, "place", "if self.clock() >= target.lease_until_s:", "if False:"),
     ), 1, "cut"),

@@ -44,7 +44,7 @@ def test_writers_that_come_while_a_group_is_committed_share_the_next() -> None:
     others = [threading.Thread(target=group.submit, args=(i,)) for i in range(1, 6)]
     for thread in others:
         thread.start()
-    while len(group._waiting) < 5:
+    while group._waiting < 5:
         time.sleep(0.001)
     go_on.set()
     for thread in [first, *others]:
@@ -89,3 +89,40 @@ def test_a_lone_writer_is_not_kept_waiting_and_many_are_gathered(writers: int) -
     group.close()
     assert sum(sizes) == 20 * writers
     assert sizes == [1] * 20 if writers == 1 else max(sizes) >= 4
+
+
+def test_work_that_nobody_waits_for_goes_before_what_came_later() -> None:
+    groups: list[list[int]] = []
+    group = GroupCommit("test", groups.append)
+    done: list[int] = []
+    assert group.leave(1, lambda: done.append(1))
+    assert group.submit(2) and done == [1]
+    assert [work for one in groups for work in one] == [1, 2]
+    assert group.leave(3, lambda: done.append(3))
+    end_s = time.monotonic() + 10
+    while done != [1, 3]:  # by itself, soon
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+    group.close()
+    assert not group.leave(4, lambda: done.append(4)) and done == [1, 3]
+
+
+def test_work_that_nobody_waits_for_is_tried_again_in_its_place() -> None:
+    broken, tried = threading.Event(), []
+    broken.set()
+
+    def commit(works: list[int]) -> None:
+        tried.append(list(works))
+        if broken.is_set():
+            raise OSError("no room")
+
+    group = GroupCommit("test", commit)
+    done: list[int] = []
+    group.leave(1, lambda: done.append(1))
+    with pytest.raises(OSError, match="no room"):
+        group.submit(2)
+    assert done == []
+    broken.clear()
+    assert group.submit(3) and done == [1]
+    assert tried[-1] == [1, 3] or tried[-2:] == [[1], [3]]
+    group.close()

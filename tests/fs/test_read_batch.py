@@ -25,7 +25,7 @@ class Chunk:
     def __init__(self, path: Path, data: bytes, place: int = 0) -> None:
         self.place, self.size = place, len(data)
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        self.crcs, _ = native_io.write(self.fd, place, data)
+        self.crcs, _ = native_io.write(self.fd, False, place, data)
 
     def read(self, *pieces: tuple[int, int]) -> tuple[list[int], bytes]:
         content = native_io.content(self.fd, self.place, self.size, self.crcs)

@@ -14,7 +14,9 @@ from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.sim import Faults, Network, Simulation
 
 SCHEDULES = {"mixed": 250, "managers": 50, "slow": 50, "cut": 50, "churn": 50, "many": 50}
+SCHEDULES["together"] = 100
 LONG = {"mixed": 5000, "managers": 1000, "slow": 1000, "cut": 1000, "churn": 1000, "many": 1000}
+LONG["together"] = 2000
 LONG_FROM = 100_000
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from whalefall.comm import tokens
 from whalefall.comm.frames import PREFIX, Buffer, CommError, Limits, decode, encode, lengths, nbytes
 
-__all__ = ["Channel", "connect", "listen"]
+__all__ = ["Channel", "connect", "listen", "listen_local"]
 H = TypeVar("H")
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_PIECES = 512  # of one sendmsg; Linux allows 1024
@@ -149,11 +149,11 @@ class Channel:
 
 
 def tune(sock: socket.socket) -> None:
-    """Large buffers and no delay, for TCP; nothing for a Unix socket."""
+    """Large buffers; for TCP no delay."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
 
 
 def connect(
@@ -162,17 +162,32 @@ def connect(
     token: bytes,
     timeout_s: float = 10.0,
     limits: Limits = Limits(),
+    local: bool = False,
 ) -> Channel:
     """Open an authenticated channel to a `listen`er; its socket is left without a timeout.
 
     Args:
         token: the shared secret (`new_token`).
         timeout_s: for connecting and for the proof, together at most twice that.
+        local: by way of the listener's `listen_local` socket, if it is on this host and has one.
     Raises: OSError where nobody answers; AuthError if either side does not know the token.
     """
+    if local:
+        # Nobody there, or somebody who took the name and does not know the token.
+        with contextlib.suppress(ConnectionRefusedError, tokens.AuthError):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout_s)
+            return _proved(sock, _local_name(host, port), token, limits)
     sock = socket.create_connection((host, port), timeout=timeout_s)
+    return _proved(sock, None, token, limits)
+
+
+def _proved(sock: socket.socket, name: str | None, token: bytes, limits: Limits) -> Channel:
+    """A channel over a connected socket, or one to be connected to `name`, once both proved."""
     channel = Channel(sock, limits)
     try:
+        if name is not None:
+            sock.connect(name)
         tune(sock)
         tokens.prove_client(channel, token)
         sock.settimeout(None)
@@ -180,6 +195,23 @@ def connect(
         channel.close()
         raise
     return channel
+
+
+def _local_name(host: str, port: int) -> str:
+    # Abstract: of this host's network namespace, gone with its process.
+    return f"\0whalefall-{host}-{port}"
+
+
+def listen_local(host: str, port: int, backlog: int = 128) -> socket.socket:
+    """A second listening socket, for processes of this host: a Unix one, which copies less.
+
+    Args:
+        host, port: where the first one (`listen`) is known to be.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(_local_name(host, port))
+    sock.listen(backlog)
+    return sock
 
 
 def listen(host: str = "127.0.0.1", port: int = 0, backlog: int = 128) -> socket.socket:

@@ -101,7 +101,7 @@ class LocalCluster:
                     probe.bind((self.host, port))
                     return port
                 except OSError:
-                    pass
+                    pass  # somebody took it since; clients find the new one by the new URL
         with socket.socket() as probe:
             probe.bind((self.host, 0))
             port = probe.getsockname()[1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import deque
+from concurrent.futures import Future, wait
 from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
@@ -17,6 +19,7 @@ from whalefall.fs.errors import FsError
 from whalefall.fs.meta.core.records import Inode
 
 __all__ = ["WhalefallFile"]
+AHEAD_BYTES = 64 << 20
 
 
 class WhalefallFile(AbstractBufferedFile):
@@ -37,6 +40,7 @@ class WhalefallFile(AbstractBufferedFile):
         client = fs.client
         self.inode: Inode | None = None
         self.session = ""
+        self._begun: deque[tuple[int, list[Future[Any]]]] = deque()
         start = 0
         if mode in ("wb", "xb"):
             fs._check_target(path, exclusive=mode == "xb")
@@ -59,6 +63,39 @@ class WhalefallFile(AbstractBufferedFile):
         if self.mode != "ab":
             self.offset = 0
 
+    def write(self, data: Any) -> int:
+        """Add bytes at the end; whole blocks go from the caller's memory, without a copy.
+
+        Chunks may still be on their way when this returns; `close` waits for all of them, and
+        raises what kept one from being written, if no later `write` has.
+        """
+        view = memoryview(data).cast("B")
+        straight = view.nbytes // self.blocksize * self.blocksize
+        if self.mode == "rb" or self.closed or self.forced or not straight or self.buffer.tell():
+            return int(super().write(data))
+        if self.offset is None:
+            self._initiate_upload()
+        self._send(view[:straight])
+        if not isinstance(data, bytes):
+            self._settle()  # the caller may change it
+        self.offset += straight
+        self.loc += straight
+        if straight < view.nbytes:
+            super().write(view[straight:])
+        return view.nbytes
+
+    def _send(self, view: memoryview) -> None:
+        """Begin to write at the offset; the memory stays as it is until `_settle`."""
+        self._begun.append((view.nbytes, self.fs.client.begin_write(self.inode, self.offset, view)))
+        while sum(count for count, _ in self._begun) > AHEAD_BYTES:
+            self._settle(len(self._begun) - 1)
+
+    def _settle(self, but: int = 0) -> None:
+        """Wait until what was begun is on every replica, all but the last few blocks."""
+        while len(self._begun) > but:
+            for part in self._begun.popleft()[1]:
+                part.result()
+
     def flush(self, force: bool = False) -> None:
         """Write what is buffered, once it fills a block."""
         if self.closed:
@@ -78,10 +115,11 @@ class WhalefallFile(AbstractBufferedFile):
     def _upload_chunk(self, final: bool = False) -> bool:
         data = self.buffer.getbuffer()
         if data.nbytes:
-            self.fs.client.write(self.inode, self.offset, data)
+            self._send(data)
         end = self.offset + data.nbytes
         del data
         if final:
+            self._settle()
             self.end = end
             if self.mode == "ab":
                 self.fs.client.close_session(self.inode, self.session, end)
@@ -101,6 +139,8 @@ class WhalefallFile(AbstractBufferedFile):
     def discard(self) -> None:
         """Throw away what was written."""
         assert self.inode is not None
+        for _, parts in self._begun:
+            wait(parts)
         self.fs.client.close_session(self.inode, self.session)
 
     def _fetch_range(self, start: int, end: int) -> bytes:

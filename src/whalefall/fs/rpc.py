@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import mmap
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from typing import Any
 
 import msgspec
 
+from whalefall import env
 from whalefall.comm import Channel, CommError, Limits, connect, listen
+from whalefall.comm.channel import listen_local, tune
 from whalefall.comm.frames import PREFIX, lengths
 from whalefall.comm.tokens import prove_server
 from whalefall.errors import WhalefallError
@@ -27,6 +30,7 @@ __all__ = ["Call", "Pool", "Result", "Server", "any_message"]
 
 log = logging.getLogger("whalefall.fs")
 LIMITS = Limits(header_bytes=8 << 20, payload_bytes=1 << 30)
+KEPT_BYTES = 8 << 20
 Handler = Callable[[Any, memoryview], tuple[Any, Sequence[Any]]]
 
 
@@ -64,34 +68,37 @@ class Server:
     def __init__(self, handler: Handler, token: bytes, host: str, port: int) -> None:
         self._handler, self._token = handler, token
         any_message()
-        self._socket = listen(host, port)
-        self.host, self.port = self._socket.getsockname()[:2]
+        listener = listen(host, port)
+        self.host, self.port = listener.getsockname()[:2]
+        self._listeners = [listener, listen_local(host, self.port)]
         self._channels: set[Channel] = set()
         self._closed = False
-        self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
 
     def start(self) -> None:
         """Begin to accept."""
-        self._thread.start()
+        for listener in self._listeners:
+            accept = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+            accept.start()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while not self._closed:
             try:
-                sock, _ = self._socket.accept()
+                sock, _ = listener.accept()
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(sock,), name="serve", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock)
         channel = Channel(sock, LIMITS)
         self._channels.add(channel)
         try:
             sock.settimeout(10)
             prove_server(channel, self._token)
             sock.settimeout(None)
+            memory = Memory()
             while True:
-                message, payload = receive(channel)
+                message, payload = receive(channel, memory=memory)
                 reply, buffers = self._answer(message, payload)
                 channel.send(reply, *buffers)
         except (WhalefallError, OSError) as error:
@@ -115,9 +122,10 @@ class Server:
     def close(self) -> None:
         """Stop accepting and drop all connections."""
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
         for channel in list(self._channels):
             channel.close()
 
@@ -126,7 +134,7 @@ class Pool:
     """Connections to many servers, kept while idle."""
 
     def __init__(self, token: bytes) -> None:
-        self._token = token
+        self._token, self._local = token, env.get("WHALEFALL_FS_LOCAL") != "0"
         any_message()
         self._idle: dict[tuple[str, int], list[Channel]] = {}
         self._mutex = threading.Lock()
@@ -151,6 +159,7 @@ class Pool:
         """Send one call; hand what this returns to `finish`, in any order.
 
         Args:
+            data: a buffer, or a list of buffers.
             after: a begun call's channel: this one goes behind it there, and is answered after it.
         Raises: Unreachable.
         """
@@ -160,9 +169,10 @@ class Pool:
                 idle = self._idle.setdefault(address, [])
                 channel = idle.pop() if idle else None
         try:
-            channel = channel or connect(*address, self._token, timeout_s, LIMITS)
+            channel = channel or connect(*address, self._token, timeout_s, LIMITS, self._local)
             channel.bound_waits(max(timeout_s, 0.001))
-            channel.send(message, *([data] if len(data) else []))
+            buffers = data if isinstance(data, list) else [data] if len(data) else []
+            channel.send(message, *buffers)
         except (OSError, WhalefallError) as error:
             raise self._broken(address, channel, error) from None
         return channel
@@ -217,9 +227,30 @@ class Pool:
             self.close()
 
 
-def receive(channel: Channel, into: Sequence[Any] | None = None) -> tuple[Any, memoryview]:
+class Memory:
+    """Memory that one connection's payloads come into, one after another; it begins at a page."""
+
+    def __init__(self) -> None:
+        self._kept: mmap.mmap | None = None
+
+    def take(self, count: int) -> memoryview:
+        """`count` bytes, good until the next `take`; those of large payloads are not kept."""
+        if not count:
+            return memoryview(bytearray())
+        if count > KEPT_BYTES:
+            return memoryview(mmap.mmap(-1, count))
+        if self._kept is None or len(self._kept) < count:
+            self._kept = mmap.mmap(-1, 1 << max(count - 1, 4095).bit_length())
+        return memoryview(self._kept)[:count]
+
+
+def receive(
+    channel: Channel, into: Sequence[Any] | None = None, memory: Memory | None = None
+) -> tuple[Any, memoryview]:
     """One message and its payload, which goes into buffers as the message's `results` say.
 
+    Args:
+        memory: for a payload that has no buffers; default: new memory.
     Raises: CommError, LimitError for what is no message of ours.
     """
     header_bytes, payload_bytes = lengths(channel.recv_exactly(PREFIX.size), LIMITS)
@@ -229,7 +260,7 @@ def receive(channel: Channel, into: Sequence[Any] | None = None) -> tuple[Any, m
         raise CommError(f"fs: not one of our messages: {error}") from None
     results = getattr(message, "results", None)
     if into is None or results is None:
-        data = memoryview(bytearray(payload_bytes))
+        data = memory.take(payload_bytes) if memory else memoryview(bytearray(payload_bytes))
         channel.recv_into(data)
         return message, data
     views = [memoryview(b)[: r[1]] for b, r in zip(into, results, strict=True) if r[1]]

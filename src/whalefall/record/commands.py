@@ -192,7 +192,7 @@ def _damage(reader: FileReader, batch: range) -> list[str]:
         reader.read(batch)
         return []
     except WhalefallError:
-        pass
+        pass  # a batch names only its first bad sample: below each one is asked, and says why
     found = []
     for sample in batch:
         try:

@@ -2,25 +2,29 @@
 
 In: a folder. Out: a file with its files as samples, depth first and sorted, and as the last sample
 the tree of names (a pickle of nested ordered dicts after a magic word).
-The pickle is read by an unpickler that makes nothing but those dicts.
+The pickle is read as names that are made when asked for (names.py), or, where several files are
+joined or it is of another kind, by an unpickler that makes nothing but those dicts.
 Source: FFRecord 1.4.0 `pack_folder`, `PackedFolder`.
 """
 
 from __future__ import annotations
 
 import array
+import functools
 import gc
 import io
+import operator
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whalefall.errors import CorruptError, DtypeError, MissingError
+from whalefall.record.names import FileNames, NamedTree, Names, read_names
 from whalefall.record.reader import FileReader
 from whalefall.record.writer import FileWriter
 
@@ -43,23 +47,36 @@ class PackedFolder:
         check_data: compare checksums.
     Attributes:
         reader: the `FileReader` below.
-        structure: the tree of names.
+        structure: the tree of names, a mapping: name → sample, or the folder's mapping.
     Raises: CorruptError for a `.ffr` file that is no packed folder.
     Source: FFRecord `PackedFolder`.
     """
 
     def __init__(self, ffr_file: Any, check_data: bool = True) -> None:
         self.reader = FileReader(ffr_file, check_data)
-        self.structure: Tree = {}
+        self.structure: Any = {}
+        self._names: Names | None = None
         start = 0
         for number, name in enumerate(self.reader.fnames):
             count = len(self.reader.get_checksums(number))
             if count == 0:
                 raise NotPackedError(f"record: {name} is not a packed folder: it has no samples")
             trailer = self.reader.read_one(start + count - 1)
+            if len(self.reader.fnames) == 1:
+                names = _names_of(name, trailer.data, count - 1)
+                if names is not None:
+                    self._names, self.structure = names, NamedTree(names, 0)
+                    return
             tree = read_tree(name, trailer.data, count - 1)
             self.structure = tree if number == 0 else _join(self.structure, tree, start, name)
             start += count
+
+    @functools.cached_property
+    def names(self) -> Sequence[str]:
+        """All files' paths, in the order of their samples; each is made when it is asked for."""
+        if self._names is not None:
+            return FileNames(self._names)
+        return [path for path, _ in sorted(self.walk(), key=operator.itemgetter(1))]
 
     def num_files(self) -> int:
         """How many files are inside."""
@@ -88,7 +105,7 @@ class PackedFolder:
         return isinstance(self._find(path), int)
 
     def is_dir(self, path: str | os.PathLike[str]) -> bool:
-        return isinstance(self._find(path), dict)
+        return isinstance(self._find(path), Mapping)
 
     def list(
         self,
@@ -108,7 +125,7 @@ class PackedFolder:
         Raises: MissingError.
         """
         tree = self._find(path or "")
-        if not isinstance(tree, dict):
+        if not isinstance(tree, Mapping):
             problem = "does not exist" if tree is None else "is a file, wanted a folder"
             raise MissingError(f"record: {path} in {self.reader.fnames[0]} {problem}")
         return _names(tree, list_file, list_dir, recursive)
@@ -124,7 +141,7 @@ class PackedFolder:
     def _find(self, path: str | os.PathLike[str]) -> Any:
         node: Any = self.structure
         for part in Path(path).parts:
-            node = node.get(part) if isinstance(node, dict) else None
+            node = node.get(part) if isinstance(node, Mapping) else None
             if node is None:
                 return None
         return node
@@ -218,12 +235,11 @@ def read_tree(name: str, trailer: memoryview | bytes, num_files: int) -> Tree:
 
     Raises: CorruptError if it is no tree of names and of samples 0 … num_files - 1.
     """
-    if len(trailer) <= len(MAGIC) or bytes(trailer[: len(MAGIC)]) != MAGIC:
-        raise NotPackedError(f"record: {name} is not a packed folder: its last sample is no tree")
+    pickled = _pickled(name, trailer)
     collecting = gc.isenabled()
     gc.disable()  # a million new strings would otherwise be looked through again and again
     try:
-        tree = _TreeUnpickler(io.BytesIO(trailer[len(MAGIC) :])).load()
+        tree = _TreeUnpickler(io.BytesIO(pickled)).load()
     except Exception as error:  # a damaged pickle raises almost anything
         raise CorruptError(f"record: {name}: the tree of names is damaged: {error}") from None
     finally:
@@ -231,6 +247,16 @@ def read_tree(name: str, trailer: memoryview | bytes, num_files: int) -> Tree:
             gc.enable()
     _check_tree(name, tree, num_files)
     return tree
+
+
+def _pickled(name: str, trailer: memoryview | bytes) -> memoryview:
+    if len(trailer) <= len(MAGIC) or bytes(trailer[: len(MAGIC)]) != MAGIC:
+        raise NotPackedError(f"record: {name} is not a packed folder: its last sample is no tree")
+    return memoryview(trailer)[len(MAGIC) :]
+
+
+def _names_of(name: str, trailer: memoryview | bytes, num_files: int) -> Names | None:
+    return read_names(_pickled(name, trailer), num_files)
 
 
 def _check_tree(name: str, tree: Any, num_files: int) -> None:
@@ -275,12 +301,12 @@ def _join(into: Tree, tree: Tree, start: int, name: str) -> Tree:
     return into
 
 
-def _names(tree: Tree, files: bool, folders: bool, recursive: bool) -> list[Any]:
+def _names(tree: Any, files: bool, folders: bool, recursive: bool) -> list[Any]:
     if files and folders and not recursive:
-        return [*tree]
+        return tree.texts() if isinstance(tree, NamedTree) else [*tree]
     names: list[Any] = []
     for key, child in tree.items():
-        is_folder = isinstance(child, dict)
+        is_folder = isinstance(child, Mapping)
         if folders if is_folder else files:
             names.append(key)
         if recursive and is_folder:
@@ -288,9 +314,9 @@ def _names(tree: Tree, files: bool, folders: bool, recursive: bool) -> list[Any]
     return names
 
 
-def _walk(tree: Tree, above: str) -> Iterator[tuple[str, int]]:
+def _walk(tree: Any, above: str) -> Iterator[tuple[str, int]]:
     for key, child in tree.items():
-        if isinstance(child, dict):
+        if isinstance(child, Mapping):
             yield from _walk(child, f"{above}{key}/")
         else:
             yield above + key, child

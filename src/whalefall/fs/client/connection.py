@@ -12,15 +12,16 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from whalefall.comm import crc32c
 from whalefall.fs.core import effects
 from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Procedure, Refused, Unreachable
-from whalefall.fs.core.messages import Failed, Kind, QueryDone, Read, Routing, UpdateDone
+from whalefall.fs.core.messages import Code, Failed, Kind, QueryDone, Read, Routing, UpdateDone
 from whalefall.fs.core.replica import Limits
-from whalefall.fs.driver import drive
+from whalefall.fs.driver import attempt, call_all, drive, drive_all
 from whalefall.fs.errors import ClusterError, StorageError
 from whalefall.fs.rpc import Call, Pool, Result
 
@@ -28,6 +29,7 @@ __all__ = ["Connection"]
 T = TypeVar("T")
 PARALLEL = 16
 SHARED_BYTES = 1 << 20
+LINES = 2
 
 
 class Connection:
@@ -131,22 +133,26 @@ class Connection:
     def _all(self, calls: tuple[effects.Call, ...]) -> list[Any]:
         """Send all, then take the answers: the servers work at the same time, without threads.
 
-        Small reads of one node share a connection, so each node is woken once.
+        Small reads of one node share a connection, so each node is woken once; large ones take
+        turns on a few: a server reads for one while it sends on another.
         """
         begun: list[Any] = []
-        lines: dict[int, Any] = {}
+        lines: dict[tuple[int, int], Any] = {}
+        turn: Counter[int] = Counter()
         for call in calls:
             small = isinstance(call.message, Read) and _reply_bytes(call.message) <= SHARED_BYTES
+            turn[call.node] += not small
+            line = (call.node, 0 if small else 1 + turn[call.node] % LINES)
             try:
                 address = self._address(call.node)
-                after = lines.get(call.node) if small else None
-                channel = self.pool.begin(address, call.message, call.data, call.timeout_s, after)
-                if small:
-                    lines[call.node] = channel
+                channel = self.pool.begin(
+                    address, call.message, call.data, call.timeout_s, lines.get(line)
+                )
+                lines[line] = channel
                 begun.append((address, channel))
             except Unreachable as error:
                 begun.append(error)
-                lines.pop(call.node, None)
+                lines.pop(line, None)
         left = Counter(id(state[1]) for state in begun if not isinstance(state, Unreachable))
         results: list[Any] = []
         for call, state in zip(calls, begun, strict=True):
@@ -165,12 +171,35 @@ class Connection:
         try:
             return drive(procedure, self._perform, self.mutex)
         except Refused as refusal:
-            number = 28 if refusal.code.name == "NO_SPACE" else 5
-            raise StorageError(
-                number, f"fs: {what}: {refusal.code.name}: {refusal.reason}"
-            ) from None
+            raise self._named(refusal, what) from None
+
+    def _named(self, error: Exception, what: str) -> StorageError:
+        number = 28 if isinstance(error, Refused) and error.code is Code.NO_SPACE else 5
+        return StorageError(number, f"fs: {what}: {error}")
+
+    def _perform_all(self, asked: list[Any]) -> list[Any]:
+        calls = [effect for effect in asked if isinstance(effect, effects.Call)]
+        answers = iter(call_all(calls, self._call))
+        return [
+            next(answers) if isinstance(effect, effects.Call) else attempt(self._perform, effect)
+            for effect in asked
+        ]
 
     # ---- chunks
+
+    def update_all(self, updates: Sequence[tuple[Any, ...]]) -> list[UpdateDone]:
+        """Updates of different chunks, each exactly once; those of one chain travel together.
+
+        Args:
+            updates: the arguments of `update` for each.
+        Raises: StorageError for the first that failed, once all have ended.
+        """
+        procedures = [self.core.update(*one) for one in updates]
+        results = drive_all(procedures, self._perform_all, self.mutex)
+        for one, result in zip(updates, results, strict=True):
+            if isinstance(result, Exception):
+                raise self._named(result, _what(*one[:3]))
+        return results  # type: ignore[return-value]
 
     def update(
         self, chain: int, chunk: bytes, kind: Kind, offset: int, length: int, size: int, data: Any
@@ -180,7 +209,7 @@ class Connection:
         Raises: StorageError.
         """
         procedure = self.core.update(chain, chunk, kind, offset, length, size, data)
-        return self._drive(procedure, f"{kind.name.lower()} chunk {chunk.hex()} of chain {chain}")
+        return self._drive(procedure, _what(chain, chunk, kind))
 
     def read(self, pieces: list[Piece], relaxed: bool = False) -> None:
         """A batch of reads, each into its buffer.
@@ -197,6 +226,10 @@ class Connection:
         """Drop all connections."""
         self.threads.shutdown(wait=False)
         self.pool.close()
+
+
+def _what(chain: int, chunk: bytes, kind: Kind) -> str:
+    return f"{kind.name.lower()} chunk {chunk.hex()} of chain {chain}"
 
 
 def _reply_bytes(message: Read) -> int:

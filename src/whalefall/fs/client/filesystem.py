@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 
 from whalefall.comm import crc32c
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, WhalefallError
 from whalefall.fs.client.connection import Connection
 from whalefall.fs.core.client import Piece
 from whalefall.fs.core.effects import Unreachable
@@ -35,6 +36,7 @@ __all__ = ["FileSystemClient", "Range", "parse_url"]
 
 WINDOW_BYTES = 32 << 20
 WINDOW_PIECES = 512
+BATCH_BYTES = 4 << 20
 KEEP_ALIVE_S = 60.0
 
 
@@ -253,27 +255,40 @@ class FileSystemClient:
         The file's length follows when it is reported (`close_session`, `report_length`).
         Raises: StorageError.
         """
+        for part in self.begin_write(inode, offset, data):
+            part.result()
+
+    def begin_write(self, inode: Inode, offset: int, data: Any) -> list[Future[Any]]:
+        """As `write`, without waiting: every replica has a chunk once its future says so.
+
+        Args:
+            data: must not change before the last future is done.
+        """
         layout = inode.layout
         assert layout is not None
         view = memoryview(data).cast("B")
-        size, jobs, at = layout.chunk_bytes, [], 0
+        size, at = layout.chunk_bytes, 0
+        batches: dict[int, list[list[tuple[Any, ...]]]] = {}
+        fits = max(1, BATCH_BYTES // size)
         while at < view.nbytes:
             index, inside = divmod(offset + at, size)
             take = min(size - inside, view.nbytes - at)
-            jobs.append((index, inside, view[at : at + take]))
+            chain, part = layout.chains[index % len(layout.chains)], view[at : at + take]
+            update = (chain, chunk_id(inode.id, index), Kind.WRITE, inside, take, size, part)
+            of_chain = batches.setdefault(chain, [[]])
+            if len(of_chain[-1]) == fits:
+                of_chain.append([])
+            of_chain[-1].append(update)
             at += take
-
-        def put(job: tuple[int, int, memoryview]) -> None:
-            index, inside, part = job
-            chain = layout.chains[index % len(layout.chains)]
-            self.connection.update(
-                chain, chunk_id(inode.id, index), Kind.WRITE, inside, part.nbytes, size, part
-            )
-
+        jobs = [batch for of_chain in batches.values() for batch in of_chain]
         if len(jobs) == 1:
-            put(jobs[0])
-        else:
-            list(self.connection.threads.map(put, jobs))
+            done: Future[Any] = Future()
+            try:
+                done.set_result(self.connection.update_all(jobs[0]))
+            except WhalefallError as error:
+                done.set_exception(error)
+            return [done]
+        return [self.connection.threads.submit(self.connection.update_all, job) for job in jobs]
 
     def report_length(self, inode: Inode, length: int) -> Inode:
         """fsync: make the length of what was written known."""

@@ -6,6 +6,7 @@ tried, for how long. An update keeps its tag over all tries; a channel carries o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from whalefall.fs.core.replica import Limits
 __all__ = ["ClientCore", "Piece", "RefreshRouting"]
 
 FINAL = {Code.NO_SPACE, Code.INVALID, Code.PROTOCOL, Code.STALE_REQUEST}
+# A call asks for no more than this: while one is on its way the server reads for the next.
+CALL_BYTES = 4 << 20
 RENEW = {Code.ROUTING_MISMATCH, Code.TARGET_OFFLINE}
 
 
@@ -56,6 +59,16 @@ class Piece:
     version: int = 0
     at_tail: bool = False
     last: str = ""
+
+
+@dataclass
+class Group:
+    """Pieces that one call asks a target for."""
+
+    member: Member
+    chain: Chain
+    pieces: list[Piece] = field(default_factory=list)
+    bytes: int = 0
 
 
 @dataclass
@@ -177,10 +190,10 @@ class ClientCore:
         while True:
             tries += 1
             groups, left, code = self._group(todo)
-            calls = [self._call(member, chain, group, relaxed) for member, chain, group in groups]
+            calls = [self._call(g.member, g.chain, g.pieces, relaxed) for g in groups]
             answers = (yield Calls(tuple(calls))) if calls else []
-            for (member, _, group), answer in zip(groups, answers, strict=True):
-                failed, why = self._take(member, group, answer)
+            for group, answer in zip(groups, answers, strict=True):
+                failed, why = self._take(group.member, group.pieces, answer)
                 left += failed
                 code = why if failed else code
             if not left:
@@ -190,10 +203,8 @@ class ClientCore:
             if not (asks and tries == 1):
                 yield from self._again(began_s, tries, todo[0].last, code)
 
-    def _group(
-        self, todo: list[Piece]
-    ) -> tuple[list[tuple[Member, Chain, list[Piece]]], list[Piece], Code]:
-        groups: dict[int, tuple[Member, Chain, list[Piece]]] = {}
+    def _group(self, todo: list[Piece]) -> tuple[list[Group], list[Piece], Code]:
+        groups: dict[int, list[Group]] = {}
         picked: dict[tuple[int, bool], tuple[Member, Chain]] = {}
         left: list[Piece] = []
         for piece in todo:
@@ -207,10 +218,14 @@ class ClientCore:
                     left.append(piece)
                     continue
             member, chain = picked[key]
-            groups.setdefault(member.target * 2 + piece.at_tail, (member, chain, []))[2].append(
-                piece
-            )
-        return list(groups.values()), left, Code.ROUTING_MISMATCH
+            of_target = groups.setdefault(member.target * 2 + piece.at_tail, [])
+            if not of_target or of_target[-1].bytes + piece.length > CALL_BYTES:
+                of_target.append(Group(member, chain))
+            of_target[-1].pieces.append(piece)
+            of_target[-1].bytes += piece.length
+        # One of each target in turn, so that all of them work from the beginning.
+        turns = itertools.zip_longest(*groups.values())
+        return [g for turn in turns for g in turn if g], left, Code.ROUTING_MISMATCH
 
     def _reader(self, chain: Chain, at_tail: bool) -> Member:
         tail = read_tail(chain)

@@ -13,7 +13,7 @@ from whalefall.fs.core.messages import Code, Tag, Update
 
 __all__ = [
     "Abort", "Acquire", "Call", "Calls", "Commit", "Effect", "Load", "Merge", "Procedure",
-    "Refused", "Sleep", "Store", "Transact", "Unreachable",
+    "Refused", "Sleep", "Store", "Together", "Transact", "Unreachable",
 ]  # fmt: skip
 
 
@@ -45,6 +45,17 @@ class Calls:
     """Several calls at once. Result: a list with each one's result, or its exception."""
 
     calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Run procedures side by side. Result: a list with each one's result, or its exception.
+
+    What they ask for at the same time may be done in one go. Each asks for its chunk's lock first,
+    and no two for the same one: so they get them in one order everywhere, and none waits in a ring.
+    """
+
+    procedures: tuple[Generator[Any, Any, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Transact:
 
 
 Effect: TypeAlias = (
-    Call | Calls | Acquire | Store | Commit | Abort | Load | Merge | Sleep | Transact
+    Call | Calls | Together | Acquire | Store | Commit | Abort | Load | Merge | Sleep | Transact
 )
 T = TypeVar("T")
 Procedure: TypeAlias = Generator[Effect, Any, T]

@@ -11,6 +11,7 @@ from whalefall.fs.core.chains import Chain, Local
 
 __all__ = [
     "ChunkMeta", "Code", "Distrust", "Failed", "Heartbeat", "HeartbeatDone", "Inventory", "Kind",
+    "Many", "ManyDone",
     "NodeInfo",
     "Query", "QueryDone", "Read", "ReadDone", "Remembered", "Routing", "SyncDone", "SyncStart",
     "SyncTags", "Tag", "TargetReport", "Update", "UpdateDone", "Wide", "Done",
@@ -129,6 +130,19 @@ class Failed(Wide, frozen=True):
 
     code: Code
     reason: str
+
+
+class Many(Wide, frozen=True):
+    """Updates of different chunks, each on its own; their data follows in order, `sizes` bytes."""
+
+    updates: list[Update]
+    sizes: list[int]
+
+
+class ManyDone(Wide, frozen=True):
+    """What became of each update."""
+
+    replies: list[UpdateDone | Failed]
 
 
 class Done(Wide, frozen=True):

@@ -39,6 +39,7 @@ class Limits:
     forward_s: float = 30.0  # all attempts together
     pause_s: float = 0.05  # between attempts
     retry_s: float = 60.0  # a client's patience
+    resync_chunks: int = 8  # that recovery sends at once
 
 
 @dataclass

@@ -14,7 +14,7 @@ import msgspec
 
 from whalefall.fs.core.chains import Local, Public
 from whalefall.fs.core.craq import _finish
-from whalefall.fs.core.effects import Acquire, Call, Load, Merge, Procedure, Refused
+from whalefall.fs.core.effects import Acquire, Call, Load, Merge, Procedure, Refused, Together
 from whalefall.fs.core.messages import (
     ChunkMeta,
     Code,
@@ -88,8 +88,14 @@ def resync(node: StorageNode, target: Target) -> Procedure[int]:
         assert isinstance(answer, Inventory)
         remote = _LISTED.decode(payload)
         todo = compare(target.store.entries(), remote, target.locks.held())
-        for chunk in todo:
-            yield from _send_chunk(node, target, version, chunk)
+        at_once = node.limits.resync_chunks
+        for at in range(0, len(todo), at_once):
+            sent = yield Together(tuple(
+                _send_chunk(node, target, version, chunk) for chunk in todo[at : at + at_once]
+            ))  # fmt: skip
+            for outcome in sent:
+                if isinstance(outcome, Exception):
+                    raise outcome
         tags = msgspec.msgpack.encode(target.store.tags())
         yield from _ask(node, successor.node, SyncTags(there, version, session), tags, 4)
         yield from _ask(node, successor.node, SyncDone(there, version, session), b"", 1)

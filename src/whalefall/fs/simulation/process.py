@@ -19,6 +19,7 @@ from whalefall.fs.core.messages import (
     Failed,
     Heartbeat,
     HeartbeatDone,
+    ManyDone,
     NodeInfo,
     Read,
     ReadDone,
@@ -26,6 +27,7 @@ from whalefall.fs.core.messages import (
 )
 from whalefall.fs.core.replica import Limits, StorageNode
 from whalefall.fs.simulation.store import SimStore, Unsynced
+from whalefall.fs.simulation.together import InStep
 
 if TYPE_CHECKING:
     from whalefall.fs.simulation.world import World
@@ -121,6 +123,8 @@ class SimProcess:
             self.call(self.world.storage_name(effect.node), effect, resume)
         elif isinstance(effect, effects.Calls):
             self._calls(effect, resume)
+        elif isinstance(effect, effects.Together):
+            InStep(self, effect.procedures, resume)
         else:
             raise TypeError(f"{self.name} cannot do {effect!r}")
 
@@ -240,7 +244,7 @@ class SimNode(SimProcess):
         self.boots += 1
         lease_s = self.world.lease_s
         info = NodeInfo(self.number, "storage", self.name, 0, self.boots)
-        limits = Limits(lease_s, lease_s / 2, self.world.forward_s, 0.05, 0)
+        limits = Limits(lease_s, lease_s / 2, self.world.forward_s, 0.05, 0, 2)
         self.node = StorageNode(info, self.stores, limits, self.sim.clock)
         self.jobs: set[tuple[str, int]] = set()
         self.beating = False
@@ -323,9 +327,16 @@ class SimNode(SimProcess):
             elif isinstance(result, Exception):
                 reply((Failed(Code.TIMED_OUT, str(result)), b""))
             else:
+                self._note_refusals(call.message, result[0])
                 reply(result)
 
         self.start(work.handle(self.node, call.message, call.data), done)
+
+    def _note_refusals(self, message: Any, answer: Any) -> None:
+        if isinstance(answer, ManyDone):
+            for update, done in zip(message.updates, answer.replies, strict=True):
+                if isinstance(done, Failed):
+                    self.world.refused(self.name, update, Refused(done.code, done.reason))
 
     def _read(self, message: Read) -> tuple[Any, Any]:
         try:
@@ -359,14 +370,17 @@ class SimClient(SimProcess):
             return
         call = effects.Call(0, self.core.routing.version, b"", 0.1)
 
+        asked = self.managers[0]
+
         def got(result: Any) -> None:
             if isinstance(result, Exception) or isinstance(result[0], Failed):
-                self.managers.append(self.managers.pop(0))
+                if self.managers[0] == asked:  # else another procedure has moved on already
+                    self.managers.append(self.managers.pop(0))
                 resume(None)
             else:
                 resume(result[0] if isinstance(result[0], Routing) else None)
 
-        self.call(self.managers[0], call, got)
+        self.call(asked, call, got)
 
     def read(self, chain: int, chunk: bytes, done: Callable[[Any], None]) -> None:
         """Read a chunk whole; `done` gets its bytes or the exception."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.effects import Procedure, Refused, Together
 from whalefall.fs.core.messages import Code, Kind
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.fs.simulation.process import SimClient, SimNode
@@ -44,6 +44,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
     "many": {"kinds": ["crash", "freeze"], "chunks": 8, "slow": 0.3, "slow_s": 0.6},
     "managers": {"kinds": ["manager", "manager", "crash"], "managers": 2, "chains": 2},
+    # No full disk: many outcomes would be in doubt, and the search for an order doubles with each.
+    "together": {
+        "kinds": ["crash", "freeze", "cut off", "half cut", "manager", "all"],
+        "chunks": 6,
+        "together": True,
+        "clients": 2,
+        "retry_s": 8.0,
+    },
     "churn": {"kinds": ["crash", "freeze"], "removes": True, "chunks": 3, "loss": 0.0},
 }
 
@@ -69,7 +77,7 @@ class Schedule:
             loss=pick("loss", 0.0, 0.0, 0.02, 0.1), duplicate=pick("duplicate", 0.0, 0.05, 0.2),
             slow=pick("slow", 0.0, 0.02, 0.1), slow_s=pick("slow_s", 0.2, 1.0, 2.5),
         )  # fmt: skip
-        self.retry_s = chance.choice((1.5, 8.0))
+        self.retry_s = pick("retry_s", 1.5, 8.0)
         self.removes = pick("removes", False, True)
         self.kinds = chance.sample(
             ("crash", "freeze", "cut off", "half cut", "manager", "all", "full"),
@@ -79,6 +87,7 @@ class Schedule:
             # Two replicas tell which one is wrong only while both are there.
             self.kinds, faults.loss = ["flip", "full"], 0.0
         self.kinds = force.get("kinds", self.kinds)
+        self.together = force.get("together", False)
         self.world = World(self.sim, size, faults, retry_s=self.retry_s)
         self.history: list[Operation] = []
         self.running = 0
@@ -176,6 +185,9 @@ class Schedule:
         if self.sim.now > STOP_S:
             return
         chance = self.sim.random
+        if self.together and chance.random() < 0.3:
+            self._write_several(client)
+            return
         chain = chance.randint(1, self.world.size.chains)
         number = chance.randint(1, self.world.size.chunks)
         chunk = f"{chain}.{number}".encode()
@@ -185,9 +197,7 @@ class Schedule:
         if number == 1 and self.sim.now > QUIET_S and chance.random() < 0.9:
             kind = "read"  # what is seldom written must be right too
         op = Operation(client.name, "read", chunk, self.sim.now)
-        done = self._finisher(client, op)
-        self.history.append(op)
-        self.running += 1
+        done = self._finisher(client, [op])
         if kind == "read":
             client.read(chain, chunk, done)
             return
@@ -195,35 +205,61 @@ class Schedule:
             op.kind = "remove"
             procedure = client.core.update(chain, chunk, Kind.REMOVE, 0, 0, 64, b"")
         else:
-            op.kind = "write"
-            self.written += 1
-            pieces = 2 if kind == "whole" else 1
-            op.data = b"".join((self.written * 2 + i).to_bytes(SLOT, "big") for i in range(pieces))
-            op.offset = 0 if kind == "whole" else SLOT * chance.randint(0, 1)
-            procedure = client.core.update(
-                chain, chunk, Kind.WRITE, op.offset, len(op.data), 64, op.data
-            )
+            procedure = self._write(client, chain, op, 2 if kind == "whole" else 1)
         client.start(procedure, done)
 
-    def _finisher(self, client: SimClient, op: Operation) -> Callable[[Any], None]:
+    def _write(self, client: SimClient, chain: int, op: Operation, pieces: int) -> Any:
+        """The procedure of a write, whose operation this completes."""
+        op.kind = "write"
+        self.written += 1
+        op.data = b"".join((self.written * 2 + i).to_bytes(SLOT, "big") for i in range(pieces))
+        op.offset = 0 if pieces == 2 else SLOT * self.sim.random.randint(0, 1)
+        return client.core.update(chain, op.chunk, Kind.WRITE, op.offset, len(op.data), 64, op.data)
+
+    def _write_several(self, client: SimClient) -> None:
+        """Writes of several chunks of one chain that travel together."""
+        chance, size = self.sim.random, self.world.size
+        chain = chance.randint(1, size.chains)
+        there = range(1 if self.sim.now < QUIET_S else 2, size.chunks + 1)
+        numbers = chance.sample(there, chance.randint(2, len(there)))
+        ops = [
+            Operation(client.name, "write", f"{chain}.{n}".encode(), self.sim.now) for n in numbers
+        ]
+        writes = [self._write(client, chain, op, chance.randint(1, 2)) for op in ops]
+
+        def together() -> Procedure[Any]:
+            return (yield Together(tuple(writes)))
+
+        client.start(together(), self._finisher(client, ops))
+
+    def _finisher(self, client: SimClient, ops: list[Operation]) -> Callable[[Any], None]:
+        """Begins operations; the result is what becomes of them, a list where they are several."""
+        self.history += ops
+        self.running += len(ops)
+
         def done(result: Any) -> None:
-            self.running -= 1
-            if isinstance(result, Exception):
-                self.sim.note(f"{op.client} {op.kind} {op.chunk.decode()}: {result}")
-                # Even a full disk's refusal is no promise: a packet of an earlier try may be late.
-                full = isinstance(result, Refused) and result.code is Code.NO_SPACE
-                if op.kind == "read":
-                    self.history.remove(op)
-                if op.called_s > CALM_S and not full:
-                    raise Violation(f"an operation failed long after the last fault: {result}")
-            else:
-                op.returned_s = self.sim.now
-                if op.kind == "read":
-                    op.data = result
-                self.sim.note(f"{op}")
+            results = result if isinstance(result, list) else [result] * len(ops)
+            for op, one in zip(ops, results, strict=True):
+                self._finish(op, one)
             client.later(self.sim.random.expovariate(8), lambda: self.work(client))
 
         return done
+
+    def _finish(self, op: Operation, result: Any) -> None:
+        self.running -= 1
+        if not isinstance(result, Exception):
+            op.returned_s = self.sim.now
+            if op.kind == "read":
+                op.data = result
+            self.sim.note(f"{op}")
+            return
+        self.sim.note(f"{op.client} {op.kind} {op.chunk.decode()}: {result}")
+        # Even a full disk's refusal is no promise: a packet of an earlier try may be late.
+        full = isinstance(result, Refused) and result.code is Code.NO_SPACE
+        if op.kind == "read":
+            self.history.remove(op)
+        if op.called_s > CALM_S and not full:
+            raise Violation(f"an operation failed long after the last fault: {result}")
 
     # ---- the run
 

@@ -15,6 +15,7 @@ from whalefall.fs.core.messages import ChunkMeta, Code, Kind, Remembered, Tag, U
 from whalefall.fs.core.replica import Entry
 
 __all__ = ["SimStore", "Unsynced"]
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -30,8 +31,26 @@ class Unsynced:
         return int(self.effect.target)
 
 
+@dataclass(frozen=True)
+class Undo:
+    """What a chunk was before something that a crash may take back.
+
+    Attributes:
+        channel: whose last operation was then `remembered`.
+        late: lost only if nothing was stored since.
+    """
+
+    chunk: bytes
+    entry: Entry | None
+    content: bytes | None
+    pending: bytes | None
+    channel: tuple[str, int] | None
+    remembered: Remembered | None
+    late: bool
+
+
 class SimStore:
-    """One target. Everything is durable at once, but for what was done `Unsynced`.
+    """One target. What was done `Unsynced` is lost in a crash, a commit too unless more was stored.
 
     Args:
         committed: called with (chunk, tag, version) of each commit.
@@ -45,7 +64,7 @@ class SimStore:
         self._content: dict[bytes, bytes] = {}
         self._pending: dict[bytes, bytes] = {}
         self._tags: dict[tuple[str, int], Remembered] = {}
-        self._undo: list[tuple[bytes, Entry | None, bytes | None, bytes | None]] = []
+        self._undo: list[Undo] = []
         self._on_commit = committed
         self.full = False
         self.flip = False
@@ -89,15 +108,18 @@ class SimStore:
             chunk = effect.effect.chunk if hasattr(effect.effect, "chunk") else (
                 effect.effect.update.chunk
             )  # fmt: skip
-            self._undo.append(
-                (chunk, self._entries.get(chunk), self._content.get(chunk),
-                 self._pending.get(chunk))
-            )  # fmt: skip
+            self._undo.append(self._as_it_is(chunk, late=False))
             return self.perform(effect.effect)
+        if isinstance(effect, effects.Commit):
+            undo = self._as_it_is(effect.chunk, late=True, tag=effect.tag)
+            self._commit(effect)
+            self._undo.append(undo)
+            return None
+        if not isinstance(effect, effects.Load):
+            # The engine writes a commit's record before any later one.
+            self._undo = [undo for undo in self._undo if not undo.late]
         if isinstance(effect, effects.Store):
             return self._store(effect)
-        if isinstance(effect, effects.Commit):
-            return self._commit(effect)
         if isinstance(effect, effects.Abort):
             return self._abort(effect.chunk)
         if isinstance(effect, effects.Load):
@@ -175,21 +197,30 @@ class SimStore:
             raise Refused(Code.NOT_FOUND, "no such content")
         return where[chunk]
 
+    def _as_it_is(self, chunk: bytes, late: bool, tag: Tag | None = None) -> Undo:
+        channel = (tag.client, tag.channel) if tag is not None else None
+        return Undo(
+            chunk, self._entries.get(chunk), self._content.get(chunk), self._pending.get(chunk),
+            channel, self._tags.get(channel) if channel is not None else None, late,
+        )  # fmt: skip
+
     def crash(self) -> None:
         """Lose what was not synced."""
-        for chunk, entry, content, pending in reversed(self._undo):
-            restore(self._entries, chunk, entry)
-            restore(self._content, chunk, content)
-            restore(self._pending, chunk, pending)
+        for undo in reversed(self._undo):
+            restore(self._entries, undo.chunk, undo.entry)
+            restore(self._content, undo.chunk, undo.content)
+            restore(self._pending, undo.chunk, undo.pending)
+            if undo.channel is not None:
+                restore(self._tags, undo.channel, undo.remembered)
         self._undo.clear()
 
 
-def restore(table: dict[bytes, T], chunk: bytes, value: T | None) -> None:
-    """Put back what a table had of a chunk."""
+def restore(table: dict[K, T], key: K, value: T | None) -> None:
+    """Put back what a table had of a key."""
     if value is None:
-        table.pop(chunk, None)
+        table.pop(key, None)
     else:
-        table[chunk] = value
+        table[key] = value
 
 
 def apply_write(old: bytes, offset: int, data: bytes) -> bytes:

@@ -1,63 +1,35 @@
 """File-system room: the chunk engine — copy-on-write chunks, one target's worth, on one disk.
 
-In: updates, commits, aborts, reads. Out: their effect, durable when the call returns.
-Every update writes a fresh slot, so a torn write can only hit bytes that nothing refers to yet.
-The record of a chunk (what is committed, what is pending, where) changes in one transaction.
+In: updates, commits, aborts, reads. Out: their effect, durable when the call returns, but for a
+commit. Every update writes a fresh slot, so a torn write can only hit bytes that nothing refers to
+yet. The record of a chunk (what is committed, what is pending, where) changes in one transaction.
+A commit is durable before anything that is stored later: a crash may take it back to what was
+stored, pending with its tag; the slot of what it replaced is not used again before.
 """
 
 from __future__ import annotations
 
 import array
+import functools
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from whalefall.fs.core.effects import Refused
+from whalefall.fs.core.effects import Refused, Store
 from whalefall.fs.core.messages import ChunkMeta, Code, Kind, Remembered, Tag, Update
-from whalefall.fs.core.replica import Entry
 from whalefall.fs.storage import native_io
 from whalefall.fs.storage.journal import Batch, Journal
+from whalefall.fs.storage.records import REMEMBERED, ROW, Placed, Record, row_of, tag_row
 from whalefall.fs.storage.slots import MAX_CHUNK_BYTES, Place, Slots
 
-__all__ = ["ChunkEngine", "Record"]
+__all__ = ["ChunkEngine"]
 
 RESERVE_BYTES = 16 << 20
 PREFIX_BYTES = 12
-
-
-@dataclass
-class Record(Entry):
-    """A chunk as the engine keeps it: metadata, where each content lies, and that for native code.
-
-    Only the last two change; a new state of the chunk is a new record.
-    """
-
-    committed_at: Place | None = None
-    committed_crcs: bytes = b""
-    pending_at: Place | None = None
-    pending_crcs: bytes = b""
-    committed_content: bytes | None = None
-    pending_content: bytes | None = None
-
-
-class Row(msgspec.Struct, array_like=True):
-    """A record on disk."""
-
-    committed: ChunkMeta | None
-    committed_at: Place | None
-    committed_crcs: bytes
-    pending: ChunkMeta | None
-    pending_at: Place | None
-    pending_crcs: bytes
-
-
-_ROW = msgspec.msgpack.Decoder(Row)
-_REMEMBERED = msgspec.msgpack.Decoder(Remembered)
 
 
 class ChunkEngine:
@@ -85,13 +57,13 @@ class ChunkEngine:
         self._files: dict[bytes, set[bytes]] = {}
         self._tags: dict[tuple[str, int], Remembered] = {}
         for key, value in self._journal.chunks():
-            row = _ROW.decode(value)
+            row = ROW.decode(value)
             self._keep(key, Record(
                 row.committed, row.pending, row.committed_at, row.committed_crcs,
                 row.pending_at, row.pending_crcs,
             ))  # fmt: skip
         for value in self._journal.tags():
-            tag = _REMEMBERED.decode(value)
+            tag = REMEMBERED.decode(value)
             self._tags[tag.tag.client, tag.tag.channel] = tag
         places = [p for r in self._records.values() for p in (r.committed_at, r.pending_at) if p]
         self._slots = Slots(folder, places)
@@ -144,33 +116,65 @@ class ChunkEngine:
 
         Raises: Refused (NO_SPACE, CORRUPT, INVALID); OSError if the disk fails.
         """
+        outcome = self.store_all([Store(0, update, data, version, chain_version)])[0]
+        if isinstance(outcome, Refused):
+            raise outcome
+        return outcome
+
+    def store_all(self, stores: Sequence[Store]) -> list[ChunkMeta | Refused]:
+        """`store` of several chunks, recorded in one transaction.
+
+        Returns: each one's metadata, or why it was refused.
+        Raises: Refused, if none could be recorded; OSError.
+        """
+        placed: list[Placed | Refused] = []
+        for store in stores:
+            try:
+                placed.append(self._place(store))
+            except Refused as refusal:
+                placed.append(refusal)
+            except BaseException:
+                self._take_back(placed)
+                raise
+        try:
+            self._record_pending([one for one in placed if isinstance(one, Placed)])
+        except BaseException:
+            self._take_back(placed)
+            raise
+        return [one.meta if isinstance(one, Placed) else one for one in placed]
+
+    def _place(self, store: Store) -> Placed:
+        """Write an update's outcome to a fresh slot; not flushed."""
+        update = store.update
         if update.kind is Kind.REMOVE:
-            meta = ChunkMeta(version, chain_version, 0, 0, update.tag, removed=True)
-            self._record_pending(update.chunk, meta, None, b"")
-            return meta
-        content = self._content(update, data)
+            meta = ChunkMeta(store.version, store.chain_version, 0, 0, update.tag, removed=True)
+            return Placed(update.chunk, meta)
+        content = self._content(update, store.data)
         size = len(content)
         disk = os.statvfs(self.folder)
         if disk.f_bavail * disk.f_frsize < self.reserve_bytes + size:
             raise Refused(Code.NO_SPACE, f"the disk of {self.folder} is full")
         with self._mutex:
             place = self._slots.take(size)
-            descriptor = self._slots.file(place.size_class)
+            descriptor, direct = self._slots.written(place.size_class)
         try:
-            crcs, whole = native_io.write(descriptor, place.offset, content)
+            crcs, whole = native_io.write(descriptor, direct, place.offset, content)
             self.step("data written")
             if update.checksum >= 0 and update.kind in (Kind.WRITE, Kind.REPLACE):
                 whole_is_data = size == update.length
-                found = whole if whole_is_data else native_io.checksum(data)
+                found = whole if whole_is_data else native_io.checksum(store.data)
                 if found != update.checksum:
                     raise Refused(Code.CORRUPT, "the data changed on its way here")
-            meta = ChunkMeta(version, chain_version, size, whole, update.tag)
-            self._record_pending(update.chunk, meta, place, crcs)
         except BaseException:
-            with self._mutex:
-                self._slots.give_back(place)
+            self._free(place)
             raise
-        return meta
+        meta = ChunkMeta(store.version, store.chain_version, size, whole, update.tag)
+        return Placed(update.chunk, meta, place, crcs, descriptor)
+
+    def _take_back(self, placed: Sequence[Placed | Refused]) -> None:
+        for one in placed:
+            if isinstance(one, Placed):
+                self._free(one.place)
 
     def _content(self, update: Update, data: Any) -> Any:
         """The chunk's whole content after an update."""
@@ -198,17 +202,27 @@ class ChunkEngine:
             content[update.offset : end] = data
         return content
 
-    def _record_pending(
-        self, chunk: bytes, meta: ChunkMeta, place: Place | None, crcs: bytes
-    ) -> None:
-        old = self._records.get(chunk) or Record()
-        new = Record(old.committed, meta, old.committed_at, old.committed_crcs, place, crcs)
-        self._write(chunk, new)
+    def _record_pending(self, placed: list[Placed]) -> None:
+        made: list[tuple[Placed, Record, Place | None]] = []
+        for one in placed:
+            old = self._records.get(one.chunk) or Record()
+            new = Record(
+                old.committed, one.meta, old.committed_at, old.committed_crcs, one.place, one.crcs
+            )
+            made.append((one, new, old.pending_at))
+        rows = [(one.chunk, row_of(new)) for one, new, _ in made]
+        files = {one.file for one in placed if one.file >= 0}
+        if rows:
+            self._journal.write(Batch(list(rows), files=tuple(files)))
         self.step("pending recorded")
-        self._replace(chunk, new, freed=old.pending_at)
+        for one, new, freed in made:
+            self._replace(one.chunk, new, freed)
 
     def commit(self, chunk: bytes, chain_version: int, tag: Tag | None) -> None:
-        """Make the pending content the committed one; remember the operation."""
+        """Make the pending content the committed one; remember the operation.
+
+        Its record follows with the next transaction: what it needs after a crash is stored already.
+        """
         old = self._records[chunk]
         pending = old.pending
         if pending is None:
@@ -221,12 +235,16 @@ class ChunkEngine:
         if tag is not None and not self._newer(tag):
             remembered = Remembered(tag, meta.version, chain_version, meta.length, meta.checksum)
         self.step("before commit")
-        self._write(chunk, new, [remembered] if remembered else [])
-        self.step("committed")
         with self._mutex:
             if remembered is not None:
                 self._tags[remembered.tag.client, remembered.tag.channel] = remembered
-        self._replace(chunk, new, freed=old.committed_at)
+        self._replace(chunk, new, freed=None)
+        # After it: nobody may find the old record once the old slot is free.
+        rows = [tag_row(remembered)] if remembered else []
+        self._journal.leave(
+            Batch([(chunk, row_of(new))], rows), functools.partial(self._free, old.committed_at)
+        )
+        self.step("committed")
 
     def _newer(self, tag: Tag) -> bool:
         last = self._tags.get((tag.client, tag.channel))
@@ -239,7 +257,7 @@ class ChunkEngine:
             return
         new = Record(old.committed, None, old.committed_at, old.committed_crcs)
         kept = new if new.committed is not None else None
-        self._write(chunk, kept)
+        self._journal.write(Batch([(chunk, row_of(kept))]))
         self.step("aborted")
         self._replace(chunk, kept, freed=old.pending_at)
 
@@ -251,7 +269,7 @@ class ChunkEngine:
                 if (mine := self._tags.get((t.tag.client, t.tag.channel))) is None
                 or mine.tag.seq < t.tag.seq
             ]  # fmt: skip
-        self._journal.write(Batch(tags=[_tag_row(t) for t in fresh]))
+        self._journal.write(Batch(tags=[tag_row(t) for t in fresh]))
         with self._mutex:
             for tag in fresh:
                 self._tags[tag.tag.client, tag.tag.channel] = tag
@@ -263,28 +281,21 @@ class ChunkEngine:
             return False
         with self._mutex:
             place = self._slots.take(len(data))
-            descriptor = self._slots.file(place.size_class)
-        crcs, whole = native_io.write(descriptor, place.offset, data)
+            descriptor, direct = self._slots.written(place.size_class)
+        crcs, whole = native_io.write(descriptor, direct, place.offset, data)
         if (len(data), whole) != (old.committed.length, old.committed.checksum):
             with self._mutex:
                 self._slots.give_back(place)
             return False
         new = Record(old.committed, old.pending, place, crcs, old.pending_at, old.pending_crcs)
-        self._write(chunk, new)
+        self._journal.write(Batch([(chunk, row_of(new))], files=(descriptor,)))
         self._replace(chunk, new, freed=old.committed_at)
         return True
 
-    def _write(
-        self, chunk: bytes, new: Record | None, tags: list[Remembered] | None = None
-    ) -> None:
-        row = None
-        if new is not None:
-            row = msgspec.msgpack.encode(Row(
-                new.committed, new.committed_at, new.committed_crcs,
-                new.pending, new.pending_at, new.pending_crcs,
-            ))  # fmt: skip
-        rows = [_tag_row(t) for t in tags or []]
-        self._journal.write(Batch([(chunk, row)], rows))
+    def _free(self, place: Place | None) -> None:
+        if place is not None:
+            with self._mutex:
+                self._slots.give_back(place)
 
     def _replace(self, chunk: bytes, new: Record | None, freed: Place | None) -> None:
         with self._mutex:
@@ -374,7 +385,3 @@ class ChunkEngine:
         """Close the files; everything acknowledged is down already."""
         self._journal.close()
         self._slots.close()
-
-
-def _tag_row(remembered: Remembered) -> tuple[str, int, bytes]:
-    return remembered.tag.client, remembered.tag.channel, msgspec.msgpack.encode(remembered)

@@ -1,13 +1,15 @@
 """File-system room: a target's records on disk — SQLite, many writers in one durable transaction.
 
-In: rows to put or delete; the data they refer to is down already. Out: a return once they are.
+In: rows to put or delete, and the files that hold the data they refer to. Out: a return once both
+are durable: one flush of the data for all who wait, then one transaction.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,10 +28,15 @@ CREATE TABLE IF NOT EXISTS tag (client TEXT, channel INTEGER, record BLOB NOT NU
 
 @dataclass
 class Batch:
-    """What one writer wants down: chunk rows (None deletes) and tag rows."""
+    """What one writer wants down: chunk rows (None deletes) and tag rows.
+
+    Attributes:
+        files: descriptors that the rows' data was written with, not flushed.
+    """
 
     chunks: list[tuple[bytes, bytes | None]] = field(default_factory=list)
     tags: list[tuple[str, int, bytes]] = field(default_factory=list)
+    files: tuple[int, ...] = ()
 
 
 class Journal:
@@ -41,6 +48,7 @@ class Journal:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self.commits = self.batches = 0
+        self._flush_error: OSError | None = None
         self._group = GroupCommit("journal", self._commit)
 
     def chunks(self) -> Iterable[tuple[bytes, bytes]]:
@@ -59,12 +67,32 @@ class Journal:
         if not self._group.submit(batch):
             raise Refused(Code.NOT_READY, "the journal is closed")
 
+    def leave(self, batch: Batch, then: Callable[[], None]) -> None:
+        """Have the batch written before any later one, without waiting; `then` is called after.
+
+        Raises: Refused.
+        """
+        if not self._group.leave(batch, then):
+            raise Refused(Code.NOT_READY, "the journal is closed")
+
     def _commit(self, batches: list[Batch]) -> None:
         try:
+            self._flush({file for batch in batches for file in batch.files})
             self._commit_all(batches)
         except (sqlite3.Error, OSError) as failure:
             if "full" in str(failure) or getattr(failure, "errno", 0) == errno.ENOSPC:
                 raise Refused(Code.NO_SPACE, "the disk is full") from failure
+            raise
+
+    def _flush(self, files: set[int]) -> None:
+        # What a failed flush has lost the next one does not report: nothing can be believed since.
+        if self._flush_error is not None:
+            raise self._flush_error
+        try:
+            for file in files:
+                os.fdatasync(file)
+        except OSError as error:
+            self._flush_error = error
             raise
 
     def _commit_all(self, batches: list[Batch]) -> None:

@@ -33,7 +33,9 @@ def library() -> Library:
     native = build(Path(__file__).parent / "native" / "chunkio.cpp")
     native.wf_fs_setup.argtypes = [_POINTER, _POINTER, ctypes.c_int]
     native.wf_fs_setup.restype = None
-    native.wf_fs_write.argtypes = [ctypes.c_int, _LONG, _POINTER, _LONG, _POINTER, _POINTER]
+    native.wf_fs_write.argtypes = [
+        ctypes.c_int, ctypes.c_int, _LONG, _POINTER, _LONG, _POINTER, _POINTER,
+    ]  # fmt: skip
     native.wf_fs_read.argtypes = [_LONG, ctypes.c_char_p, _POINTER, _POINTER, _POINTER]
     native.wf_fs_read.restype = None
     comm = comm_library()
@@ -52,22 +54,25 @@ def address(data: Any) -> tuple[int, int]:
 
 def checksum(data: Any) -> int:
     """CRC-32C of a buffer."""
-    return write(-1, 0, data)[1]
+    return write(-1, False, 0, data)[1]
 
 
-def write(fd: int, place: int, data: Any) -> tuple[bytes, int]:
-    """Write a chunk's content; it is on the disk when this returns.
+def write(fd: int, direct: bool, place: int, data: Any) -> tuple[bytes, int]:
+    """Write a chunk's content; it is on the disk after the next `os.fdatasync` of the file.
 
     Args:
         fd: the file; -1: compute only.
-        place: where in it.
+        direct: it was opened with O_DIRECT; memory that begins at a page is written as it is.
+        place: where in it, a multiple of 4 KiB; the last 4 KiB are filled up with zeros.
     Returns: CRC-32C of each block (uint32s as bytes) and of the whole.
     Raises: Refused(NO_SPACE); OSError.
     """
     start, size = address(data)
     crcs = np.empty(-(-size // BLOCK_BYTES), np.uint32)
     whole = ctypes.c_uint32()
-    code = library().wf_fs_write(fd, place, start, size, crcs.ctypes.data, ctypes.addressof(whole))
+    code = library().wf_fs_write(
+        fd, direct, place, start, size, crcs.ctypes.data, ctypes.addressof(whole)
+    )
     if code in (errno.ENOSPC, errno.EDQUOT):
         raise Refused(Code.NO_SPACE, f"the disk is full ({os.strerror(code)})")
     if code:

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from whalefall.fs.core import craq, effects, work
 from whalefall.fs.core.chains import Local, Public
 from whalefall.fs.core.effects import Refused, Unreachable
@@ -33,14 +31,21 @@ from whalefall.fs.core.messages import (
 )
 from whalefall.fs.core.replica import Limits, StorageNode, Target
 from whalefall.fs.driver import StorageDriver
-from whalefall.fs.rpc import Call, Pool, Result, Server
+from whalefall.fs.rpc import Call, Memory, Pool, Result, Server
 from whalefall.fs.storage import native_io
 from whalefall.fs.storage.engine import ChunkEngine
 from whalefall.fs.storage.scrub import Scrubber
 
 __all__ = ["StorageServer", "next_boot"]
 log = logging.getLogger("whalefall.fs")
-SMALL_REPLY_BYTES, MAX_REPLY_BYTES = 1 << 20, 512 << 20
+MAX_REPLY_BYTES = 512 << 20
+
+
+class Kept(threading.local):
+    """A thread's memory for its replies."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
 
 
 def next_boot(folder: Path) -> int:
@@ -86,7 +91,7 @@ class StorageServer:
         self.node = StorageNode(info, dict(self.engines), limits, time.monotonic)
         self.driver = StorageDriver(self.node, self.engines, self._call)
         self.scrubber = Scrubber(self.driver, self.engines, self.fetch, scrub_s)
-        self._kept = threading.local()
+        self._kept = Kept()
         self._stop = threading.Event()
         self._jobs: set[tuple[str, int]] = set()
         self._threads = [
@@ -160,22 +165,14 @@ class StorageServer:
             total = sum(plan[1::2])
             if total > MAX_REPLY_BYTES:
                 raise Refused(Code.INVALID, f"{total} bytes in one read, at most {MAX_REPLY_BYTES}")
-            buffer = self._buffer(total)
+            # This thread's last reply is sent: its memory is free.
+            buffer = self._kept.memory.take(total)
             status = engine.read(contents, plan, native_io.address(buffer)[0])
         finally:
             engine.unpin(pin)
         if any(status):
             return self._without_bad(target, message, results, status, plan, buffer)
         return ReadDone(results), (buffer,)
-
-    def _buffer(self, size: int) -> memoryview:
-        """Memory for a reply: of this thread, whose last reply is sent, where it is small."""
-        if size > SMALL_REPLY_BYTES:
-            return np.empty(size, np.uint8).data
-        kept = getattr(self._kept, "buffer", None)
-        if kept is None:
-            kept = self._kept.buffer = memoryview(bytearray(SMALL_REPLY_BYTES))
-        return kept[:size]
 
     def _without_bad(
         self, target: Target, message: Read, results: list[tuple[int, int, int]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,7 @@ class Slots:
         self.folder = folder
         self.used_bytes = 0
         self._files: dict[int, int] = {}
+        self._direct: dict[int, int] = {}
         self._free: dict[int, list[int]] = {}
         self._end: dict[int, int] = {}
         self._reads: dict[int, int] = {}
@@ -59,6 +61,20 @@ class Slots:
             path = self.folder / f"slots.{size_class}"
             self._files[size_class] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self._files[size_class]
+
+    def written(self, size_class: int) -> tuple[int, bool]:
+        """A descriptor to write a size class's slots with, and whether it is an O_DIRECT one."""
+        if size_class not in self._direct:
+            readable = self.file(size_class)
+            try:
+                path = self.folder / f"slots.{size_class}"
+                self._direct[size_class] = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct[size_class] = readable  # this file system has no O_DIRECT
+        descriptor = self._direct[size_class]
+        return descriptor, descriptor != self._files[size_class]
 
     def take(self, size: int) -> Place:
         """A free slot for `size` bytes."""
@@ -97,6 +113,7 @@ class Slots:
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._files.values():
+        for descriptor in {*self._files.values(), *self._direct.values()}:
             os.close(descriptor)
         self._files.clear()
+        self._direct.clear()

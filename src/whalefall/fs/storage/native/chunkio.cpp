@@ -1,6 +1,6 @@
 // Batched chunk IO with CRC-32C in the same pass; the CRC itself is comm's.
-//   write: per 64 KiB block its CRC, then a write that waits for the disk; whole = all CRCs
-//   combined read:  a piece of half a block or more: the block is read and compared with its
+//   write: per 64 KiB block its CRC, then a write past the page cache; whole = all CRCs combined
+//   read:  a piece of half a block or more: the block is read and compared with its
 //   recorded CRC;
 //          a smaller piece: only the 4 KiB units it touches, each compared with the unit's CRC
 // CRCs of units are kept in memory for blocks read lately and are believed only if they combine to
@@ -8,9 +8,9 @@
 // and every byte that leaves here was checked after it was read. Bound: the copy from the cache.
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kBlock = 64 << 10, kUnit = 4 << 10, kUnits = kBlock / kUnit;
 constexpr int64_t kKept = 1 << 16;  // blocks whose units' CRCs are kept: 4 MiB for 4 GiB of data
+constexpr int64_t kAligned = 4 << 10, kCopied = 1 << 20;  // of writes past the page cache
 constexpr int kCorrupt = -100000;
 
 using Crc = uint32_t (*)(uint32_t, const void*, size_t, int);
@@ -70,21 +71,37 @@ uint32_t combined(const uint32_t* units, int64_t size) {
   return unit * kUnit < size ? combine_of(1, all, units[unit], size - unit * kUnit) : all;
 }
 
-// 0 or errno. RWF_DSYNC waits for these bytes alone, fdatasync for all that other writers left.
-int write_through(int fd, const uint8_t* data, int64_t size, int64_t offset) {
-  int flags = RWF_DSYNC;
+// 0 or errno.
+int write_all(int fd, const uint8_t* data, int64_t size, int64_t offset) {
   while (size) {
-    const iovec part = {const_cast<uint8_t*>(data), static_cast<size_t>(size)};
-    const ssize_t done = pwritev2(fd, &part, 1, offset, flags);
+    const ssize_t done = pwrite(fd, data, size, offset);
     if (done < 0 && errno == EINTR) continue;
-    if (done < 0 && errno == EOPNOTSUPP && flags) {
-      flags = 0;
-      continue;
-    }
     if (done <= 0) return done ? errno : ENOSPC;
     data += done, offset += done, size -= done;
   }
-  return flags || !fdatasync(fd) ? 0 : errno;
+  return 0;
+}
+
+// As write_all past the page cache, whose fresh pages cost several times the write: whole kAligned
+// units straight from aligned memory, all else by way of an aligned copy. The last unit is filled
+// up with zeros, which the slot has room for.
+int write_direct(int fd, const uint8_t* data, int64_t size, int64_t offset) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % kAligned == 0;
+  const int64_t straight = aligned ? size / kAligned * kAligned : 0;
+  int status = write_all(fd, data, straight, offset);
+  if (status || straight == size) return status;
+  const int64_t room = std::min(kCopied, (size - straight + kAligned - 1) / kAligned * kAligned);
+  void* memory;
+  if (posix_memalign(&memory, kAligned, room)) return ENOMEM;
+  for (int64_t at = straight; at < size && !status; at += room) {
+    const int64_t take = std::min(room, size - at);
+    const int64_t filled = (take + kAligned - 1) / kAligned * kAligned;
+    std::memcpy(memory, data + at, take);
+    std::memset(static_cast<uint8_t*>(memory) + take, 0, filled - take);
+    status = write_all(fd, static_cast<uint8_t*>(memory), filled, offset + at);
+  }
+  std::free(memory);
+  return status;
 }
 
 // 0, -errno, or kCorrupt where the file ends too early.
@@ -167,10 +184,11 @@ EXPORT void wf_fs_setup(Crc crc, Combine combine, int without_instructions) {
   by_block.make(kBlock);
 }
 
-// Returns 0 or errno, once the data is on the disk: writers wait for it each in its own thread, so
-// the disk sees them together. crcs: one per block; whole: of everything. fd < 0: only these.
-EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size, uint32_t* crcs,
-                       uint32_t* whole) {
+// Returns 0 or errno; what was written is on the disk only after the caller's next fdatasync.
+// fd < 0: only the checksums. direct: fd was opened with O_DIRECT. crcs: one per block; whole: of
+// everything.
+EXPORT int wf_fs_write(int fd, int direct, int64_t place, const uint8_t* data, int64_t size,
+                       uint32_t* crcs, uint32_t* whole) {
   uint32_t all = 0;
   for (int64_t at = 0; at < size; at += kBlock) {
     const int64_t take = std::min(kBlock, size - at);
@@ -179,7 +197,7 @@ EXPORT int wf_fs_write(int fd, int64_t place, const uint8_t* data, int64_t size,
   }
   *whole = all;
   if (fd < 0) return 0;
-  return write_through(fd, data, size, place);
+  return direct ? write_direct(fd, data, size, place) : write_all(fd, data, size, place);
 }
 
 // plan: [count][2], offset and length of a piece of chunks[i]; out: the pieces, one after another.
