@@ -52,7 +52,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "clients": 2,
         "retry_s": 8.0,
     },
-    "churn": {"kinds": ["crash", "freeze"], "removes": True, "chunks": 3, "loss": 0.0},
+    "churn": {"kinds": ["crash", "freeze"], "removes": 40, "chunks": 5, "loss": 0.0},
 }
 
 
@@ -78,7 +78,8 @@ class Schedule:
             slow=pick("slow", 0.0, 0.02, 0.1), slow_s=pick("slow_s", 0.2, 1.0, 2.5),
         )  # fmt: skip
         self.retry_s = pick("retry_s", 1.5, 8.0)
-        self.removes = pick("removes", False, True)
+        # As one kind of operation among writes and reads, of which there are 40 each.
+        self.removes = pick("removes", 0, 8)
         self.kinds = chance.sample(
             ("crash", "freeze", "cut off", "half cut", "manager", "all", "full"),
             k=chance.randint(1, 4),
@@ -192,7 +193,7 @@ class Schedule:
         number = chance.randint(1, self.world.size.chunks)
         chunk = f"{chain}.{number}".encode()
         kind = chance.choices(
-            ("write", "whole", "read", "remove"), (40, 8, 40, 8 if self.removes else 0)
+            ("write", "whole", "read", "remove"), (40, 8, 40, self.removes)
         )[0]
         if number == 1 and self.sim.now > QUIET_S and chance.random() < 0.9:
             kind = "read"  # what is seldom written must be right too
