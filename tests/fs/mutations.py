@@ -134,7 +134,7 @@ MUTATIONS = [
          "        todo = compare("),
         (resync, "_send_chunk", "committed = entry.committed if entry else None",
          "committed = entry.committed if entry and chunk not in resync_gone else None"),
-    ), 86, "churn"),
+    ), 408, "churn"),
     Mutation(24, "a target that is not up to date answers reads", (
         (craq, "readable", "if target.local is not Local.UPTODATE or "
          "member.public is not Public.SERVING:", "if False:"),

@@ -32,7 +32,7 @@ __all__ = ["ClientCore", "Piece", "RefreshRouting"]
 
 FINAL = {Code.NO_SPACE, Code.INVALID, Code.PROTOCOL, Code.STALE_REQUEST}
 # A call asks for no more than this: while one is on its way the server reads for the next.
-CALL_BYTES = 4 << 20
+CALL_BYTES = 2 << 20
 RENEW = {Code.ROUTING_MISMATCH, Code.TARGET_OFFLINE}
 
 

@@ -34,6 +34,7 @@ from whalefall.fs.core.messages import (
     QueryDone,
     Read,
     Remembered,
+    Tag,
     Update,
     UpdateDone,
 )
@@ -119,9 +120,7 @@ def _as_follower(
         committed = entry.committed if entry else None
         version = committed.version if committed else 0
         if committed is None and message.kind is Kind.REMOVE and message.tag is not None:
-            done = Remembered(message.tag, message.version, message.chain_version, 0, 0)
-            yield Merge(target.target, [done])
-            return _done(done)
+            return (yield from _remove_nothing(node, target, message, message.tag))
         if committed is not None and message.version == version:
             return _done(committed)
         if message.version <= version:
@@ -129,6 +128,17 @@ def _as_follower(
         if message.version > version + 1:
             raise Refused(Code.MISSING_UPDATE, f"at version {version}, got {message.version}")
     return (yield from _apply(node, target, message, data, message.version))
+
+
+def _remove_nothing(
+    node: StorageNode, target: Target, message: Update, tag: Tag
+) -> Procedure[UpdateDone]:
+    """A removal of what is not here: remembered here and after, so that no retry removes again."""
+    gone = ChunkMeta(message.version, message.chain_version, 0, 0, tag, removed=True)
+    chain_version = yield from _forward(node, target, message, b"", gone)
+    done = Remembered(tag, message.version, chain_version, 0, 0)
+    yield Merge(target.target, [done])
+    return _done(done)
 
 
 def _apply(

@@ -244,7 +244,9 @@ class SimNode(SimProcess):
         self.boots += 1
         lease_s = self.world.lease_s
         info = NodeInfo(self.number, "storage", self.name, 0, self.boots)
-        limits = Limits(lease_s, lease_s / 2, self.world.forward_s, 0.05, 0, 2)
+        limits = Limits(
+            lease_s, lease_s / 2, self.world.forward_s, 0.05, 0, self.world.resync_chunks
+        )
         self.node = StorageNode(info, self.stores, limits, self.sim.clock)
         self.jobs: set[tuple[str, int]] = set()
         self.beating = False

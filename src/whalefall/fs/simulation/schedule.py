@@ -52,7 +52,13 @@ PROFILES: dict[str, dict[str, Any]] = {
         "clients": 2,
         "retry_s": 8.0,
     },
-    "churn": {"kinds": ["crash", "freeze"], "removes": 40, "chunks": 5, "loss": 0.0},
+    "churn": {
+        "kinds": ["crash", "freeze"],
+        "removes": 40,
+        "chunks": 3,
+        "loss": 0.0,
+        "resync_chunks": 1,
+    },
 }
 
 
@@ -89,7 +95,8 @@ class Schedule:
             self.kinds, faults.loss = ["flip", "full"], 0.0
         self.kinds = force.get("kinds", self.kinds)
         self.together = force.get("together", False)
-        self.world = World(self.sim, size, faults, retry_s=self.retry_s)
+        at_once = force.get("resync_chunks", 2)
+        self.world = World(self.sim, size, faults, retry_s=self.retry_s, resync_chunks=at_once)
         self.history: list[Operation] = []
         self.running = 0
         self.written = 0
@@ -192,9 +199,7 @@ class Schedule:
         chain = chance.randint(1, self.world.size.chains)
         number = chance.randint(1, self.world.size.chunks)
         chunk = f"{chain}.{number}".encode()
-        kind = chance.choices(
-            ("write", "whole", "read", "remove"), (40, 8, 40, self.removes)
-        )[0]
+        kind = chance.choices(("write", "whole", "read", "remove"), (40, 8, 40, self.removes))[0]
         if number == 1 and self.sim.now > QUIET_S and chance.random() < 0.9:
             kind = "read"  # what is seldom written must be right too
         op = Operation(client.name, "read", chunk, self.sim.now)
