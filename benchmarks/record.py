@@ -120,7 +120,7 @@ def claim(folder: Path, count: int, rounds: int, cold: bool) -> list[Row]:
             samples: dict[str, list[float]] = {name: [] for name in contenders}
             for turn in range(rounds):
                 for name, call in contenders.items():
-                    if name == "tar" and count > MANY and (turn or state == "cold"):
+                    if name == "tar" and count > MANY and (turn or batch or state == "cold"):
                         continue  # it takes minutes
                     if name.endswith("size") and batch:
                         continue

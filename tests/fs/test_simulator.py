@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.fs.mutations import LEASE_MUTATION, MUTATIONS, Mutation, broken
+from tests.fs.mutations import LEASE_MUTATION, MUTATIONS, REMADE_MUTATION, Mutation, broken
 from whalefall.fs.simulation import PROFILES, Outcome, run_schedule
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.sim import Faults, Network, Simulation
@@ -94,7 +94,7 @@ def test_every_mutation_of_the_list_is_there() -> None:
     from tests.fs.test_meta import META_MUTATIONS
 
     numbers = [m.number for m in MUTATIONS] + [m.number for m, _ in META_MUTATIONS]
-    numbers.append(LEASE_MUTATION.number)
+    numbers += [LEASE_MUTATION.number, REMADE_MUTATION.number]
     assert sorted(numbers) == list(range(1, 29))
 
 

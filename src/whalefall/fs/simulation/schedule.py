@@ -51,6 +51,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "together": True,
         "clients": 2,
         "retry_s": 8.0,
+        "resync_chunks": 3,
     },
     "churn": {
         "kinds": ["crash", "freeze"],
@@ -95,7 +96,7 @@ class Schedule:
             self.kinds, faults.loss = ["flip", "full"], 0.0
         self.kinds = force.get("kinds", self.kinds)
         self.together = force.get("together", False)
-        at_once = force.get("resync_chunks", 2)
+        at_once = force.get("resync_chunks", 1)
         self.world = World(self.sim, size, faults, retry_s=self.retry_s, resync_chunks=at_once)
         self.history: list[Operation] = []
         self.running = 0

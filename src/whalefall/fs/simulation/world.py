@@ -51,7 +51,7 @@ class World:
     lease_s: float = 1.0
     forward_s: float = 4.0
     retry_s: float = 8.0
-    resync_chunks: int = 2
+    resync_chunks: int = 1
     processes: dict[str, SimProcess] = field(default_factory=dict)
     applied: dict[Tag, int] = field(default_factory=dict)
     conflicts: int = 0
