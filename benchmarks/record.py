@@ -122,7 +122,7 @@ def claim(folder: Path, count: int, rounds: int, cold: bool) -> list[Row]:
                 for name, call in contenders.items():
                     if name == "tar" and count > MANY and (turn or batch or state == "cold"):
                         continue  # it takes minutes
-                    if name.endswith("size") and batch:
+                    if name.endswith("size") and (batch or (turn and count > MANY)):
                         continue
                     if state == "cold":
                         _drop_caches()
