@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <queue>
+#include <utility>
 #include <vector>
 
 namespace eplb {
@@ -19,8 +20,9 @@ inline double min_max_share(const double* w, int experts, int slots, int max_cou
     if (count[a.second] != count[b.second]) return count[a.second] > count[b.second];
     return a.second > b.second;
   };
-  std::priority_queue<Item, std::vector<Item>, decltype(lighter)> heap(lighter);
-  for (int e = 0; e < experts; ++e) heap.push({w[e], e});
+  std::vector<Item> items(experts);
+  for (int e = 0; e < experts; ++e) items[e] = {w[e], e};
+  std::priority_queue<Item, std::vector<Item>, decltype(lighter)> heap(lighter, std::move(items));
   double capped = 0;  // experts that may not get a further replica
   for (int s = experts; s < slots && !heap.empty();) {
     const auto [share, e] = heap.top();
@@ -41,13 +43,19 @@ inline double min_max_share(const double* w, int experts, int slots, int max_cou
 // experts, so each is counted at its lightest: that understates the others, never overstates.
 inline bool refuted(const double* w, int experts, int slots, int per_gpu, double limit,
                     std::vector<double>& lightest) {
-  int64_t needed = 0;
-  for (int e = 0; e < experts; ++e) needed += std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12)));
+  auto needed_under = [&](double most) {
+    const double per_load = (1 - 1e-12) / most;
+    int64_t needed = 0;
+    for (int e = 0; e < experts; ++e) needed += std::max(1.0, std::ceil(w[e] * per_load));
+    return needed;
+  };
+  int64_t needed = needed_under(limit);
   if (needed > slots) return true;
   const int64_t spare = slots - needed;
+  const double per_load = (1 - 1e-12) / limit;
   lightest.clear();
   for (int e = 0; e < experts; ++e) {
-    const int64_t copies = std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12))) + spare;
+    const int64_t copies = std::max(1.0, std::ceil(w[e] * per_load)) + spare;
     for (int64_t k = 0; k < std::min<int64_t>(copies, per_gpu - 1); ++k)
       lightest.push_back(w[e] / copies);
   }
@@ -56,10 +64,7 @@ inline bool refuted(const double* w, int experts, int slots, int per_gpu, double
   std::partial_sort(lightest.begin(), lightest.begin() + take, lightest.end());
   for (size_t k = 0; k < take; ++k) others += lightest[k];
   if (others >= limit) return true;
-  needed = 0;
-  for (int e = 0; e < experts; ++e)
-    needed += std::max(1.0, std::ceil(w[e] / (limit - others) * (1 - 1e-12)));
-  return needed > slots;
+  return needed_under(limit - others) > slots;
 }
 
 // A sharper refutation. Fix v <= limit / 2. A GPU that holds a share above limit - v ("heavy")
@@ -128,7 +133,7 @@ inline double lower_bound(const double* w, int experts, int slots, int gpus, dou
   if (!refuted(w, experts, slots, per_gpu, low * (1 + 1e-9), scratch)) return low;
   double high = low * 2 + 1e-30;
   while (refuted(w, experts, slots, per_gpu, high, scratch)) low = high, high *= 2;
-  for (int round = 0; round < 30 && high - low > low * 1e-6; ++round) {
+  for (int round = 0; round < 30 && high - low > low * 1e-5; ++round) {
     const double middle = (low + high) / 2;
     (refuted(w, experts, slots, per_gpu, middle, scratch) ? low : high) = middle;
   }

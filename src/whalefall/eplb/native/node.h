@@ -143,6 +143,7 @@ inline void other_counts(Search& search, Node& best, int cap, double share, doub
   std::vector<std::vector<int>> seen;
   for (int step = 0; step <= kCountSteps && best.load > enough; ++step)
     for (bool dilute : {false, true}) {
+      if (best.load <= enough) return;
       const double limit = share * std::pow(ceiling / share, double(step) / kCountSteps);
       const auto count = counts_for(search.weight, search.num_experts, search.num_slots, cap,
                                     limit * (1 + 1e-9), dilute);
