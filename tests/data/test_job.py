@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from whalefall.data import Session, init, storage
@@ -58,6 +60,24 @@ def test_a_re_run_executes_no_task_and_an_edited_one_does(tmp_path: Path) -> Non
     assert int(first[0]) > 0 and first[1:] == ["99", "9900"]
     assert again == ["0", "99", "9900"]
     assert int(edited[0]) > 0 and edited[1:] == ["99", "14850"]
+
+
+def test_a_changed_result_is_not_taken_for_the_tasks(tmp_path: Path) -> None:
+    def rows() -> tuple[int, Any]:
+        when = datetime(2026, 1, 2)
+        with init("j", when, data_root=str(tmp_path), cpus=1, _remove_output_root=False) as session:
+            found = session.partial_sql("select 7 as x").take_all()
+            return session.num_tasks_executed, found
+
+    assert rows() == (1, [{"x": 7}]) and rows() == (0, [{"x": 7}])
+    (result,) = tmp_path.glob("**/*.parquet")
+    pq.write_table(pa.table({"x": [8]}), result)
+    assert rows() == (1, [{"x": 7}])
+    status = result.stat()
+    os.utime(result, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert rows() == (1, [{"x": 7}])
+    result.unlink()
+    assert rows() == (1, [{"x": 7}])
 
 
 def die_until(folder: Path, deaths: int) -> Any:
@@ -207,6 +227,36 @@ def test_writing_again_replaces_and_strangers_stay(sp: Session, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"foreign\.parquet"):
         sp.from_items([4]).write_parquet(str(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_sink_runs_again_unless_what_it_wrote_is_still_there(sp: Session, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = sp.from_items([1, 2, 3]).map("item as x"), sp.from_items([7]).map("item as x")
+    for frame, want in ((first, [1, 2, 3]), (second, [7]), (first, [1, 2, 3])):
+        frame.write_parquet(str(out))
+        assert [row["x"] for row in sp.read_parquet(str(out)).take_all()] == want
+    sink = second.write_parquet_lazy(str(tmp_path / "lazy"))
+    assert not sink.is_computed()
+    for _ in range(2):
+        sink.compute()
+        assert sink.is_computed() and sink.take_all() == [{"x": 7}]
+        shutil.rmtree(tmp_path / "lazy")
+        assert not sink.is_computed()
+    sink.compute()
+    before = os.stat(tmp_path / "lazy").st_ino
+    assert sink.count() == 1 and os.stat(tmp_path / "lazy").st_ino == before
+    (part,) = (tmp_path / "lazy").glob("*.parquet")
+    os.rename(part, tmp_path / "taken")
+    sink.compute()
+    assert part.exists()
+
+
+def test_a_sink_on_a_store_runs_each_time(sp: Session, tmp_path: Path) -> None:
+    frame = sp.from_items([1]).map("item as x")
+    for _ in range(2):
+        frame.write_parquet(f"local://{tmp_path}/out")
+        assert sp.read_parquet(str(tmp_path / "out")).take_all() == [{"x": 1}]
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_failed_write_leaves_the_earlier_result(

@@ -61,10 +61,7 @@ class DataFrame(RelationalMixin):
 
     def is_computed(self) -> bool:
         """Whether the result is there, so that an action costs nothing."""
-        plan = self.session._plan(self.plan)
-        return all(
-            self.session._job.known(ref.task) or not ref.task.kept for ref in plan.group.all_refs
-        )
+        return self.session._job.computed(self.session._plan(self.plan))
 
     def compute(self) -> None:
         """Compute and keep the result."""
@@ -212,7 +209,7 @@ class DataFrame(RelationalMixin):
         self.write_parquet_lazy(path).compute()
 
     def write_parquet_lazy(self, path: str) -> DataFrame:
-        """As `write_parquet`, when it is computed."""
+        """As `write_parquet`, when it is computed, and anew where the folder has changed since."""
         from whalefall.data.paths import to_absolute
         from whalefall.data.storage import check_target
 

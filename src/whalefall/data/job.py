@@ -1,7 +1,7 @@
 """Runs an execution plan: the scheduler decides, an executor runs, results are committed.
 
 A finished task's folder is renamed from staging to its place and noted in `results/{key}.json`; a
-later run with the same job root finds it there, if the files are still as they were.
+later run with the same job root finds it there, if the files still have the sizes and times noted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from whalefall.data.dataset import DataSet
 from whalefall.data.errors import TaskFailed, WorkerLost, failure_like, within, writing
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, perform
 from whalefall.data.parquet import ParquetDataSet
-from whalefall.data.paths import is_url
+from whalefall.data.paths import is_url, stamp
 from whalefall.data.planner import ExecutionPlan
 from whalefall.data.runtime import RuntimeContext
 from whalefall.data.scheduler import Scheduler, Start
@@ -69,12 +69,14 @@ class Job:
         self._epoch = time.perf_counter()
         self._begun: dict[str, float] = {}
         self._warned = False
+        self._evidence: dict[str, Any] = {}  # of results that others can take away
 
     # -- results on disk
     def known(self, task: Task) -> bool:
         """Whether a task's result is there, in this process or from an earlier run."""
         if task.key in self.results:
-            return True
+            left = self._evidence.get(task.key)
+            return left is None or left == task.evidence(self.results[task.key])
         if not task.kept:
             return False
         try:
@@ -83,7 +85,8 @@ class Job:
         except (FileNotFoundError, json.JSONDecodeError):
             return False
         outputs = [KINDS[d["kind"]].revive(d) for d in noted["outputs"]]
-        if not all(is_url(p) or os.path.isfile(p) for d in outputs for p in d.resolved_paths):
+        files = stamps(outputs)
+        if None in files.values() or noted.get("files") != files:
             return False
         self.results[task.key] = outputs
         return True
@@ -108,8 +111,10 @@ class Job:
                 os.rename(staging, home)
             outputs = [d.relocated(staging, home) for d in outputs]
         self.results[task.key] = outputs
+        self._evidence[task.key] = task.evidence(outputs)
         if task.kept and all(type(d).__name__ in KINDS for d in outputs):
-            note = {"task": task.label, "outputs": [d.describe() for d in outputs]}
+            described = [d.describe() for d in outputs]
+            note = {"task": task.label, "outputs": described, "files": stamps(outputs)}
             storage.write_atomic(self._note(task), json.dumps(note), sync=False)
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -148,6 +153,11 @@ class Job:
             self.executor.cancel()
             raise
         return plan
+
+    def computed(self, plan: ExecutionPlan) -> bool:
+        """Whether nothing is left to do but to name and divide files."""
+        needed = self._needed(plan)
+        return not any(t.kept or t.is_sink for t in plan.tasks if t.key in needed)
 
     def _needed(self, plan: ExecutionPlan) -> set[str]:
         """The tasks without a result that the plan's result depends on."""
@@ -248,6 +258,12 @@ class Job:
             os.path.join(self.runtime_ctx.staging_root, name),
             os.path.join(self.runtime_ctx.temp_root, name),
         )
+
+
+def stamps(outputs: Iterable[DataSet]) -> dict[str, Any]:
+    """What tells whether a result's local files have changed: path → size and time; None: gone."""
+    paths = {path for dataset in outputs for path in dataset.resolved_paths}
+    return {path: stamp(path)[1:] or None for path in paths if not is_url(path)}
 
 
 def task_error(task: Task, outcome: Raised) -> WhalefallError:

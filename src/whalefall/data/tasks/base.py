@@ -83,6 +83,7 @@ class Task:
     Attributes:
         in_driver: whether it is so small that the driver runs it itself.
         kept: whether its result is noted on disk, for a re-run to find.
+        is_sink: whether it writes where others write too.
         num_outputs: how many data sets `run` returns.
         key: 32 hex digits: hash of what it does and of its inputs' keys.
         label: kind, node and partition, for people; the head of its files' names.
@@ -92,6 +93,7 @@ class Task:
 
     in_driver: ClassVar[bool] = False
     kept: ClassVar[bool] = True
+    is_sink: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -132,6 +134,13 @@ class Task:
             type(self).__qualname__, self.output_name, self.output_path, infos, self.num_outputs,
             read, [memo.short(item) for item in self.content()],
         )  # fmt: skip
+
+    def evidence(self, outputs: Sequence[DataSet]) -> Any:
+        """What tells, compared with itself later, whether a result is still as the task left it.
+
+        None where it lies in the job's own folders, which nobody else writes to.
+        """
+        return None
 
     def detached(self) -> Task:
         """A copy without links to other tasks, to send to a worker."""

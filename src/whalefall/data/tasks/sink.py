@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from whalefall.data import storage
 from whalefall.data.dataset import DataSet, FileSet
 from whalefall.data.parquet import ParquetDataSet
+from whalefall.data.paths import is_url
 from whalefall.data.tasks.base import Input, Task
 
 __all__ = ["MANIFEST", "DataSinkTask"]
@@ -30,6 +32,7 @@ class DataSinkTask(Task):
 
     in_driver = True
     kept = False
+    is_sink = True
     manifest_filename = MANIFEST
 
     def __init__(self, node: Any, inputs: Sequence[Input], options: SinkOptions) -> None:
@@ -39,6 +42,13 @@ class DataSinkTask(Task):
 
     def content(self) -> Sequence[Any]:
         return (self.options,)
+
+    def evidence(self, outputs: Sequence[DataSet]) -> Any:
+        """The manifest and files as they are; on a store never the same, so it is written anew."""
+        if is_url(self.options.path):
+            return object()
+        manifest = os.path.join(self.options.path, MANIFEST)
+        return [_seen(path) for d in outputs for path in [manifest, *d.resolved_paths]]
 
     def run(self, inputs: list[DataSet]) -> list[DataSet]:
         if self.options.manifest_only:
@@ -79,3 +89,12 @@ class DataSinkTask(Task):
             writer.close()
             files.append(storage.Placed(path, part.num_rows))
         return files
+
+
+def _seen(path: str) -> tuple[int, ...]:
+    """Which file a path names and how it was last written; empty where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
