@@ -28,11 +28,10 @@ class Break(NamedTuple):
 
 
 BREAKS = {
-    "swap the scales of two blocks of K": Break(
-        f"{GEMM}/gemm.h",
-        "block_start / layout.scale_k * layout.scale_k_stride];",
-        "(block_start / layout.scale_k ^ 1) % ((num_cols + layout.scale_k - 1) / layout.scale_k) "
-        "* layout.scale_k_stride];",
+    "take the scale of the block of K before": Break(
+        f"{GEMM}/panel.h",
+        "first[(block >> shift) * stride]",
+        "first[((block >> shift) - (block >> shift > 0)) * stride]",
         "tests/gemm/test_dense.py::test_fp8_layouts_and_recipes",
     ),
     "drop the last block of K": Break(

@@ -54,10 +54,11 @@ struct Operand {
   const uint8_t* at(int64_t n, int64_t k) const {
     return data + (n * layout.row_stride + k * layout.k_stride) * kind_bytes(layout.kind);
   }
-  float scale(int64_t n, int64_t block_start) const {
-    if (!scales) return 1.0f;
-    return scales[n / layout.scale_rows * layout.scale_row_stride +
-                  block_start / layout.scale_k * layout.scale_k_stride];
+  // Of row n, for blocks of `length` columns of K: 32 or 128, as `scale_k` is.
+  many::ScaleRow scale_row(int64_t n, int64_t length) const {
+    if (!scales) return {nullptr, 0, 0};
+    return {scales + n / layout.scale_rows * layout.scale_row_stride, layout.scale_k_stride,
+            layout.scale_k > length ? 2 : 0};
   }
   void copy(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
     if (layout.packing != kWhole) return widen(n, k, width, to);
@@ -87,7 +88,7 @@ struct Operand {
 
 template <int kLength>
 struct ScaledOperand : Operand {
-  float scale(int64_t n, int64_t block) const { return Operand::scale(n, block * kLength); }
+  many::ScaleRow scales(int64_t n) const { return scale_row(n, kLength); }
 };
 
 // One block of K of a row of A, as the kernels want it.
@@ -136,18 +137,23 @@ inline void Gemm::prepare(const Product& p, const Piece& piece, int64_t row) {
   const Segment& s = p.segments[piece.segment];
   Operand a{s.a, s.a_scale, p.a, s.m, s.k};
   const int64_t m = piece.first + row, at = piece.at + row;
-  uint8_t codes[2 * kBlock];
+  uint8_t copy[2 * kBlock];
   for (int64_t k = 0; k < s.k; k += kBlock) {
-    int64_t width = s.k - k < kBlock ? s.k - k : kBlock;
-    if (width < kBlock) std::memset(codes, 0, sizeof codes);
-    a.copy(m, k, width, codes);
+    const int64_t width = s.k - k < kBlock ? s.k - k : kBlock;
+    const uint8_t* codes = copy;
+    if (width == kBlock && a.in_place()) {
+      codes = a.at(m, k);
+    } else {
+      if (width < kBlock) std::memset(copy, 0, sizeof copy);
+      a.copy(m, k, width, copy);
+    }
     if (kDot)
       widen_block(codes, p.a.kind, halves_ + at * pitch_ + k);
     else
       widen_block(codes, p.a.kind, a_ + at * pitch_ + k);
   }
-  for (int64_t b = 0; b < ceil_div(s.k, p.length); ++b)
-    a_scale_[at * blocks_ + b] = a.scale(m, b * p.length);
+  const many::ScaleRow scale = a.scale_row(m, p.length);
+  for (int64_t b = 0; b < ceil_div(s.k, p.length); ++b) a_scale_[at * blocks_ + b] = scale[b];
   for (int64_t b = ceil_div(s.k, p.length); b < round_up(s.k, kBlock) / p.length; ++b)
     a_scale_[at * blocks_ + b] = 0;
 }
@@ -158,24 +164,12 @@ void Gemm::multiply(const Product& p, const Piece& piece, int64_t n, int64_t end
   ScaledOperand<kLength> b{{s.b, s.b_scale, p.b, p.n, s.k}};
   Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr, halves_};
   const float* sums =
-      many::multiply<kKind, kLength>(b, n, end, a, piece.at, piece.at + piece.count);
+      many::multiply<kKind, kLength>(b, n, end, a, piece.at, piece.at + piece.count, nullptr);
   int64_t size = kind_bytes(p.d_kind);
   for (int64_t i = 0; i < piece.count; ++i, sums += many::kColumns) {
     uint8_t* d = s.d + ((piece.first + i) * p.d_pitch + n) * size;
     const uint8_t* c = s.c ? s.c + ((piece.first + i) * p.c_pitch + n) * size : nullptr;
-    for (int64_t j = 0; j < end - n; ++j) {
-      if (p.d_kind == kF32) {
-        float add = 0;
-        if (c) std::memcpy(&add, c + 4 * j, 4);
-        float value = c ? add + sums[j] : sums[j];
-        std::memcpy(d + 4 * j, &value, 4);
-      } else {
-        uint16_t add = 0;
-        if (c) std::memcpy(&add, c + 2 * j, 2);
-        uint16_t value = float_to_bf16(c ? bf16_to_float(add) + sums[j] : sums[j]);
-        std::memcpy(d + 2 * j, &value, 2);
-      }
-    }
+    write_row(p.d_kind, d, sums, end - n, nullptr, c);
   }
 }
 

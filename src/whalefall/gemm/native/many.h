@@ -15,18 +15,23 @@ namespace many {
 // Panels of kTileColumns rows of W, one after another, and their scales [blocks][kTileColumns],
 // a block being kLength of K.
 template <class Path, int kKind, int kLength, class Source>
-void pack(const Source& w, int64_t n, int64_t end, int64_t k, int64_t depth,
+void pack(const Source& w, int64_t n, int64_t end, int64_t k, int64_t depth, const uint8_t* next,
           typename Path::Value* panels, float* scales) {
   int64_t padded = round_up(depth, kBlock), blocks = padded / kLength;
   int64_t real_blocks = ceil_div(depth, kLength);
   for (int64_t c = n; c < end; c += kTileColumns) {
+    const uint8_t* then = c + kTileColumns < end ? w.at(c + kTileColumns, k) : next;
     for (int half = 0; half < 2; ++half)
-      Path::template pack<kKind>(w, c + half * kLanes, k, depth, half, panels);
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int i = 0; i < kTileColumns; ++i) {
-        float s = c + i < w.rows() && b < real_blocks ? w.scale(c + i, k / kLength + b) : 0.0f;
+      Path::template pack<kKind>(w, c + half * kLanes, k, depth, then ? then - w.at(c, k) : 0, half,
+                                 panels);
+    for (int i = 0; i < kTileColumns; ++i) {
+      const bool real = c + i < w.rows();
+      const ScaleRow row = w.scales(real ? c + i : n);
+      for (int64_t b = 0; b < blocks; ++b) {
+        float s = real && b < real_blocks ? row[k / kLength + b] : 0.0f;
         scales[b * kTileColumns + i] = s * Path::template unit<kKind>();
       }
+    }
     panels += Path::panel_values(padded);
     scales += blocks * kTileColumns;
   }
@@ -54,10 +59,11 @@ struct Workspace {
 };
 
 // sums[m - first][n' - n] of the rows [first, last) of x and [n, end) of W, which are at most
-// kChunkRows and kColumns; returns them, kColumns apart, until the thread's next product.
+// kChunkRows and kColumns; returns them, kColumns apart, until the thread's next product. `next`:
+// the weights that the thread packs next, or null.
 template <class Path, int kKind, int kLength, class Source>
 const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                         int64_t last) {
+                         int64_t last, const uint8_t* next) {
   using Value = typename Path::Value;
   Workspace space;
   Value* panels = reinterpret_cast<Value*>(space.panels);
@@ -65,9 +71,13 @@ const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x,
   for (int64_t k = 0; k < w.cols(); k += kDepth) {
     int64_t depth = w.cols() - k < kDepth ? w.cols() - k : kDepth;
     int64_t padded = round_up(depth, kBlock), blocks = padded / kLength;
-    pack<Path, kKind, kLength>(w, n, end, k, depth, panels, space.scales);
-    for (int64_t m = first; m < last; m += kTileRows) {
-      int rows = last - m < kTileRows ? int(last - m) : kTileRows;
+    pack<Path, kKind, kLength>(w, n, end, k, depth,
+                               k + depth < w.cols() ? w.at(n, k + depth) : next, panels,
+                               space.scales);
+    const int64_t tiles = ceil_div(last - first, kTileRows);  // of nearly equal height
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = first + (last - first) * tile / tiles;
+      const int rows = int(first + (last - first) * (tile + 1) / tiles - m);
       const Value* row[kTileRows];
       const float* row_scale[kTileRows];
       for (int i = 0; i < rows; ++i) {
@@ -86,23 +96,23 @@ const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x,
 
 template <int kKind, int kLength, class Source>
 const float* multiply(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                      int64_t last) {
+                      int64_t last, const uint8_t* next) {
 #ifdef WF_DOT
   if constexpr (kKind != kF32)
-    if (x.halves) return multiply_on<DotPath, kKind, kLength>(w, n, end, x, first, last);
+    if (x.halves) return multiply_on<DotPath, kKind, kLength>(w, n, end, x, first, last, next);
 #endif
-  return multiply_on<FmaPath, kKind, kLength>(w, n, end, x, first, last);
+  return multiply_on<FmaPath, kKind, kLength>(w, n, end, x, first, last, next);
 }
 }  // namespace many
 
 // y[first..last, n..end): `end - n` at most kColumns, `last - first` at most kChunkRows.
 inline void multiply_many(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                          int64_t last, const Output& out) {
+                          int64_t last, const Output& out, const uint8_t* next = nullptr) {
   many::WeightSource source{w};
-  const float* sums = w.kind == kFp8 ? many::multiply<kFp8, kBlock>(source, n, end, x, first, last)
-                      : w.kind == kBf16
-                          ? many::multiply<kBf16, kBlock>(source, n, end, x, first, last)
-                          : many::multiply<kF32, kBlock>(source, n, end, x, first, last);
+  auto multiply = w.kind == kFp8    ? many::multiply<kFp8, kBlock, many::WeightSource>
+                  : w.kind == kBf16 ? many::multiply<kBf16, kBlock, many::WeightSource>
+                                    : many::multiply<kF32, kBlock, many::WeightSource>;
+  const float* sums = multiply(source, n, end, x, first, last, next);
   for (int64_t m = first; m < last; ++m)
     out.put(m, n, sums + (m - first) * many::kColumns, end - n);
 }

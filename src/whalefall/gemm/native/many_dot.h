@@ -18,7 +18,8 @@ struct DotPath {
   }
 
   template <int kKind, class Source>
-  static void pack(const Source& w, int64_t n, int64_t k, int64_t depth, int half, uint16_t* out);
+  static void pack(const Source& w, int64_t n, int64_t k, int64_t depth, int64_t next, int half,
+                   uint16_t* out);
 
   template <int M, int kLength>
   static void tile(const uint16_t* const* x, const float* const* sx, int64_t blocks,
@@ -49,7 +50,7 @@ inline void pack_dwords(const uint8_t* const* row, int64_t offset, uint16_t* out
 
 template <int kKind, class Source>
 __attribute__((noinline)) void DotPath::pack(const Source& w, int64_t n, int64_t k, int64_t depth,
-                                             int half, uint16_t* out) {
+                                             int64_t next, int half, uint16_t* out) {
   out += half * 2 * kLanes;
   if (n >= w.rows()) {
     for (int64_t i = 0; i < round_up(depth, kBlock); i += 2)
@@ -59,7 +60,7 @@ __attribute__((noinline)) void DotPath::pack(const Source& w, int64_t n, int64_t
   RowBlock<kKind> block;
   constexpr int64_t kCodes = 64 / kind_bytes(kKind);
   for (int64_t b = 0; b < depth; b += kBlock) {
-    block.find(w, n, k + b);
+    block.find(w, n, k + b, next);
     for (int64_t i = 0; i < kBlock; i += kCodes)
       pack_dwords<kKind>(block.row, i * block.kBytes, out + (b + i) * kTileColumns);
   }
@@ -84,15 +85,7 @@ __attribute__((noinline)) void DotPath::tile(const uint16_t* const* x, const flo
         acc[m][1] = dot(acc[m][1], pair, high);
       }
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        vf s = load(scale + j * kLanes);
-        if (sx[m]) s = s * set1(sx[m][b]);
-        float* out = sums + m * pitch + j * kLanes;
-        store(out, fma(acc[m][j], s, load(out)));
-      }
+    add_tile<M>(acc, scale, sx, b, sums, pitch);
     scale += kTileColumns;
   }
 }

@@ -16,7 +16,8 @@ struct FmaPath {
 
   // kLanes rows of W x [k, k + depth), as half `half` of the panel at `out`.
   template <int kKind, class Source>
-  static void pack(const Source& w, int64_t n, int64_t k, int64_t depth, int half, float* out);
+  static void pack(const Source& w, int64_t n, int64_t k, int64_t depth, int64_t next, int half,
+                   float* out);
 
   template <int M, int kLength>
   static void tile(const float* const* x, const float* const* sx, int64_t blocks,
@@ -40,11 +41,11 @@ inline void pack_square(const uint8_t* const* row, int64_t offset, float* out) {
 
 template <int kKind, bool kExact, class Source>
 __attribute__((noinline)) bool pack_rows(const Source& w, int64_t n, int64_t k, int64_t depth,
-                                         float* out) {
+                                         int64_t next, float* out) {
   RowBlock<kKind> block;
   Fp8NanFlag nan;
   for (int64_t b = 0; b < depth; b += kBlock) {
-    block.find(w, n, k + b);
+    block.find(w, n, k + b, next);
     if (kKind == kFp8 && !kExact)
       for (int r = 0; r < kLanes; ++r)
         for (int i = 0; i < kBlock; i += 32) nan.see32(block.row[r] + i);
@@ -55,12 +56,13 @@ __attribute__((noinline)) bool pack_rows(const Source& w, int64_t n, int64_t k, 
 }
 
 template <int kKind, class Source>
-void FmaPath::pack(const Source& w, int64_t n, int64_t k, int64_t depth, int half, float* out) {
+void FmaPath::pack(const Source& w, int64_t n, int64_t k, int64_t depth, int64_t next, int half,
+                   float* out) {
   out += half * kLanes;
   if (n >= w.rows()) {
     for (int64_t i = 0; i < round_up(depth, kBlock); ++i) store(out + i * kTileColumns, vf{});
-  } else if (!pack_rows<kKind, false>(w, n, k, depth, out) && kKind == kFp8) {
-    pack_rows<kKind, kKind == kFp8>(w, n, k, depth, out);
+  } else if (!pack_rows<kKind, false>(w, n, k, depth, next, out) && kKind == kFp8) {
+    pack_rows<kKind, kKind == kFp8>(w, n, k, depth, 0, out);
   }
 }
 
@@ -84,15 +86,7 @@ __attribute__((noinline)) void FmaPath::tile(const float* const* x, const float*
         acc[m][1] = fma(v, high, acc[m][1]);
       }
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        vf s = load(scale + j * kLanes);
-        if (sx[m]) s = s * set1(sx[m][b]);
-        float* out = sums + m * pitch + j * kLanes;
-        store(out, fma(acc[m][j], s, load(out)));
-      }
+    add_tile<M>(acc, scale, sx, b, sums, pitch);
     scale += kTileColumns;
   }
 }

@@ -80,6 +80,39 @@ enum class Order {
   kDealt,
 };
 
+// `count` fp32 values to kF32 or kBf16 at `to`: times `factor`, plus what lies at `add` (null:
+// nothing), which is of the same kind.
+inline void write_row(int32_t kind, void* to, const float* values, int64_t count,
+                      const float* factor, const void* add) {
+  auto* wide = static_cast<float*>(to);
+  auto* half = static_cast<uint16_t*>(to);
+  auto* add_wide = static_cast<const float*>(add);
+  auto* add_half = static_cast<const uint16_t*>(add);
+  const vf times = set1(factor ? *factor : 1.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    vf v = load(values + i);
+    if (factor) v = v * times;
+    if (add) v = v + (kind == kBf16 ? load_bf16(add_half + i) : load_bytes(add_wide + i));
+    if (kind == kBf16)
+      store_bf16(half + i, v);
+    else
+      store(wide + i, v);
+  }
+  for (; i < count; ++i) {  // rows may start at any byte
+    float v = factor ? values[i] * *factor : values[i], sum = 0;
+    uint16_t bits = 0;
+    if (add && kind == kBf16) std::memcpy(&bits, add_half + i, 2), sum = bf16_to_float(bits);
+    if (add && kind != kBf16) std::memcpy(&sum, add_wide + i, 4);
+    if (add) v += sum;
+    bits = float_to_bf16(v);
+    if (kind == kBf16)
+      std::memcpy(half + i, &bits, 2);
+    else
+      std::memcpy(wide + i, &v, 4);
+  }
+}
+
 // Where results go: kF32 or kBf16, row m at index[m]. `factor` multiplies row m before rounding.
 struct Output {
   void* data;
@@ -90,24 +123,9 @@ struct Output {
   int32_t unused;
 
   void put(int64_t m, int64_t n, const float* values, int64_t count) const {
-    int64_t place = (index ? index[m] : m) * pitch + n;
-    float f = factor ? factor[index ? index[m] : m] : 1.0f;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      vf v = load(values + i);
-      if (factor) v = v * set1(f);
-      if (kind == kBf16)
-        store_bf16(static_cast<uint16_t*>(data) + place + i, v);
-      else
-        store(static_cast<float*>(data) + place + i, v);
-    }
-    for (; i < count; ++i) {
-      float v = factor ? values[i] * f : values[i];
-      if (kind == kBf16)
-        static_cast<uint16_t*>(data)[place + i] = float_to_bf16(v);
-      else
-        static_cast<float*>(data)[place + i] = v;
-    }
+    const int64_t row = index ? index[m] : m;
+    write_row(kind, static_cast<char*>(data) + (row * pitch + n) * kind_bytes(kind), values, count,
+              factor ? factor + row : nullptr, nullptr);
   }
 };
 

@@ -50,6 +50,14 @@ inline void transpose(vf* v) {
 #endif
 }
 
+// The scales of a row along K; none: 1.
+struct ScaleRow {
+  const float* first;
+  int64_t stride;
+  int shift;  // 2^shift blocks share one
+  float operator[](int64_t block) const { return first ? first[(block >> shift) * stride] : 1.0f; }
+};
+
 // What can be packed: rows of codes somewhere, with scales. `Weight` through this; gemm.h has more.
 struct WeightSource {
   const Weight& w;
@@ -60,13 +68,12 @@ struct WeightSource {
   void copy(int64_t n, int64_t k, int64_t width, uint8_t* to) const {
     std::memcpy(to, at(n, k), width * kind_bytes(w.kind));
   }
-  float scale(int64_t n, int64_t block) const {
-    return w.kind == kFp8 ? w.row_scale(n)[block] : 1.0f;
-  }
+  ScaleRow scales(int64_t n) const { return {w.kind == kFp8 ? w.row_scale(n) : nullptr, 1, 0}; }
 };
 
 // kLanes rows of W over one block of K: where they lie, or a copy of them padded with zeros. Brings
-// the rows of the next panel into L2: 16 streams are too many for the hardware.
+// the rows of the panel that is packed next, `next` bytes on, into L2: 16 streams are too many for
+// the hardware.
 template <int kKind>
 struct RowBlock {
   static constexpr int64_t kBytes = kind_bytes(kKind);
@@ -74,15 +81,15 @@ struct RowBlock {
   alignas(64) uint8_t edge[kLanes][kBlock * kBytes];
 
   template <class Source>
-  void find(const Source& w, int64_t n, int64_t k) {
+  void find(const Source& w, int64_t n, int64_t k, int64_t next) {
     const int64_t rows = w.rows() - n < kLanes ? w.rows() - n : kLanes;
     const int64_t width = w.cols() - k < kBlock ? w.cols() - k : kBlock;
     const bool inside = w.in_place() && rows == kLanes && width == kBlock;
     for (int r = 0; r < kLanes; ++r) {
       if (inside) {
         row[r] = w.at(n + r, k);
-        const uint8_t* next = w.at(n + r + kTileColumns, k);
-        for (int64_t line = 0; line < kBytes * kBlock; line += 64) prefetch_l2(next + line);
+        for (int64_t line = 0; line < kBytes * kBlock; line += 64)
+          prefetch_l2(row[r] + next + line);
         continue;
       }
       row[r] = edge[r];
@@ -91,4 +98,20 @@ struct RowBlock {
     }
   }
 };
+
+// sums[m][.] += acc[m][.] * scale * sx[m], two vectors of columns; sx[m] may be null: 1.
+template <int M>
+__attribute__((always_inline)) inline void add_tile(const vf (&acc)[M][2], const float* scale,
+                                                    const float* const* sx, int64_t block,
+                                                    float* sums, int64_t pitch) {
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      vf s = load(scale + j * kLanes);
+      if (sx[m]) s = s * set1(sx[m][block]);
+      float* out = sums + m * pitch + j * kLanes;
+      store(out, fma(acc[m][j], s, load(out)));
+    }
+}
 }  // namespace wf::gemm::many

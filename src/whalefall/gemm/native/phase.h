@@ -70,7 +70,7 @@ inline void silu_mul(const float* g, const float* u, float* h, int64_t count) {
 // w's, whatever part of them this is.
 inline void multiply(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
                      int64_t last, const Output& y, int form, Next next) {
-  if (form == kMany) return multiply_many(w, n, end, x, first, last, y);
+  if (form == kMany) return multiply_many(w, n, end, x, first, last, y, next);
   Rows part = x;
   Output to = y;
   if (part.index)
