@@ -32,7 +32,9 @@ BF16 = ml_dtypes.bfloat16
 def huge(shape: tuple[int, ...]) -> Any:
     """A bf16 array in huge pages, of small numbers, as an engine would hold its cache."""
     count = int(np.prod(shape)) * 2
-    area = mmap.mmap(-1, -(-count // (2 << 20)) * (2 << 20))
+    area = mmap.mmap(
+        -1, -(-count // (2 << 20)) * (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     area.madvise(mmap.MADV_HUGEPAGE)
     bits = np.frombuffer(area, np.uint16)[: count // 2]
     bits[:] = (

@@ -46,7 +46,8 @@ def pin_threads() -> None:
 
 def huge(size: int) -> Any:
     """Bytes on huge pages, random valid E4M3 codes."""
-    area = mmap.mmap(-1, -(-size // (1 << 21)) << 21)
+    # private: shared memory is on huge pages only where the machine's owner says so
+    area = mmap.mmap(-1, -(-size // (1 << 21)) << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(area, np.uint8)[:size]
     codes = RNG.integers(0, 256, 1 << 20).astype(np.uint8)

@@ -35,7 +35,8 @@ def map_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     count = int(np.prod(shape, dtype=np.int64))
     size = max(1, -(-count * dtype.itemsize // _HUGE)) * _HUGE
     try:
-        area = mmap.mmap(-1, size + _HUGE)
+        # private: shared memory has huge pages only where the machine's owner says so
+        area = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError):
         raise LimitError(
             f"the KV cache would take {size / 1e9:.0f} GB, which the system does not grant; "

@@ -80,7 +80,7 @@ def _library(level: str | None = None) -> Library:
 def read_bandwidth(rounds: int = 7) -> float:
     """Bytes a second that all kernel threads read from memory (median), huge pages asked for."""
     library = _library()
-    with mmap.mmap(-1, _READ_BYTES) as area:
+    with mmap.mmap(-1, _READ_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_HUGEPAGE)
         view = ctypes.c_char.from_buffer(area)
         address = ctypes.addressof(view)
