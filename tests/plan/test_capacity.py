@@ -22,16 +22,12 @@ from whalefall.plan.training import TrainingRun
 CONFIG = parse_config(V3)
 H800 = load_hardware("h800")
 
-# The model takes DeepEP's own published bandwidth; in the trace combine reaches 33 GB/s of it while
-# it shares the memory with computation. Not fitted: the miss stands in docs/plan.md.
-OVER_A_QUARTER = {"combine"}
-
 
 def test_kernel_classes_are_within_a_quarter_of_the_published_trace() -> None:
     seconds = train_chunk_seconds(CONFIG, H800, tokens=4096, nodes=8, layers=4)
     assert seconds.keys() == TRAIN_TRACE_MS.keys()
     off = {name: seconds[name] * 1e3 / ms - 1 for name, ms in TRAIN_TRACE_MS.items()}
-    assert {name for name, share in off.items() if abs(share) > 0.25} == OVER_A_QUARTER, off
+    assert max(map(abs, off.values())) <= 0.25, off
 
 
 def test_v3_has_its_published_active_weights() -> None:

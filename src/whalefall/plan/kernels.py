@@ -188,8 +188,9 @@ def _exchange(
     fp8: bool,
     per_expert: bool,
 ) -> Kernel:
+    # DeepEP's published bandwidths, which the hardware files hold, count the rows for the sender's
+    # own node too (its tests: num_rdma_token_sent); so they are counted here.
     row = tokens * row_bytes(config, fp8)
-    remote = (nodes - 1) / nodes
     picks = float(config.num_experts_per_tok)
-    crossing = picks if per_expert else expected_nodes(config, nodes)
-    return link(kind, kind, row * crossing * remote, row * picks, hardware)
+    sent = picks if per_expert else expected_nodes(config, nodes)
+    return link(kind, kind, row * sent if nodes > 1 else 0.0, row * picks, hardware)
