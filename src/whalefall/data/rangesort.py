@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from whalefall.data.nodes import ConsolidateNode, Node, RangePartitionNode, SqlEngineNode
+from whalefall.data.sortkey import parse_order, sort_key
 from whalefall.data.template import escape
 
 if TYPE_CHECKING:
@@ -20,28 +21,12 @@ __all__ = ["range_sorted"]
 
 # Keys sampled of each input partition: with 4096, a part of 64 is at most ~1.5x its share (99 %).
 SAMPLE = 4096
-DIRECTIONS = ("asc", "desc")
-
-
-def sort_key(items: Sequence[str]) -> str:
-    """The SQL expression of a BLOB whose byte order is the order of `items`."""
-    parts = []
-    for item in items:
-        words = item.split()
-        nulls = "nulls last"
-        if [w.lower() for w in words[-2:-1]] == ["nulls"]:
-            nulls, words = f"nulls {words[-1].lower()}", words[:-2]
-        way = "asc"
-        if words[-1].lower() in DIRECTIONS and len(words) > 1:
-            way, words = words[-1].lower(), words[:-1]
-        parts.append(f"{' '.join(words)}, '{way} {nulls}'")
-    return f"create_sort_key({', '.join(parts)})"
 
 
 def range_sorted(session: Session, data: Node, items: Sequence[str], npartitions: int) -> Node:
     """The node whose partitions, one after the other, are the sorted rows of `data`."""
     ctx = session._ctx
-    key = sort_key(items)
+    key = sort_key(parse_order(items))
     sample = SqlEngineNode(
         ctx, (data,), f"select {escape(key)} as k from {{0}} using sample reservoir({SAMPLE} rows) "
         "repeatable (1)",
