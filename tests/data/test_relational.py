@@ -89,6 +89,62 @@ def test_sort_is_global(sp: Session, path: str, items: list[str], n: int | None)
     assert sorted(got, key=repr) == sorted(rows(whole), key=repr)
 
 
+SORTED_ROWS = [
+    {"s": s, "x": x, "i": i}
+    for i, s in enumerate("aBcDeFgHiJáÀzÄä" * 20)
+    for x in [[0.0, -0.0, math.nan, None, -1.5, 2.0, math.inf][i % 7]]
+]
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        ["s collate nocase", "i"], "s collate nocase.noaccent desc, i", ["s collate de", "i desc"],
+        "s collate posix, i", "i % 3, i desc", ["case when i > 9 then 'x, desc' end", "i"],
+        "x desc nulls first, i", ["x", "i"], "upper(s) || ',' desc, -i",
+    ],
+)  # fmt: skip
+def test_a_partitioned_sort_is_the_one_query(sp: Session, by: Any) -> None:
+    frame = sp.from_items(SORTED_ROWS).repartition(2, by_rows=True).map("*")
+    parts = frame.sort(by, npartitions=3)
+    sizes = parts.map("count(*) as n").take_all()
+    assert sum(row["n"] > 0 for row in sizes) > 1
+    want = frame.sort(by).to_arrow().column("i").to_pylist()
+    assert parts.to_arrow().column("i").to_pylist() == want
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        ("ALL", "'ALL' with partitions: name the columns"),
+        ("2", "'2' is no column: with partitions, name the column"),
+        (["i", "lower(s collate nocase)"], "collate the whole item"),
+        ("i desc nulls", "sort: 'i desc nulls': .*syntax error"),
+        ("i limit 1", "wanted only order items"),
+        ("i; select 1", "wanted only order items"),
+    ],
+)
+def test_a_partitioned_sort_says_what_it_cannot(sp: Session, by: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        sp.from_items(SORTED_ROWS).sort(by, npartitions=3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [None, 7])
+def test_zeros_and_nans_of_either_sign_are_one_key(sp: Session, n: int | None) -> None:
+    rows_of = "select unnest(['0.0', '-0.0', 'nan', '-nan'])::double as k, [k] as l, 1 as x"
+    frame = sp.partial_sql(rows_of).repartition(4, by_rows=True)
+    for aggregate in ("sum(x)", "count(distinct i)"):  # in two phases, and in one
+        made = frame.map("*, row_number() over () as i").group_by("k", n).agg(c=aggregate)
+        assert made.count() == 2
+    assert frame.group_by("l", n).agg(c="sum(x)").count() == 2
+    assert frame.map("k").distinct(n).count() == 2
+    assert frame.join(frame, "k", npartitions=n).count() == 8
+    if n is not None:
+        by_hand = sp.partial_sql("select k from {0} group by k", frame.repartition(n, hash_by="k"))
+        assert by_hand.count() == 2
+
+
 def test_a_hot_key_does_not_fill_one_partition(sp: Session, path: str) -> None:
     frame = sp.read_parquet(path).sort("b", npartitions=8)
     sizes = [row["n"] for row in frame.map("count(*) as n").take_all()]

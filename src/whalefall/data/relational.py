@@ -62,10 +62,14 @@ class RelationalMixin:
         node = SqlEngineNode(session._ctx, nodes, query, **whole_machine(session))
         return session._frame(node)
 
-    def _hashed(self, node: Node, keys: Sequence[str], npartitions: int) -> Node:
-        return HashPartitionNode(
+    def _hashed(
+        self, node: Node, keys: Sequence[str], npartitions: int, by_value: bool = False
+    ) -> Node:
+        made = HashPartitionNode(
             self.session._ctx, (node,), npartitions, list(keys), drop_partition_column=True
         )
+        made.by_value = by_value
+        return made
 
     def sort(self, by: str | Sequence[str], npartitions: int | None = None) -> DataFrame:
         """Sort all rows: partition i's keys are not above partition i + 1's.
@@ -94,8 +98,7 @@ class RelationalMixin:
             return self._one_query("select distinct * from {0}")
         ctx = self.session._ctx
         local = SqlEngineNode(ctx, (self.plan,), "select distinct * from {0}")
-        node = HashPartitionNode(ctx, (local,), count, ["*"], drop_partition_column=True)
-        node.whole_row = True
+        node = self._hashed(local, ["__row"], count, by_value=True)
         return self.session._frame(SqlEngineNode(ctx, (node,), "select distinct * from {0}"))
 
     def join(
@@ -156,7 +159,7 @@ class GroupBy:
             # a hot key leaves each producer as one row, so it cannot overload its partition
             node = SqlEngineNode(session._ctx, (node,), split.partial)
             keys, final = split.keys, split.final
-        hashed = self.frame._hashed(node, keys, count)
+        hashed = self.frame._hashed(node, keys, count, by_value=True)
         return session._frame(SqlEngineNode(session._ctx, (hashed,), final))
 
 
@@ -166,7 +169,8 @@ def _comparable(name: str) -> str:
     Numbers (and texts of them) as DOUBLE, dates and times as TIMESTAMP, all else as text: values
     that differ may share a partition, equal ones never part.
     """
-    number = f"cast(try_cast({name} as double) + 0.0 as varchar)"  # -0.0 equals 0.0
+    # -0.0 equals 0.0, and NaNs of either sign are equal
+    number = f"replace(cast(try_cast({name} as double) + 0.0 as varchar), '-nan', 'nan')"
     moment = f"cast(try_cast(cast({name} as varchar) as timestamp) as varchar)"
     return f"coalesce({number}, {moment}, cast({name} as varchar))"
 

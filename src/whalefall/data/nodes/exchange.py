@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ class HashPartitionNode(ExchangeNode):
             drop_partition_column,
             hive_partitioning,
         )
-        self.whole_row = False
+        # hash values, not their text: then what SQL finds equal, such as -0.0 and 0.0, is
+        self.by_value = False
         self.options = ParquetOptions(
             parquet_row_group_size or self.default_row_group_size,
             parquet_dictionary_encoding,
@@ -116,9 +118,10 @@ class HashPartitionNode(ExchangeNode):
             return self.column
         if self.random_shuffle:
             return f"cast(floor(random() * {self.npartitions}) as ubigint) % {self.npartitions}"
-        if self.whole_row:
-            return f"cast(hash(__row) as uint64) % {self.npartitions}"
-        joined = ", ".join(self.hash_columns)
+        if self.by_value:
+            joined = ", ".join(self.hash_columns)
+            return f"cast(hash({joined}) as uint64) % {self.npartitions}"
+        joined = ", ".join(map(comparable_text, self.hash_columns))
         return f"cast(hash(concat_ws('##', {joined})) as uint64) % {self.npartitions}"
 
     def make_producer(self, refs: Input, key: PartitionKey) -> Task:
@@ -211,3 +214,11 @@ class RangePartitionNode(ExchangeNode):
         for index in range(self.npartitions):
             made.parts[(self.info(index),)] = tuple(Ref(task, index) for task in tasks)
         return made
+
+
+def comparable_text(expression: str) -> str:
+    """A column's text, the same for zeros and for NaNs of either sign; else as it is."""
+    if not re.fullmatch(r'"[^"]+"|[A-Za-z_]\w*', expression):
+        return expression
+    text = f"cast({expression} as varchar)"
+    return f"case {text} when '-0.0' then '0.0' when '-nan' then 'nan' else {text} end"
