@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from whalefall import launch
 from whalefall.data import Session, init, storage
 from whalefall.data.driver import execute_plan
 from whalefall.data.errors import TaskFailed, WorkerLost
+from whalefall.data.executor import local
 from whalefall.data.executor.local import LocalExecutor
 from whalefall.data.memory import ArrowTableDataSet
 from whalefall.data.nodes import (
@@ -29,7 +31,7 @@ from whalefall.data.nodes import (
 )
 from whalefall.data.plan import LogicalPlan
 from whalefall.data.runtime import RuntimeContext
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, RankFailure
 
 SCRIPT = """
 import sys
@@ -166,6 +168,47 @@ def test_a_worker_killed_while_it_comes_up_is_replaced(tmp_path: Path) -> None:
         assert isinstance(executor, LocalExecutor)
         os.kill(executor.pids[0], signal.SIGKILL)
         assert session.from_items([1]).map("item").count() == 1
+
+
+def test_workers_killed_while_they_come_up_do_not_use_up_the_retries(tmp_path: Path) -> None:
+    with init(data_root=str(tmp_path), cpus=1) as session:
+        executor = session._job.executor
+        assert isinstance(executor, LocalExecutor)
+        spawn, killed = executor._spawn, [executor.pids[0]]
+        os.kill(killed[0], signal.SIGKILL)
+
+        def spawn_and_kill() -> Any:
+            worker = spawn()
+            if len(killed) < 9:
+                killed.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+            return worker
+
+        executor._spawn = spawn_and_kill  # type: ignore[method-assign]
+        assert session.from_items([1]).map("item").count() == 1
+        assert len(killed) == 9
+
+
+def test_the_first_worker_that_is_up_gets_the_task(tmp_path: Path) -> None:
+    with init(data_root=str(tmp_path), cpus=2) as session:
+        executor = session._job.executor
+        assert isinstance(executor, LocalExecutor)
+        pids = executor.pids
+        os.kill(pids[0], signal.SIGSTOP)
+        assert session.from_items([1]).map("item").count() == 1
+        assert executor.pids == pids and executor._workers[0].channel is None
+
+
+def test_workers_that_cannot_start_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, _: str, *args: Any, **kwargs: Any) -> Any:
+        return launch.Task(name, "whalefall.no_such_module", *args, **kwargs)
+
+    monkeypatch.setattr(local, "Task", broken)
+    with init(data_root=str(tmp_path), cpus=1) as session:
+        with pytest.raises(RankFailure, match=r"(?s)data worker did not start.*no_such_module"):
+            session.from_items([1]).map("item").compute()
 
 
 def test_the_sixth_death_ends_the_job(fresh: Session, tmp_path: Path) -> None:

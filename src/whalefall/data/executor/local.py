@@ -19,11 +19,11 @@ from pathlib import Path
 from whalefall.data.constants import DEFAULT_MAX_RETRY_COUNT
 from whalefall.data.executor.base import Died, Done, Executor, Outcome, Raised, Work, pack
 from whalefall.errors import RankFailure
-from whalefall.launch import Group, Task
+from whalefall.launch import Exit, Group, Task
 
 __all__ = ["LocalExecutor"]
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300.0  # for one worker to come up, however many are killed before
 
 
 class Worker:
@@ -33,10 +33,10 @@ class Worker:
         self.name, self._group = name, group
         self.key: str | None = None
         path = os.path.join(folder, f"{name}.sock")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen(1)
-        self._channel: Connection | None = None
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(1)
+        self.channel: Connection | None = None  # once it has come up
         self._member = group.add(
             Task(name, "whalefall.data.executor.worker", (path,), log=log, path=(os.getcwd(),))
         )
@@ -46,34 +46,16 @@ class Worker:
         """The process's id."""
         return self._member.process.pid
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has come up."""
-        return self._channel is not None
+    def accept(self) -> None:
+        """Take the call of the process, which has come up."""
+        accepted, _ = self.listener.accept()
+        accepted.setblocking(True)
+        self.channel = Connection(accepted.detach())
+        self.listener.close()
 
-    @property
-    def channel(self) -> Connection:
-        """The socket; waits until the process has come up.
-
-        Raises: RankFailure if it died before.
-        """
-        if self._channel is None:
-            end = time.monotonic() + START_TIMEOUT_S
-            self._listener.settimeout(0.2)
-            while True:
-                try:
-                    accepted, _ = self._listener.accept()
-                    break
-                except TimeoutError:
-                    exited = self._member.exit()
-                    if exited is not None or time.monotonic() > end:
-                        raise RankFailure(
-                            f"data worker did not start: {exited or self.name}"
-                        ) from None
-            accepted.setblocking(True)
-            self._channel = Connection(accepted.detach())
-            self._listener.close()
-        return self._channel
+    def exit(self) -> Exit | None:
+        """How the process ended; None while it runs."""
+        return self._member.exit()
 
     def death(self) -> str:
         """How the process ended; it is ended if it has not."""
@@ -87,9 +69,9 @@ class Worker:
 
     def stop(self) -> None:
         """End the process."""
-        if self._channel is not None:
-            self._channel.close()
-        self._listener.close()
+        if self.channel is not None:
+            self.channel.close()
+        self.listener.close()
         process = self._member.process
         process.kill()
         process.wait()
@@ -122,33 +104,48 @@ class LocalExecutor(Executor):
 
     def start(self, work: Work) -> None:
         data = pack(work)
-        failed_starts = 0
         while True:
-            idle = [w for w in self._workers if w.key is None]
-            worker = next((w for w in idle if w.ready), idle[0])
+            worker, channel = self._idle()
             try:
-                worker.channel.send_bytes(data)
-            except RankFailure:  # it died while it came up: killed, or it never will
-                failed_starts += 1
-                if failed_starts > DEFAULT_MAX_RETRY_COUNT:
-                    raise
-                self._replace(worker)
-                continue
+                channel.send_bytes(data)
             except OSError:  # it died while idle
                 self._replace(worker)
                 continue
             worker.key = work.task.key
             return
 
-    def wait(self, timeout_s: float) -> list[Outcome]:
-        busy = {w.channel: w for w in self._workers if w.key is not None}
-        ready = wait(list(busy), timeout_s)
-        return [self._outcome(busy[item]) for item in ready if isinstance(item, Connection)]
+    def _idle(self) -> tuple[Worker, Connection]:
+        """A worker without a task, the first that is up; those killed on the way are replaced.
 
-    def _outcome(self, worker: Worker) -> Outcome:
+        Raises: RankFailure where workers end by themselves, or none has come up in time.
+        """
+        end, failures = time.monotonic() + START_TIMEOUT_S, 0
+        while True:
+            idle = [worker for worker in self._workers if worker.key is None]
+            for worker in idle:
+                if worker.channel is not None:
+                    return worker, worker.channel
+            calling = wait([worker.listener for worker in idle], 0.2)
+            for worker in idle:
+                gone = worker.exit()
+                failures += gone is not None and gone.code >= 0
+                late = time.monotonic() > end
+                if late or failures > DEFAULT_MAX_RETRY_COUNT:
+                    raise RankFailure(f"data worker did not start: {gone or worker.name}")
+                if worker.listener in calling:
+                    worker.accept()
+                elif gone is not None:
+                    self._replace(worker)
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        busy = {w.channel: w for w in self._workers if w.key is not None and w.channel}
+        ready = wait(list(busy), timeout_s)
+        return [self._outcome(busy[c], c) for c in ready if isinstance(c, Connection)]
+
+    def _outcome(self, worker: Worker, channel: Connection) -> Outcome:
         key, worker.key = worker.key or "", None
         try:
-            kind, *rest = pickle.loads(worker.channel.recv_bytes())
+            kind, *rest = pickle.loads(channel.recv_bytes())
         except (EOFError, OSError):
             return Died(key, self._replace(worker), worker.name)
         if kind == "done":
