@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import whalefall.data
-from whalefall.data import Session
+from whalefall.data import Session, planner
 from whalefall.data.errors import PartitionError, PlanError, SqlError, TaskFailed
 from whalefall.errors import ConfigError, MissingError
 
@@ -241,3 +241,21 @@ def test_rows_of_a_function_may_have_columns_that_the_first_has_not(sp: Session)
     frame = sp.from_arrow(pa.table({"a": [1, 2]}))
     found = frame.map(lambda row: {"odd": 1} if row["a"] % 2 else {"even": 2}).take_all()
     assert found == [{"odd": 1, "even": None}, {"odd": None, "even": 2}]
+
+
+def test_the_exchange_of_a_big_file_is_many_short_tasks(
+    sp: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"i": list(range(1000))}), file, row_group_size=10)
+
+    def producers() -> int:
+        frame = sp.read_parquet(str(file)).repartition(3, hash_by="i")
+        assert sorted(row["i"] for row in frame.take_all()) == list(range(1000))
+        return sum(type(t).__name__ == "HashPartitionTask" for t in sp._plan(frame.plan).tasks)
+
+    assert producers() == 2  # as many as there are cores
+    monkeypatch.setattr(planner, "PRODUCER_BYTES", -(-file.stat().st_size // 7))
+    assert producers() == 7
+    monkeypatch.setattr(planner, "MAX_FILES", 12)
+    assert producers() == 4

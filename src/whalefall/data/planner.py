@@ -20,9 +20,12 @@ from whalefall.data.nodes.partition import PartitionNode
 from whalefall.data.plan import LogicalPlan
 from whalefall.data.runtime import PartitionKey, RuntimeContext
 from whalefall.data.tasks.base import Input, Ref, Task, resolve_input
-from whalefall.data.tasks.source import DivideTask, by_rows_or_files
+from whalefall.data.tasks.source import DataSourceTask, DivideTask, by_rows_or_files
 
 __all__ = ["ExecutionPlan", "Planner"]
+
+PRODUCER_BYTES = 128 << 20  # a second or two of one core's work
+MAX_FILES = 1 << 16  # that an exchange writes on account of its input's size
 
 
 @dataclass
@@ -195,8 +198,12 @@ class Planner:
         )
 
     def spread(self, node: PartitionNode, refs: Input, limit: int) -> list[Input]:
-        """Spread an exchange's input over producers: as many as can run at once."""
-        count = max(1, min(limit, self.slots // max(1, int(node.cpu_limit))))
+        """Spread an exchange's input over producers: as many as can run at once, more of a source
+        so big that one which is killed would lose much work.
+        """
+        slots = self.slots // max(1, int(node.cpu_limit))
+        pieces = min(-(-source_bytes(refs) // PRODUCER_BYTES), MAX_FILES // node.npartitions)
+        count = max(1, min(limit, max(slots, pieces)))
         if count == 1:
             return [refs]
         if len(refs) >= count:
@@ -207,6 +214,13 @@ class Planner:
         divide.output_name = divide.output_path = None
         task = self.add(divide)
         return [(Ref(task, index),) for index in range(count)]
+
+
+def source_bytes(refs: Input) -> int:
+    """The size of the local files that are read as they are; 0 where a task makes the rows."""
+    sources = [ref.task for ref in refs if isinstance(ref.task, DataSourceTask)]
+    paths = [path for task in sources for path in task.dataset.resolved_paths]
+    return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
 
 
 def partition_counts(group: TaskGroup) -> Mapping[str, int]:
