@@ -13,7 +13,8 @@ import pytest
 from whalefall.data import Session, init
 from whalefall.data.graysort import gensort, gray_sort, make_records, summarize, valsort
 
-pytestmark = pytest.mark.ranks
+# starting two raylets takes minutes on a loaded machine
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 pytest.importorskip("ray")
 
 
