@@ -7,7 +7,7 @@
 #pragma once
 #include <cmath>
 #include <cstdlib>
-#include "attend.h"
+#include "in_order.h"
 
 namespace wf::attention {
 // Tiles of a run: 8 (512 keys), doubled as often as keeps a row's runs at 16 or fewer.

@@ -22,6 +22,7 @@ struct Fetch {
   Rows rows = nullptr;
   int count = 0;      // of rows
   int64_t bytes = 0;  // of a row
+  bool near = false;  // into L1
   int64_t offset = 0;
 
   // The lines due at one of `beats` moments of a call.
@@ -29,9 +30,14 @@ struct Fetch {
     return beats ? ceil_div(count * ceil_div(bytes, 64), beats) : 0;
   }
   void lines(int64_t due) {
-    for (; due > 0 && count > 0; --due) {
-      prefetch_l2(static_cast<const char*>(*rows) + offset);
-      offset += 64;
+    while (due > 0 && count > 0) {
+      const char* line = static_cast<const char*>(*rows) + offset;
+      const int64_t now = std::min(due, ceil_div(bytes - offset, 64));
+      if (near)
+        for (int64_t i = 0; i < now; ++i) prefetch_l1(line + i * 64);
+      else
+        for (int64_t i = 0; i < now; ++i) prefetch_l2(line + i * 64);
+      due -= now, offset += now * 64;
       if (offset >= bytes) offset = 0, ++rows, --count;
     }
   }
@@ -44,6 +50,8 @@ struct Fetch {
 // Rows shared out over the calls of a kernel.
 class Share {
  public:
+  bool near = false;  // into L1
+
   Share() = default;
   Share(Rows rows, int64_t count, int64_t bytes, int64_t calls)
       : rows_(rows), left_(int(count)), bytes_(bytes) {
@@ -53,7 +61,7 @@ class Share {
     const int count = std::min(each_, left_);
     left_ -= count;
     rows_ += count;
-    return {rows_ - count, count, bytes_};
+    return {rows_ - count, count, bytes_, near};
   }
 
  private:

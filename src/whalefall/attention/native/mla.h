@@ -99,6 +99,7 @@ class PagedWork {
           to.k[t] = to.v[t] = row;
       }
     }
+    bool in_place() const { return !expander_.needed(); }
     void expand(Tile& tile) const { expander_(tile); }
     int64_t k_bytes() const { return expander_.k_bytes(); }
     int64_t v_bytes() const { return expander_.v_bytes(); }

@@ -109,6 +109,7 @@ class SparseWork {
     void fill(int64_t tile, Tile& to) const {
       for (int t = 0; t < to.n; ++t) to.k[t] = to.v[t] = rows_[size_t(tile * kTile + t)];
     }
+    bool in_place() const { return !expander_.needed(); }
     void expand(Tile& tile) const { expander_(tile); }
     int64_t k_bytes() const { return expander_.k_bytes(); }
     int64_t v_bytes() const { return expander_.v_bytes(); }

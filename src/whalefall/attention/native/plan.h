@@ -135,6 +135,7 @@ class Runner {
       Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
       const bool more = tile + 1 < end;
       if (more) fill(tile + 1, next);
+      if (kInOrder<R> && more) std::copy_n(next.k, kPadding, now.k + now.n);
       source.expand(now);
       for (int64_t g = 0; g < groups; ++g) {
         int seen[R], most = 0;
@@ -149,6 +150,14 @@ class Runner {
           ahead = {&next, source.k_bytes(), source.v_bytes(), g, std::min<int64_t>(groups, 2)};
         Result target = result(to, g);
         Softmax state = target.softmax(v_steps_);
+        if constexpr (kInOrder<R>) {
+          if (source.in_place()) {
+            attend_in_order<Row, R>(now, most, source.k_bytes(), q + g * q_floats_, k_steps_,
+                                    v_steps_, work_.scale() * 1.44269504f, target.o, state);
+            target.set(v_steps_, state);
+            continue;
+          }
+        }
         attend<Row, R>(now, ahead, seen, q + g * q_floats_, k_steps_, v_steps_,
                        work_.scale() * 1.44269504f, target.o, state);
         target.set(v_steps_, state);
