@@ -1,11 +1,12 @@
 // A tile for one or two query rows, bound by memory: keys are read one after another, in the order
 // in which they lie there.
 //
-// A strip of 16 keys is scored, softened and weighed before the next, so that its rows come once
-// into L1 and are there for both uses. Meanwhile, line by line in the order of memory, the rows
-// kLead behind are brought into L1, half during the scores, half during the weights. Reading many
-// rows side by side, as `attend` does for arithmetic's sake, reaches half of the bandwidth: it
-// defeats the machine's own prefetching, and rows asked for in L2 do not overlap with the loads.
+// A strip of 16 keys is scored (in pairs), softened and weighed before the next, so that its rows
+// come once into L1 and are there for both uses. Meanwhile, line by line in the order of memory,
+// the rows kLead behind are brought into L1, half during the scores, half during the weights.
+// Reading many rows side by side, as `attend` does for arithmetic's sake, reaches half of the
+// bandwidth: it defeats the machine's own prefetching, and rows asked for in L2 do not overlap with
+// the loads.
 #pragma once
 #include "attend.h"
 
@@ -17,57 +18,69 @@ static_assert(kLead <= kPadding);
 template <int R>
 constexpr bool kInOrder = R <= 2;
 
-// One step of one key: with dots into the chain `which`, else its two vectors into both.
+// One step of a pair of keys: with dots into the chain `which`, else its two vectors into both.
 template <class Row, int R>
-inline void score_in_order(const typename Row::Element* k, const float* q,
-                           [[maybe_unused]] int which, vf (*part)[2]) {
+inline void score_pair(const typename Row::Element* const* k, int64_t at, const float* q,
+                       [[maybe_unused]] int which, vf (*part)[R][2]) {
 #ifdef WF_DOT
   if constexpr (kDots<Row>) {
-    const halves key = load_halves(k);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
-      part[r][which] = dot(part[r][which], key, load_halves(q + r * kLanes));
+    for (int r = 0; r < R; ++r) {
+      const halves row = load_halves(q + r * kLanes);
+      part[0][r][which] = dot(part[0][r][which], row, load_halves(k[0] + at));
+      part[1][r][which] = dot(part[1][r][which], row, load_halves(k[1] + at));
+    }
     return;
   } else {
 #endif
-    vf a, b;
-    Row::load2(k, a, b);
+    vf key[2][2];
+    Row::load2(k[0] + at, key[0][0], key[0][1]);
+    Row::load2(k[1] + at, key[1][0], key[1][1]);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      part[r][0] = fma(a, load(q + r * kLanes), part[r][0]);
-      part[r][1] = fma(b, load(q + (R + r) * kLanes), part[r][1]);
-    }
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const vf row = load(q + (i * R + r) * kLanes);
+        part[0][r][i] = fma(key[0][i], row, part[0][r][i]);
+        part[1][r][i] = fma(key[1][i], row, part[1][r][i]);
+      }
 #ifdef WF_DOT
   }
 #endif
 }
 
-// Scores of kLanes / R keys, in two chains each: s[t * R + r]. Half a row of `ahead` is brought
-// with each key: a line where two are used up.
+// Scores of kLanes / R keys, in two chains each: s[t * R + r]. With each pair of keys a row of
+// `ahead` is brought: a line where two are used up.
 template <class Row, int R>
 __attribute__((noinline)) void scores_in_order(Rows key, Rows ahead, const float* q, int64_t steps,
                                                float scale, float* s) {
   using Element = typename Row::Element;
   constexpr int T = kLanes / R, kFloats = R * kQueryFloats<Row>;
-  constexpr int kBytes = kStep * sizeof(Element), kBeat = kBytes < 128 ? 128 / kBytes : 1;
-  const char* line = nullptr;
+  constexpr int kBytes = kStep * sizeof(Element), kBeat = kBytes < 64 ? 64 / kBytes : 1;
+  const int64_t end = steps * kStep;
   vf sum[kLanes];
-  for (int t = 0; t < T; ++t) {
-    const Element* k = row_at<Row>(key, t);
+  for (int t = 0; t < T; t += 2) {
+    const Element* k[2] = {row_at<Row>(key, t), row_at<Row>(key, t + 1)};
+    const Element* line = row_at<Row>(ahead, t / 2);
     const float* row = q;
-    if (t % 2 == 0) line = static_cast<const char*>(ahead[t / 2]);
-    vf part[R][2] = {};
-    int64_t step = 0;
-    for (; step + kBeat <= steps; step += kBeat, line += 64) {
-      prefetch_l1(line);
-#pragma GCC unroll 4
-      for (int i = 0; i < kBeat; ++i, k += kStep, row += kFloats)
-        score_in_order<Row, R>(k, row, i % 2, part);
-    }
-    for (; step < steps; ++step, k += kStep, row += kFloats)
-      score_in_order<Row, R>(k, row, 0, part);
+    vf part[2][R][2] = {};
+    int64_t at = 0;
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) sum[t * R + r] = part[r][0] + part[r][1];
+    for (; at + 2 * kBeat * kStep <= end; at += 2 * kBeat * kStep) {
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; ++b) {
+        for (int i = 0; i < kBytes * kBeat; i += 64)
+          prefetch_l1(line + at + b * kBeat * kStep + i / sizeof(Element));
+#pragma GCC unroll 2
+        for (int i = 0; i < kBeat; ++i, row += kFloats)
+          score_pair<Row, R>(k, at + (b * kBeat + i) * kStep, row, b, part);
+      }
+    }
+    for (; at < end; at += kStep, row += kFloats) score_pair<Row, R>(k, at, row, 0, part);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) sum[(t + i) * R + r] = part[i][r][0] + part[i][r][1];
   }
   store(s, sums(sum) * scale);
 }

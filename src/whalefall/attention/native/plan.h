@@ -112,17 +112,18 @@ class Runner {
     for (int64_t run = task.first_run; run < task.end_run; ++run) {
       float* to = task.partials ? task.partials + run * size : (run == 0 ? all : last);
       for (int64_t g = 0; g < groups; ++g) result(to, g).clear(v_steps_);
-      add_run(block, run, rows.data(), source, q, to);
+      add_run(block, run, task, rows.data(), source, q, to);
       if (!task.partials && run > 0) merge_run(block, run, rows.data(), all, last);
     }
     if (!task.partials) finish_all(block, rows.data(), all);
   }
 
   template <class Source>
-  void add_run(const Block& block, int64_t run, const Query* rows, Source& source, const float* q,
-               float* to) const {
+  void add_run(const Block& block, int64_t run, const Task& task, const Query* rows, Source& source,
+               const float* q, float* to) const {
     const int64_t groups = block.rows / R;
     const int64_t end = std::min((run + 1) * block.run_tiles, block.tiles());
+    const int64_t last = std::min(task.end_run * block.run_tiles, block.tiles()) - 1;
     Tile tiles[2];
     auto fill = [&](int64_t tile, Tile& t) {
       t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
@@ -133,7 +134,7 @@ class Runner {
     if (first < end) fill(first, tiles[0]);
     for (int64_t tile = first; tile < end; ++tile) {
       Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
-      const bool more = tile + 1 < end;
+      const bool more = tile < last;  // in the next run, if not in this one
       if (more) fill(tile + 1, next);
       if (kInOrder<R> && more) std::copy_n(next.k, kPadding, now.k + now.n);
       source.expand(now);
