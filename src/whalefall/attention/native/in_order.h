@@ -92,7 +92,7 @@ inline void attend_in_order(const Tile& tile, int seen, int64_t bytes, const flo
                             int64_t k_steps, int64_t v_steps, float scale_log2, float* o,
                             Softmax& state) {
   constexpr int T = kLanes / R;
-  alignas(64) float s[2 * kLanes * R];
+  alignas(64) float s[kStrip * R + kLanes];
   for (int begin = 0; begin < seen; begin += kStrip) {
     const int tokens = std::min(kStrip, seen - begin), whole = ceil_div(tokens, T) * T;
     const Rows ahead = tile.k + begin + kLead;
