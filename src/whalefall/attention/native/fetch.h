@@ -30,13 +30,18 @@ struct Fetch {
     return beats ? ceil_div(count * ceil_div(bytes, 64), beats) : 0;
   }
   void lines(int64_t due) {
+    if (near) return lines_near(due);
+    for (; due > 0 && count > 0; --due) {
+      prefetch_l2(static_cast<const char*>(*rows) + offset);
+      offset += 64;
+      if (offset >= bytes) offset = 0, ++rows, --count;
+    }
+  }
+  void lines_near(int64_t due) {
     while (due > 0 && count > 0) {
       const char* line = static_cast<const char*>(*rows) + offset;
       const int64_t now = std::min(due, ceil_div(bytes - offset, 64));
-      if (near)
-        for (int64_t i = 0; i < now; ++i) prefetch_l1(line + i * 64);
-      else
-        for (int64_t i = 0; i < now; ++i) prefetch_l2(line + i * 64);
+      for (int64_t i = 0; i < now; ++i) prefetch_l1(line + i * 64);
       due -= now, offset += now * 64;
       if (offset >= bytes) offset = 0, ++rows, --count;
     }
