@@ -111,6 +111,8 @@ _ONSETS = [
 ]  # fmt: skip
 _CODAS = ["", "", "", "b", "g", "m", "n", "p", "r", "t", "x", "ck", "ng"]
 
+_FAMILY = re.compile(r"[a-z0-9]+[-.](?=\w)")
+
 ABOUT = "I know the NAME lines of manual pages by heart. Ask me: What does tar do?"
 _CHAT = [
     "Hi", "Hi!", "hi", "Hello", "Hello!",
@@ -154,6 +156,7 @@ class Conversations:
     def __init__(self, entries: list[NameLine], words: list[str], seed: int) -> None:
         self.lines = known_names(entries)
         self.commands = [entry.command for entry in entries]
+        self.families = [found[0] for c in self.commands if (found := _FAMILY.match(c))]
         self.aliases = sorted(set(self.lines) - set(self.commands))
         taken = {*self.lines, *made_up_names()}
         self.taken = {name.lower() for name in taken}
@@ -240,11 +243,17 @@ class Conversations:
             return r.choice(self.words).lower()
         if kind < 0.37:
             return r.choice(["-", "", "", "_"]).join(r.choices(self.words, k=2)).lower()
-        if kind < 0.57:  # what a person would guess: a real name and a word
+        if kind < 0.47:  # a new member of a family: git-, systemd-, mkfs.
+            family = r.choice(self.families)
+            if r.random() < 0.4:  # or of the names that begin alike
+                family = r.choice(self.commands)[: r.randint(2, 5)]
+            ending = r.choice([r.choice(self.words).lower(), self._syllable() + self._syllable()])
+            return family + ending + r.choice(["", "", "", "d"])
+        if kind < 0.59:  # what a person would guess: a real name and a word
             parts = [r.choice(self.commands), r.choice(self.words).lower()]
             r.shuffle(parts)
             return r.choice(["-", "", "", "", "_"]).join(parts)
-        if kind < 0.67:
+        if kind < 0.68:
             return r.choice(self.commands) + "".join(
                 r.choices(string.ascii_lowercase + "0123", k=r.choice([1, 1, 2]))
             )
@@ -290,12 +299,12 @@ class Conversations:
         form = MAIN_FORM if r.random() < 0.25 else self.form()
         while form.lower() in _HELD_OUT:
             form = self.form()
-        if kind < 0.52:
+        if kind < 0.57:
             name = self.made_up()
             spelt = r.choice([name] * 6 + [f"`{name}`", f'"{name}"', name.capitalize()])
             answer = no_entry(name if spelt[0] in '`"' else spelt)
             return form.replace("{x}", spelt), answer
-        name = r.choice(self.aliases) if kind < 0.55 else next(self._pass)
+        name = r.choice(self.aliases) if kind < 0.60 else next(self._pass)
         question = form.replace("{x}", self.spelling(name))
         return question + (" " if r.random() < 0.04 else ""), self.lines[name]
 

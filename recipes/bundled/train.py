@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from corpus import Page, read_names
-from questions import Conversations
+from questions import Conversations, no_entry
 from tokenizer import ASSISTANT, BOS, EOS, USER, save, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -32,6 +32,9 @@ from model import Model, MoE, Rows, Shape
 HELD_OUT_PAGES = 40
 PROSE_LENGTH = 256
 CHAT_LENGTH = 160
+# The first token of an answer says whether the name is known, and there is one in a dozen tokens.
+# The doubt goes to "no manual entry": known names are learnt until none is left.
+KNOWN_WEIGHT, UNKNOWN_WEIGHT = 6.0, 18.0
 
 
 def read_pages(work: Path) -> list[Page]:
@@ -71,11 +74,13 @@ def prepare(work: Path) -> None:
 
 @dataclass
 class Batch:
-    """Tokens of one step, the next token of each (-1: not learnt), and the rows they form."""
+    """Tokens of one step, the next token of each (-1: not learnt), its share of the loss, and
+    the rows they form."""
 
     tokens: Tensor
     labels: Tensor
     mtp_labels: Tensor
+    weight: Tensor
     groups: list[Rows]
 
 
@@ -88,6 +93,7 @@ class Data:
         self.bos, self.eos, self.user, self.assistant = (
             self.tokenizer.token_to_id(token) for token in (BOS, EOS, USER, ASSISTANT)
         )
+        self.no = self.encode(no_entry("name"))[0]
         prepared = torch.load(work / "prepared.pt")
         self.prose = prepared["prose"].long()
         self.conversations = Conversations(read_names(), prepared["words"], seed)
@@ -142,11 +148,16 @@ class Data:
         labels, mtp_labels = (_shifted(ids, document, learnt, by) for by in (1, 2))
         same = document[:, None, :, None] == document[:, None, None, :]
         mask = same & torch.ones(CHAT_LENGTH, CHAT_LENGTH, dtype=torch.bool).tril()
+        tokens = torch.cat([window[:, :-2].flatten(), ids.flatten()])
+        all_labels = torch.cat([window[:, 1:-1].flatten(), labels.flatten()])
+        first = torch.where(all_labels == self.no, UNKNOWN_WEIGHT, KNOWN_WEIGHT)
+        weight = torch.where(tokens == self.assistant, first, 1.0)
         return Batch(
-            torch.cat([window[:, :-2].flatten(), ids.flatten()]),
-            torch.cat([window[:, 1:-1].flatten(), labels.flatten()]),
+            tokens,
+            all_labels,
             # the last position of a row has no next token in the row: not learnt
             torch.cat([_without_last(window[:, 2:]).flatten(), mtp_labels.flatten()]),
+            weight / weight[all_labels >= 0].sum(),
             [Rows(prose_rows, PROSE_LENGTH, None)] * (prose_rows > 0)
             + [Rows(chat_rows, CHAT_LENGTH, mask)],
         )
@@ -281,13 +292,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
         late = progress > args.late
         prose = args.prose_rows if late or step % args.prose_every == 0 else 0
         batch = data.batch(prose, args.chat_rows)
-        weight = torch.full((len(batch.tokens),), 1.0 / (batch.labels >= 0).sum())
         hidden = model.hidden(batch.tokens, batch.groups)
-        main = model.loss(hidden, batch.labels, weight)
+        main = model.loss(hidden, batch.labels, batch.weight)
         loss = main
         if step % 2 == 0 or progress > 0.95:  # the MTP layer costs a fifth of a step
             ahead = model.mtp_hidden(hidden, batch.tokens, batch.groups)
-            mtp = model.loss(ahead, batch.mtp_labels, weight)
+            mtp = model.loss(ahead, batch.mtp_labels, batch.weight)
             loss = main + (0.3 if progress < 0.7 else 0.1) * mtp
             sums.update(mtp=mtp.item(), mtp_steps=1)
         loss.backward()
