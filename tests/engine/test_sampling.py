@@ -126,3 +126,11 @@ def test_draws_differ_by_seed_answer_and_position_only() -> None:
 def test_absurd_parameters_are_refused(name: str, value: object, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draw", [sample, lambda rows: [sample_row(row) for row in rows]])
+def test_presence_and_frequency_are_of_the_answer_not_of_the_prompt(draw: Any) -> None:
+    x = np.array([0.0, 1.0, 0.9], np.float32)
+    params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.5)
+    assert draw([SampleRow(x, params, Counter({1: 0}))])[0][0] == 1  # the prompt has it
+    assert draw([SampleRow(x, params, Counter({1: 1}))])[0][0] == 2
