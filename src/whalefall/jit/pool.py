@@ -9,6 +9,7 @@ from pathlib import Path
 
 from whalefall import env
 from whalefall.errors import ConfigError
+from whalefall.jit import isa
 from whalefall.jit.compile import ON_LOAD, Library, build
 
 __all__ = ["address", "get_num_threads", "set_num_threads"]
@@ -16,7 +17,9 @@ __all__ = ["address", "get_num_threads", "set_num_threads"]
 
 @functools.cache
 def _pool() -> Library:
-    library = build(Path(__file__).parent / "native" / "pool.cpp", level="any")
+    # One pool whatever WHALEFALL_ISA says, with the options that kernels have by default: for other
+    # options ziglang would build its C++ library once more, which takes 40 s.
+    library = build(Path(__file__).parent / "native" / "pool.cpp", level=isa.levels()[-1])
     library.wf_pool.restype = ctypes.c_void_p
     text = env.get("WHALEFALL_THREADS")
     if text and not (text.isdigit() and int(text) > 0):
