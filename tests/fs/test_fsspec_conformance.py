@@ -19,6 +19,7 @@ from fsspec.tests.abstract import (
 )
 
 from whalefall.fs import LocalCluster
+from whalefall.fs.errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +99,33 @@ def test_a_block_that_fails_leaves_no_half_file(cluster: LocalCluster) -> None:
     with pytest.raises(KeyError):
         half()
     assert not fs.exists("/half")
+    assert fs.client._open == set()
+
+
+@pytest.mark.parametrize("mode", ["wb", "ab"])
+def test_a_file_that_failed_once_stays_failed(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    fs = cluster.filesystem()
+    fs.pipe("/failed", b"before")
+    connection, full = fs.client.connection, StorageError(28, "full")
+    update_all, faults = connection.update_all, iter([full])
+
+    def once(updates: list[tuple[object, ...]]) -> object:
+        fault = next(faults, None) if file.tell() > 1 << 20 else None
+        if fault is not None:
+            raise fault
+        return update_all(updates)
+
+    monkeypatch.setattr(connection, "update_all", once)
+    file = fs.open("/failed", mode, block_size=1 << 20)
+    file.write(bytearray(2 << 20))
+    with pytest.raises(StorageError, match="full"):
+        file.write(bytearray(2 << 20))
+    for again in (lambda: file.write(b"more"), file.flush, file.commit, file.close):
+        with pytest.raises(StorageError) as error:
+            again()
+        assert error.value is full
+    assert file.closed
+    assert fs.cat("/failed") == b"before"
     assert fs.client._open == set()

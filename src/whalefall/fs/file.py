@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
 
 from whalefall.errors import WhalefallError
-from whalefall.fs.errors import FsError
+from whalefall.fs.errors import FsError, StorageError
 from whalefall.fs.meta.core.records import Inode
 
 __all__ = ["WhalefallFile"]
@@ -41,6 +42,7 @@ class WhalefallFile(AbstractBufferedFile):
         self.inode: Inode | None = None
         self.session = ""
         self._begun: deque[tuple[int, list[Future[Any]]]] = deque()
+        self._failed: Exception | None = None
         start = 0
         if mode in ("wb", "xb"):
             fs._check_target(path, exclusive=mode == "xb")
@@ -67,8 +69,10 @@ class WhalefallFile(AbstractBufferedFile):
         """Add bytes at the end; whole blocks go from the caller's memory, without a copy.
 
         Chunks may still be on their way when this returns; `close` waits for all of them, and
-        raises what kept one from being written, if no later `write` has.
+        raises what kept one from being written. A file that failed once stays failed: each later
+        `write`, `flush` and `close` raises the same.
         """
+        self._check()
         view = memoryview(data).cast("B")
         straight = view.nbytes // self.blocksize * self.blocksize
         if self.mode == "rb" or self.closed or self.forced or not straight or self.buffer.tell():
@@ -86,20 +90,43 @@ class WhalefallFile(AbstractBufferedFile):
 
     def _send(self, view: memoryview) -> None:
         """Begin to write at the offset; the memory stays as it is until `_settle`."""
-        self._begun.append((view.nbytes, self.fs.client.begin_write(self.inode, self.offset, view)))
-        while sum(count for count, _ in self._begun) > AHEAD_BYTES:
-            self._settle(len(self._begun) - 1)
+        with self._failing():
+            parts = self.fs.client.begin_write(self.inode, self.offset, view)
+            self._begun.append((view.nbytes, parts))
+            while sum(count for count, _ in self._begun) > AHEAD_BYTES:
+                self._settle(len(self._begun) - 1)
 
     def _settle(self, but: int = 0) -> None:
         """Wait until what was begun is on every replica, all but the last few blocks."""
-        while len(self._begun) > but:
-            for part in self._begun.popleft()[1]:
-                part.result()
+        with self._failing():
+            while len(self._begun) > but:
+                for part in self._begun[0][1]:
+                    part.result()
+                self._begun.popleft()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What is raised within is remembered: nobody knows what the file holds after it."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = self._failed or error
+            raise
+        except BaseException:
+            self._failed = self._failed or StorageError(
+                5, f"fs: {self.path}: a write was interrupted; open the file and write it again"
+            )
+            raise
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
     def flush(self, force: bool = False) -> None:
         """Write what is buffered, once it fills a block."""
         if self.closed:
             raise ValueError("I/O operation on a closed file")
+        self._check()
         if force and self.forced:
             raise ValueError("Force flush cannot be called more than once")
         if force:
@@ -108,9 +135,10 @@ class WhalefallFile(AbstractBufferedFile):
             return
         if self.offset is None:
             self._initiate_upload()
-        if self._upload_chunk(final=force) is not False:
-            self.offset += self.buffer.seek(0, 2)
-            self.buffer = io.BytesIO()
+        with self._failing():
+            self._upload_chunk(final=force)
+        self.offset += self.buffer.seek(0, 2)
+        self.buffer = io.BytesIO()
 
     def _upload_chunk(self, final: bool = False) -> bool:
         data = self.buffer.getbuffer()
@@ -129,6 +157,7 @@ class WhalefallFile(AbstractBufferedFile):
 
     def commit(self) -> None:
         """Give the file its name."""
+        self._check()
         assert self.inode is not None
         self.fs.client.meta(
             "publish", inode=self.inode.id, path=self.path, session=self.session,
@@ -148,10 +177,14 @@ class WhalefallFile(AbstractBufferedFile):
         return bytes(self.fs.client.read(self.inode, start, end - start))
 
     def close(self) -> None:
-        """Write what is left, end the session."""
+        """Write what is left, end the session.
+
+        Raises: what a write has failed with, now or before; the file gets no name then.
+        """
         if self.closed:
             return
         try:
+            self._check()
             super().close()
         except BaseException:
             self._give_up()
