@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import functools
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,9 +104,10 @@ class ChunkEngine:
 
     def usage(self) -> tuple[int, int, int, int]:
         """Bytes used, bytes free on the disk, chunks, bad blocks found so far."""
-        disk = os.statvfs(self.folder)
-        free = max(0, disk.f_bavail * disk.f_frsize - self.reserve_bytes)
-        return self._slots.used_bytes, free, len(self._records), self.bad_blocks
+        with self._mutex:
+            used, spare = self._slots.used_bytes, self._slots.spare_bytes()
+        free = max(0, self._slots.disk_bytes() + spare - self.reserve_bytes)
+        return used, free, len(self._records), self.bad_blocks
 
     # ---- changes
 
@@ -151,13 +151,13 @@ class ChunkEngine:
             return Placed(update.chunk, meta)
         content = self._content(update, store.data)
         size = len(content)
-        disk = os.statvfs(self.folder)
-        if disk.f_bavail * disk.f_frsize < self.reserve_bytes + size:
-            raise Refused(Code.NO_SPACE, f"the disk of {self.folder} is full")
         with self._mutex:
             place = self._slots.take(size)
-            descriptor, direct = self._slots.written(place.size_class)
         try:
+            with self._mutex:
+                descriptor, direct = self._slots.written(place.size_class)
+                if not self._slots.make_room(place, size, self.reserve_bytes):
+                    raise Refused(Code.NO_SPACE, f"the disk of {self.folder} is full")
             crcs, whole = native_io.write(descriptor, direct, place.offset, content)
             self.step("data written")
             if update.checksum >= 0 and update.kind in (Kind.WRITE, Kind.REPLACE):
@@ -281,14 +281,18 @@ class ChunkEngine:
             return False
         with self._mutex:
             place = self._slots.take(len(data))
-            descriptor, direct = self._slots.written(place.size_class)
-        crcs, whole = native_io.write(descriptor, direct, place.offset, data)
-        if (len(data), whole) != (old.committed.length, old.committed.checksum):
+        try:
             with self._mutex:
-                self._slots.give_back(place)
-            return False
-        new = Record(old.committed, old.pending, place, crcs, old.pending_at, old.pending_crcs)
-        self._journal.write(Batch([(chunk, row_of(new))], files=(descriptor,)))
+                descriptor, direct = self._slots.written(place.size_class)
+            crcs, whole = native_io.write(descriptor, direct, place.offset, data)
+            if (len(data), whole) != (old.committed.length, old.committed.checksum):
+                self._free(place)
+                return False
+            new = Record(old.committed, old.pending, place, crcs, old.pending_at, old.pending_crcs)
+            self._journal.write(Batch([(chunk, row_of(new))], files=(descriptor,)))
+        except BaseException:
+            self._free(place)
+            raise
         self._replace(chunk, new, freed=old.committed_at)
         return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterable
@@ -13,6 +15,9 @@ __all__ = ["MAX_CHUNK_BYTES", "MIN_SLOT_BYTES", "Place", "Slots"]
 
 MIN_SLOT_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 64 << 20
+PUNCH_HOLE = 3  # with KEEP_SIZE (linux/falloc.h)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -51,9 +56,14 @@ class Slots:
         for place in used:
             taken.setdefault(place.size_class, set()).add(place.slot)
             self.used_bytes += 1 << place.size_class
-        for size_class, slots in taken.items():
-            self._end[size_class] = max(slots) + 1
-            self._free[size_class] = sorted(set(range(max(slots))) - slots, reverse=True)
+        for path in folder.glob("slots.*"):  # a slot that was free holds disk all the same
+            size_class = int(path.suffix[1:])
+            self._end[size_class] = -(-path.stat().st_size >> size_class)
+        for size_class in {*taken, *self._end}:
+            slots = taken.get(size_class, set())
+            end = max(self._end.get(size_class, 0), max(slots, default=-1) + 1)
+            self._end[size_class] = end
+            self._free[size_class] = sorted(set(range(end)) - slots, reverse=True)
 
     def file(self, size_class: int) -> int:
         """The descriptor of a size class's file."""
@@ -70,7 +80,7 @@ class Slots:
                 path = self.folder / f"slots.{size_class}"
                 self._direct[size_class] = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 self._direct[size_class] = readable  # this file system has no O_DIRECT
         descriptor = self._direct[size_class]
@@ -93,6 +103,47 @@ class Slots:
         self.used_bytes -= 1 << place.size_class
         self._limbo.append((self._read_count, place))
         self._sweep()
+
+    def disk_bytes(self) -> int:
+        """What the disk has left for us."""
+        disk = os.statvfs(self.folder)
+        return disk.f_bavail * disk.f_frsize
+
+    def make_room(self, place: Place, size: int, reserve_bytes: int) -> bool:
+        """Whether `size` bytes there leave the disk its reserve; if not, free slots are emptied."""
+        short = reserve_bytes + size - self.disk_bytes()
+        if short <= 0 or self.holds(place, size):
+            return True
+        self.hollow(short)
+        return self.disk_bytes() >= reserve_bytes + size
+
+    def holds(self, place: Place, size: int) -> bool:
+        """Whether `size` bytes there can be written over without more of the disk."""
+        with contextlib.suppress(OSError):  # past the end of the file
+            hole = os.lseek(self.file(place.size_class), place.offset, os.SEEK_HOLE)
+            return hole >= place.offset + size
+        return False
+
+    def spare_bytes(self) -> int:
+        """Of the disk, what free slots hold, or somewhat less."""
+        blocks = sum(os.fstat(self.file(size_class)).st_blocks for size_class in self._end)
+        return max(0, blocks * 512 - self.used_bytes)
+
+    def hollow(self, wanted: int) -> None:
+        """Give the disk back about `wanted` bytes, or all that free slots hold."""
+        for size_class in sorted(self._free, reverse=True):
+            descriptor, size = self.file(size_class), 1 << size_class
+            for slot in self._free[size_class]:
+                if wanted <= 0:
+                    return
+                try:
+                    data = os.lseek(descriptor, slot << size_class, os.SEEK_DATA)
+                except OSError:  # nothing from there on
+                    continue
+                if data < (slot + 1) << size_class:
+                    if _libc.fallocate(descriptor, PUNCH_HOLE, slot << size_class, size):
+                        return  # this file system has no holes
+                    wanted -= size - (data - (slot << size_class))
 
     def begin_read(self) -> int:
         """From now on no slot freed later is used again; returns what `end_read` takes."""
