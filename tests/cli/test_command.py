@@ -44,3 +44,30 @@ def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "No such file" in done.stderr and "none" in done.stderr
+
+
+def test_help_of_every_command_and_subcommand_works() -> None:
+    import importlib
+
+    import typer
+    from typer.testing import CliRunner
+
+    from whalefall.cli.discovery import command_files
+    from whalefall.cli.dispatch import OWN
+
+    modules = [f"whalefall.cli.{name}" for name in OWN]
+    modules += [f"whalefall.{name}.commands" for name in command_files()]
+    seen, failed = 0, []
+    for module in modules:
+        app = importlib.import_module(module).app
+        waiting: list[tuple[object, tuple[str, ...]]] = [(typer.main.get_command(app), ())]
+        while waiting:
+            command, path = waiting.pop()
+            done = CliRunner().invoke(app, [*path, "--help"])
+            seen += 1
+            if done.exit_code != 0 or "Usage" not in done.output:
+                failed.append((module, *path, repr(done.exception)))
+            below = getattr(command, "commands", {})
+            waiting += [(child, (*path, name)) for name, child in below.items()]
+    assert failed == []
+    assert seen > 40

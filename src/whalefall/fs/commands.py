@@ -1,7 +1,7 @@
 """Start, look into, and use a distributed file system (3FS).
 
-Every command but `up` and `simulate` takes a URL `whalefall://host:port[/path]`; where a script
-would read the answer there is `--json`.
+Every command but `up` and `simulate` takes a URL, `whalefall://host:port` or with `/path`; where
+a script would read the answer there is `--json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 JSON = typer.Option(False, "--json", help="machine-readable")
-URL = typer.Argument(..., help="whalefall://host:port[/path]")
+URL = typer.Argument(..., help="whalefall://host:port, or whalefall://host:port/path")
 
 
 def _client(url: str) -> tuple[WhalefallFileSystem, str]:

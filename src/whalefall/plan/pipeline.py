@@ -30,7 +30,9 @@ def pipeline(
     num_layers: Annotated[int, typer.Option(help="equal layers (default: 2 a rank)")] = 0,
     layers: Annotated[
         Path | None,
-        typer.Option(help="JSON: [{f, b, w, parameters, activations}, …], instead of equal layers"),
+        typer.Option(
+            help="JSON: a list of {f, b, w, parameters, activations}, instead of equal layers"
+        ),
     ] = None,
     memory_limit: Annotated[
         float | None, typer.Option(help="of a rank, in the file's unit")

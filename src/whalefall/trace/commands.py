@@ -19,7 +19,8 @@ from whalefall.trace import rules as rules_
 app = typer.Typer(add_completion=False)
 File = Annotated[Path, typer.Argument(help="a Chrome trace, .json or .json.gz")]
 RulesFile = Annotated[
-    Path | None, typer.Option("--rules", help="JSON: [[pattern, kind], …], the first match decides")
+    Path | None,
+    typer.Option("--rules", help="JSON: a list of (pattern, kind), the first match decides"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
