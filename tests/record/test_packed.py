@@ -144,3 +144,30 @@ def test_the_same_name_in_two_shards_is_refused(tree, tmp_path):
 
 def test_one_sample_a_file_and_the_tree(packed):
     assert FileReader(packed.reader.fnames).n == 9
+
+
+def hostile(tmp_path: Path, trailer: bytes) -> Path:
+    path = tmp_path / "hostile.ffr"
+    with FileWriter(path, 2) as writer:
+        writer.write_one(b"a file")
+        writer.write_one(MAGIC + trailer)
+    return path
+
+
+def test_a_tree_that_holds_itself_is_corrupt(tmp_path):
+    with pytest.raises(CorruptError, match="holds a folder twice"):
+        PackedFolder(hostile(tmp_path, b"\x80\x04}\x94(\x8c\x01ah\x00u."))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_folders_too_deep_to_walk_are_corrupt(tmp_path, kind):
+    def trailer(depth):  # written by hand: pickle itself recurses
+        if kind is dict:
+            return b"\x80\x04" + b"}\x8c\x01a" * depth + b"}\x8c\x01aK\x00s" + b"s" * depth + b"."
+        made = b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93)R\x8c\x01a"
+        return b"\x80\x04" + made * depth + made + b"K\x00s" + b"s" * depth + b"."
+
+    folder = PackedFolder(hostile(tmp_path, trailer(500)))
+    assert len(list(folder.walk())) == 1 and len(folder.list(recursive=True)) == 501
+    with pytest.raises(CorruptError, match="more than 512 deep"):
+        PackedFolder(hostile(tmp_path, trailer(3000)))

@@ -17,8 +17,9 @@ import numpy as np
 from whalefall import jit
 from whalefall.record.checksum import native
 
-__all__ = ["FileNames", "NamedTree", "Names", "read_names"]
+__all__ = ["MAX_DEPTH", "FileNames", "NamedTree", "Names", "read_names"]
 
+MAX_DEPTH = 512  # folders in folders: walks recurse, and Python ends them at 1000
 _LEAST_BYTES = 5  # of a name and its number in a pickle
 
 
@@ -59,6 +60,17 @@ class Names:
         self.row_of = np.full(folders, -1, np.int64)  # of each folder in its own folder
         self.row_of[-1 - self.sample[above]] = above
         self.parent = parent
+
+    def too_deep(self) -> bool:
+        """Whether some folder lies more than `MAX_DEPTH` below the root."""
+        above = np.zeros(len(self.row_of), np.int64)  # of each folder; the root is its own
+        above[1:] = self.parent[self.row_of[1:]]
+        at = above
+        for _ in range(MAX_DEPTH):
+            if not at.any():
+                return False
+            at = above[at]
+        return bool(at.any())
 
     def text(self, row: int) -> str:
         """One name."""
@@ -162,4 +174,7 @@ def read_names(pickled: memoryview, num_files: int) -> Names | None:
         data.ctypes.data, data.nbytes, room, num_files, *(r.ctypes.data for r in rows),
         seen.ctypes.data, ctypes.addressof(folders),
     )  # fmt: skip
-    return Names(pickled, [r[:count] for r in rows], folders.value) if count >= 0 else None
+    if count < 0:
+        return None
+    names = Names(pickled, [r[:count] for r in rows], folders.value)
+    return None if names.too_deep() else names

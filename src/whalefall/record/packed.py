@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.errors import CorruptError, DtypeError, MissingError
-from whalefall.record.names import FileNames, NamedTree, Names, read_names
+from whalefall.record.names import MAX_DEPTH, FileNames, NamedTree, Names, read_names
 from whalefall.record.reader import FileReader
 from whalefall.record.writer import FileWriter
 
@@ -260,17 +260,22 @@ def _names_of(name: str, trailer: memoryview | bytes, num_files: int) -> Names |
 
 
 def _check_tree(name: str, tree: Any, num_files: int) -> None:
-    waiting = [tree]
+    waiting, seen = [(tree, 0)], set[int]()
     while waiting:
-        node = waiting.pop()
+        node, depth = waiting.pop()
         # At the speed of C: there may be a million names.
         if not isinstance(node, dict) or not set(map(type, node)) <= {str}:
             raise CorruptError(f"record: {name}: the tree of names holds {type(node).__name__}")
+        if id(node) in seen:  # a cycle, or a few bytes that stand for a million folders
+            raise CorruptError(f"record: {name}: the tree of names holds a folder twice")
+        if depth > MAX_DEPTH:
+            raise CorruptError(f"record: {name}: folders more than {MAX_DEPTH} deep")
+        seen.add(id(node))
         children = [*node.values()]
         try:
             samples = array.array("q", children)
         except (TypeError, OverflowError):  # folders among them, or what does not belong there
-            waiting += [child for child in children if type(child) is not int]
+            waiting += [(child, depth + 1) for child in children if type(child) is not int]
             samples = array.array("q", [_clipped(c) for c in children if type(c) is int])
         numbers = np.frombuffer(samples, np.int64)
         bad = numbers[(numbers < 0) | (numbers >= num_files)]
