@@ -101,6 +101,8 @@ def test_a_chart_is_written(tmp_path: Path) -> None:
         (("--nodes", "-3"), "negative nodes"),
         (("--gpus", "0"), "wanted at least 1 GPU"),
         (("--rate", "0"), "--rate is 0"),
+        (("--rate", "inf"), "--rate is inf"),
+        (("--rate", "nan"), "--rate is nan"),
     ],
 )
 def test_absurd_values_get_one_line(args: tuple[str, ...], words: str) -> None:
@@ -150,3 +152,14 @@ def test_live_without_a_server_is_one_line() -> None:
     done = command("live", "http://127.0.0.1:9")
     assert done.returncode == 2
     assert done.stderr.startswith("MissingError: plan live: http://127.0.0.1:9/metrics")
+
+
+def test_all_money_of_a_live_ledger_is_printed_as_money() -> None:
+    from whalefall.plan.live import live_rows
+
+    report = {"revenue_hit_dollars": 0.025, "revenue_dollars": 0.265, "output_tokens": 1200.0}
+    assert live_rows(report) == [
+        ("revenue hit", "$0.025000"),
+        ("revenue", "$0.265000"),
+        ("output tokens", "1,200"),
+    ]

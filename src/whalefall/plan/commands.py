@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -52,8 +53,8 @@ def day(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """The published day: nodes, cost, revenue and margin; with options: what if."""
-    if rate <= 0:
-        raise ConfigError(f"plan day: --rate is {rate:g}, wanted more than 0")
+    if not 0 < rate < math.inf:
+        raise ConfigError(f"plan day: --rate is {rate:g}, wanted a number more than 0")
     if currency != "$" and rate == 1.0:
         raise ConfigError(f"plan day: --currency {currency} needs a --rate other than 1")
     fleet = published_fleet(gpus, gpu_hour)

@@ -50,7 +50,7 @@ def live_report(url: str) -> dict[str, Any]:
 
 def live_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(line, value) of the printed ledger."""
-    money = ("revenue_hit", "revenue_miss", "revenue_output", "cost", "profit")
+    money = ("revenue", "cost", "profit")
     rows = []
     for name, value in report.items():
         label = name.replace("_", " ")
