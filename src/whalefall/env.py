@@ -48,7 +48,11 @@ TABLE = (
         "0: TCP between file-system processes of one host too, where Unix sockets would do",
     ),
     Variable("WHALEFALL_API_KEY", "", "the key that clients of `whalefall serve` must send"),
-    Variable("WHALEFALL_CXX", "", "the C++ compiler (default: c++, else the ziglang wheel's)"),
+    Variable(
+        "WHALEFALL_CXX",
+        "",
+        "the C++ compiler (default: c++, g++, clang++, else the ziglang wheel's)",
+    ),
 )
 _DEFAULTS = {v.name: v.default for v in TABLE}
 
