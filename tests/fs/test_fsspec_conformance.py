@@ -129,3 +129,28 @@ def test_a_file_that_failed_once_stays_failed(
     assert file.closed
     assert fs.cat("/failed") == b"before"
     assert fs.client._open == set()
+
+
+def test_what_a_failed_append_wrote_does_not_come_back(cluster: LocalCluster) -> None:
+    fs = cluster.filesystem()
+    client = fs.client
+
+    def fail() -> None:
+        with fs.open("/grown", "ab", block_size=1 << 20) as file:
+            file.write(b"Z" * (3 << 20))
+            raise KeyError("oops")
+
+    fs.pipe("/grown", b"x" * 1000)
+    with pytest.raises(KeyError):
+        fail()
+    inode = client.stat("/grown")
+    assert inode.length == client.connection.stored_end(inode) == 1000
+    client.write(inode, 1000, b"Z" * (3 << 20))  # as a writer that died leaves it
+    with fs.open("/grown", "ab") as file:
+        file.write(b"y" * 5)
+    client.truncate(inode, 2 << 20)  # with an inode from before the append
+    assert fs.cat("/grown") == b"x" * 1000 + b"y" * 5 + bytes((2 << 20) - 1005)
+    client.write(inode, 2 << 20, b"Z")
+    client.truncate(client.stat("/grown"), 10)
+    assert client.connection.stored_end(inode) == 10
+    assert fs.cat("/grown") == b"x" * 10

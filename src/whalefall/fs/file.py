@@ -43,6 +43,7 @@ class WhalefallFile(AbstractBufferedFile):
         self.session = ""
         self._begun: deque[tuple[int, list[Future[Any]]]] = deque()
         self._failed: Exception | None = None
+        self._sent = False
         start = 0
         if mode in ("wb", "xb"):
             fs._check_target(path, exclusive=mode == "xb")
@@ -90,6 +91,7 @@ class WhalefallFile(AbstractBufferedFile):
 
     def _send(self, view: memoryview) -> None:
         """Begin to write at the offset; the memory stays as it is until `_settle`."""
+        self._sent = True
         with self._failing():
             parts = self.fs.client.begin_write(self.inode, self.offset, view)
             self._begun.append((view.nbytes, parts))
@@ -170,7 +172,11 @@ class WhalefallFile(AbstractBufferedFile):
         assert self.inode is not None
         for _, parts in self._begun:
             wait(parts)
-        self.fs.client.close_session(self.inode, self.session)
+        try:
+            if self.mode == "ab" and self._sent:
+                self.fs.client.cut(self.inode)  # or it would come back when the file grows
+        finally:
+            self.fs.client.close_session(self.inode, self.session)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         assert self.inode is not None

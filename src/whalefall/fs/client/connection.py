@@ -19,10 +19,12 @@ from whalefall.comm import crc32c
 from whalefall.fs.core import effects
 from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Procedure, Refused, Unreachable
+from whalefall.fs.core.layout import chunk_index, chunk_prefix
 from whalefall.fs.core.messages import Code, Failed, Kind, QueryDone, Read, Routing, UpdateDone
 from whalefall.fs.core.replica import Limits
 from whalefall.fs.driver import attempt, call_all, drive, drive_all
 from whalefall.fs.errors import ClusterError, StorageError
+from whalefall.fs.meta.core.records import Inode
 from whalefall.fs.rpc import Call, Pool, Result
 
 __all__ = ["Connection"]
@@ -221,6 +223,17 @@ class Connection:
     def query(self, chain: int, prefix: bytes) -> QueryDone:
         """The last chunk under a prefix."""
         return self._drive(self.core.query(chain, prefix), f"query chain {chain}")
+
+    def stored_end(self, inode: Inode) -> int:
+        """Where the last chunk of a file ends, over all chains of its stripe."""
+        end = 0
+        if inode.layout is None:
+            return 0
+        for chain in set(inode.layout.chains):
+            found = self.query(chain, chunk_prefix(inode.id))
+            if found.chunk is not None:
+                end = max(end, chunk_index(found.chunk) * inode.layout.chunk_bytes + found.length)
+        return end
 
     def close(self) -> None:
         """Drop all connections."""

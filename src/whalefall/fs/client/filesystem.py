@@ -298,28 +298,36 @@ class FileSystemClient:
         )  # fmt: skip
 
     def truncate(self, inode: Inode, length: int) -> Inode:
-        """Set a file's length: cut its chunks, then make the length known."""
+        """Set a file's length: cut its chunks, then make the length known.
+
+        What was written and never reported is cut as well, so that a longer file ends in zeros.
+        Not for a file that another is writing.
+        """
+        self.cut(inode, length)
+        return msgspec.convert(self.meta("set_length", inode=inode.id, length=length), Inode)
+
+    def cut(self, inode: Inode, length: int | None = None) -> None:
+        """Remove what chunks hold beyond the length that was reported, or beyond a smaller one."""
         layout = inode.layout
         assert layout is not None
+        known = self.report_length(inode, 0).length
+        length = known if length is None else min(length, known)
         size, stripe = layout.chunk_bytes, layout.chains
-        if length < inode.length:
-            keep = -(-length // size)
-            last = -(-inode.length // size)
+        end = self.connection.stored_end(inode)
+        if end <= length:
+            return
 
-            def drop(index: int) -> None:
-                chain = stripe[index % len(stripe)]
-                self.connection.update(
-                    chain, chunk_id(inode.id, index), Kind.REMOVE, 0, 0, size, b""
-                )
+        def drop(index: int) -> None:
+            chain = stripe[index % len(stripe)]
+            self.connection.update(chain, chunk_id(inode.id, index), Kind.REMOVE, 0, 0, size, b"")
 
-            list(self.connection.threads.map(drop, range(keep, last)))
-            if length % size:
-                index = length // size
-                self.connection.update(
-                    stripe[index % len(stripe)], chunk_id(inode.id, index), Kind.TRUNCATE, 0,
-                    length % size, size, b"",
-                )  # fmt: skip
-        return msgspec.convert(self.meta("set_length", inode=inode.id, length=length), Inode)
+        list(self.connection.threads.map(drop, range(-(-length // size), -(-end // size))))
+        if length % size:
+            index = length // size
+            self.connection.update(
+                stripe[index % len(stripe)], chunk_id(inode.id, index), Kind.TRUNCATE, 0,
+                length % size, size, b"",
+            )  # fmt: skip
 
     def checksum(self, inode: Inode) -> int:
         """CRC-32C of a whole file."""

@@ -167,7 +167,7 @@ class MetaServer:
         store = self.service.store
         with contextlib.suppress(Exception):
             inode = store.read(lambda t: load_inode(t, number))
-            end = stored_end(connection, inode)
+            end = connection.stored_end(inode)
             who = Who("", 0, 0, 0)
             args = {"inode": number, "length": end, "truncate_version": inode.truncate_version}
             self.service.call("report", who, args)
@@ -176,18 +176,6 @@ class MetaServer:
 def _who(value: Any) -> Who:
     client, request, uid, gid, groups = value
     return Who(str(client), int(request), int(uid), int(gid), tuple(groups))
-
-
-def stored_end(connection: Any, inode: Inode) -> int:
-    """Where the last chunk of a file ends, over all chains of its stripe."""
-    end = 0
-    if inode.layout is None:
-        return 0
-    for chain in set(inode.layout.chains):
-        found = connection.query(chain, chunk_prefix(inode.id))
-        if found.chunk is not None:
-            end = max(end, chunk_index(found.chunk) * inode.layout.chunk_bytes + found.length)
-    return end
 
 
 def remove_chunks(connection: Any, inode: Inode) -> int:
