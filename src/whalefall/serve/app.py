@@ -222,7 +222,7 @@ def add_error_handlers(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             place, message = [], f"the body is not JSON: {first['ctx']['error']}"
         else:
-            got = str(first.get("input"))[:80]
+            got = str(first.get("input"))[:80].encode("utf-8", "backslashreplace").decode()
             message = f"{'.'.join(place) or 'body'}: {first['msg']}, got {got}"
         return JSONResponse(error_body(400, message, place[0] if place else None), 400)
 

@@ -6,9 +6,10 @@ not supported is refused by name (`UNSUPPORTED`), never ignored in silence.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whalefall.serve.failures import ApiError
 
@@ -50,10 +51,31 @@ Count = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Sampling(BaseModel):
-    """What chat and completions share: OpenAI's fields and vLLM's additions."""
+class Body(BaseModel):
+    """Any request's body: unknown fields are kept, and every text in it is Unicode."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def all_is_unicode(cls, body: Any) -> Any:
+        """Refuse half a surrogate pair, which JSON can write and no tokenizer can read."""
+        for name, value in body.items() if isinstance(body, dict) else ():
+            field = name.encode("ascii", "backslashreplace").decode()
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()  # the whole tree, in C
+            except UnicodeEncodeError as problem:
+                half = f"U+{ord(problem.object[problem.start]):04X}"
+                raise ApiError(
+                    400, f"{field}: holds {half}, half a surrogate pair, wanted Unicode", field
+                ) from None
+            except RecursionError:
+                raise ApiError(400, f"{field}: is nested too deeply", field) from None
+        return body
+
+
+class Sampling(Body):
+    """What chat and completions share: OpenAI's fields and vLLM's additions."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -114,10 +136,8 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages through the chat template."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     prompt: str | None = None
@@ -126,10 +146,8 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
