@@ -17,7 +17,7 @@ from whalefall.model.check import check
 from whalefall.model.commands import app
 from whalefall.model.config import parse_config
 from whalefall.model.quantize import quantize, quantize_blocks
-from whalefall.model.synth import synth
+from whalefall.model.synth import synth, write_tokenizer
 
 
 def folder_of(tmp_path: Path, fields: dict[str, Any]) -> Path:
@@ -124,3 +124,34 @@ def test_commands(tmp_path: Path) -> None:
     broken = run.invoke(app, ["check", folder])
     assert broken.exit_code == 2
     assert "tensors are missing, the first model.layers.3" in broken.output
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("tokenizer.json", "{", "not a tokenizer.json"),
+        ("tokenizer_config.json", "[]", "holds list, wanted an object"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is int"),
+        ("tokenizer_config.json", "{", "not JSON"),
+        ("chat_template.jinja", "{% if %}", "line 1"),
+    ],
+)
+def test_a_broken_tokenizer_or_template_is_a_problem(
+    file: str, text: str, says: str, tmp_path: Path
+) -> None:
+    synth(tmp_path / "m", "tiny")
+    (tmp_path / "m" / file).write_text(text)
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "m")])
+    assert done.exit_code == 2
+    (line,) = [x for x in done.output.splitlines() if "problem:" in x]
+    assert says in line
+
+
+def test_a_small_tokenizer_is_a_warning(tmp_path: Path) -> None:
+    synth(tmp_path / "m", "tiny")
+    size = load_config(tmp_path / "m").vocab_size
+    write_tokenizer(tmp_path / "m", size)  # 260 ids
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "m")])
+    assert done.exit_code == 0
+    assert ("warning: the tokenizer has 260 ids" in done.output) == (size * 0.9 > 260)
+    assert size * 0.9 > 260

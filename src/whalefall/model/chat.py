@@ -59,11 +59,17 @@ def load_chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | N
     """The template of a checkpoint folder (`chat_template.jinja` wins), None where it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), str(path))
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as problem:
+            raise ConfigError(f"{path}: not UTF-8 ({problem})") from None
     source = config.get("chat_template")
     if isinstance(source, list):  # several named ones
         by_name = {entry.get("name"): entry.get("template") for entry in source}
         source = by_name.get("default") or next(iter(by_name.values()), None)
     if not source:
         return None
-    return ChatTemplate(source, str(folder / "tokenizer_config.json"))
+    where = str(folder / "tokenizer_config.json")
+    if not isinstance(source, str):
+        raise ConfigError(f"{where}: chat_template is {type(source).__name__}, wanted a text")
+    return ChatTemplate(source, where)

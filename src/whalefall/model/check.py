@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from whalefall.errors import MissingError
+from whalefall.errors import MissingError, WhalefallError
 from whalefall.model.checkpoint import Checkpoint
 from whalefall.model.config import ModelConfig, load_config
 from whalefall.model.shapes import tensor_shapes
+from whalefall.model.tokenizer import has_tokenizer, load_tokenizer, small_tokenizer
 
 __all__ = ["Report", "check", "kv_bytes", "mha_kv_bytes"]
 
@@ -28,6 +29,7 @@ class Report:
 
     Attributes:
         problems: what keeps the checkpoint from being served; empty: it is supported.
+        warnings: what may make its answers worse than they should be.
         parameters, active_parameters: of the main model; active: those a token uses.
         weight_bytes: size of the tensors; they stay in the page cache, shared by processes.
         token_bytes: weights that one generated token reads.
@@ -50,6 +52,7 @@ class Report:
     mtp_layers: int
     memory_bytes: int | None = None
     tokens_per_s: float | None = None
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -83,6 +86,13 @@ def check(folder: str | Path, machine: Mapping[str, float] | None = None) -> Rep
             raise missing
         checkpoint = None
     problems = _problems(config, checkpoint) if checkpoint else ()
+    warnings: tuple[str, ...] = ()
+    if has_tokenizer(folder):
+        try:
+            small = small_tokenizer(load_tokenizer(folder, config.vocab_size), config.vocab_size)
+            warnings = (small,) if small else ()
+        except WhalefallError as error:
+            problems += (str(error),)
     sizes = _sizes(config, checkpoint)
     machine = machine or {}
     bandwidth = machine.get("read_bytes_s")
@@ -101,6 +111,7 @@ def check(folder: str | Path, machine: Mapping[str, float] | None = None) -> Rep
         mtp_layers=config.num_mtp_layers,
         memory_bytes=int(machine["memory_bytes"]) if "memory_bytes" in machine else None,
         tokens_per_s=bandwidth / sizes["token_bytes"] if bandwidth else None,
+        warnings=warnings,
     )
 
 

@@ -46,6 +46,8 @@ def _lines(r: dict[str, object]) -> list[str]:
     ]
     problems = r["problems"]
     lines += [f"  problem: {p}" for p in (problems if isinstance(problems, tuple) else ())]
+    warnings = r["warnings"]
+    lines += [f"  warning: {w}" for w in (warnings if isinstance(warnings, tuple) else ())]
     if not r["has_weights"]:
         lines.append("  no weights here: sizes are those the config stands for")
     lines += [

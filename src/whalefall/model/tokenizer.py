@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from whalefall.errors import ConfigError, CorruptError, MissingError
 from whalefall.model.chat import ChatTemplate, load_chat_template
 
-__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer", "has_tokenizer", "load_tokenizer", "small_tokenizer"]
 
 _REPLACEMENT = "\ufffd"
 
@@ -284,6 +284,21 @@ def _token_text(value: Any) -> str:
     return value or ""
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a checkpoint folder has a tokenizer file that `load_tokenizer` would read."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tiktoken.model"))
+
+
+def small_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """One line where a tokenizer knows too few of a model's ids; padding alone is a few percent."""
+    if tokenizer.vocab_size >= 0.9 * vocab_size:
+        return None
+    return (
+        f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}:"
+        " it may belong to another checkpoint, and answers may be garbage"
+    )
+
+
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """Load a checkpoint's tokenizer.
 
@@ -301,6 +316,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as problem:
             raise ConfigError(f"{path}: not JSON ({problem})") from None
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path}: holds {type(config).__name__}, wanted an object")
     codec: _Codec
     if (folder / "tokenizer.json").is_file():
         codec = _Json(folder / "tokenizer.json")
