@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from tests.serve.conftest import served
 from tests.serve.fake import EchoEngine
 from whalefall.errors import ConfigError
 from whalefall.serve import Settings
+from whalefall.serve.commands import app, warn_of_tokenizer
 from whalefall.serve.protocol import UNSUPPORTED
 
 
@@ -128,3 +131,60 @@ def test_a_public_address_needs_a_key() -> None:
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 .* needs --api-key"):
         Settings("echo", host="0.0.0.0")
     assert Settings("echo", host="::1").api_key is None
+
+
+HALF = "\\ud800"  # as JSON writes it
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "%s"}]}', "messages"),
+        (
+            "/v1/chat/completions",
+            '{"messages": [{"role": "system", "content": "%s"}, {"role": "user", "content": ""}]}',
+            "messages",
+        ),
+        (
+            "/v1/chat/completions",
+            '{"stream": true, "messages": [{"role": "user", "content": "a%sb"}]}',
+            "messages",
+        ),
+        ("/v1/completions", '{"prompt": "%s"}', "prompt"),
+        ("/v1/completions", '{"prompt": ["good", "%s"]}', "prompt"),
+        ("/v1/completions", '{"prompt": "a", "stop": "%s"}', "stop"),
+        ("/v1/completions", '{"prompt": "a", "temperature": "%s"}', "temperature"),
+        ("/tokenize", '{"prompt": "%s"}', "prompt"),
+        ("/tokenize", '{"messages": [{"role": "user", "content": "%s"}]}', "messages"),
+        ("/detokenize", '{"tokens": ["%s"]}', "tokens"),
+    ],
+)
+def test_half_a_surrogate_pair_is_a_400(
+    client: httpx.Client, path: str, body: str, param: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    failure = error(client.post(path, content=body % HALF, headers=headers), 400)
+    assert failure["param"] == param
+    assert f"{param}: holds U+D800" in failure["message"]
+    error(client.post(path, content=f'"{HALF}"', headers=headers), 400)
+    good = client.post("/tokenize", content='{"prompt": "\\ud83d\\ude00"}', headers=headers)
+    assert good.json()["count"] == 4
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("option", ["--kv-cache-gb", "--kv-cache-disk-gb"])
+def test_a_cache_of_no_size_gets_one_line(option: str, value: str) -> None:
+    done = CliRunner().invoke(app, ["--port", "0", option, value])
+    assert isinstance(done.exception, ConfigError)
+    assert f"{option} is {value}, wanted a number of GB" in str(done.exception)
+
+
+@pytest.mark.parametrize(("ids", "warns"), [(100, True), (229, True), (231, False), (256, False)])
+def test_a_tokenizer_much_smaller_than_the_vocabulary_gets_one_warning(
+    ids: int, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = SimpleNamespace(vocab_size=ids)
+    warn_of_tokenizer(SimpleNamespace(tokenizer=tokenizer, model=EchoEngine.model))
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: the tokenizer has {ids} ids, the model 256:") == warns
+    assert said.count("\n") == warns

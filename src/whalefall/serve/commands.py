@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -43,6 +44,13 @@ def listen(host: str, port: int) -> socket.socket:
             f"serve: cannot listen on {host}:{port} ({error.strerror}); try another --port"
         ) from None
     return server
+
+
+def gigabytes(option: str, value: float) -> int:
+    """An option in GB as bytes; ConfigError for what is no size."""
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"serve: {option} is {value:g}, wanted a number of GB, 0 or more")
+    return int(value * 1e9)
 
 
 @app.callback()
@@ -124,20 +132,20 @@ def serve(
             f"serve: --prefill is {prefill}, --decode is {decode}; wanted both, or neither for one "
             "process"
         )
-    server = listen(host, port)
     options: dict[str, Any] = {
         "compute": compute,
         "kv": kv,
         "max_model_len": max_model_len,
         "max_sequences": max_num_seqs,
         "max_batch_tokens": max_num_batched_tokens,
-        "kv_cache_bytes": int(kv_cache_gb * 1e9),
+        "kv_cache_bytes": gigabytes("--kv-cache-gb", kv_cache_gb),
         "strict_prefix": strict_prefix,
         "speculative": speculate,
         "draft_tokens": draft_tokens,
         "prefix_cache": kv_cache,
-        "prefix_cache_bytes": int(kv_cache_disk_gb * 1e9),
+        "prefix_cache_bytes": gigabytes("--kv-cache-disk-gb", kv_cache_disk_gb),
     }
+    server = listen(host, port)
     if prefill is not None and decode is not None:
         from whalefall.serve.units import Gateway, units_config
 
@@ -171,6 +179,16 @@ def serve(
     run(server, Engine(folder, EngineConfig(**options)), settings)
 
 
+def warn_of_tokenizer(engine: Any) -> None:
+    """Say in one line where the tokenizer looks like another checkpoint's."""
+    from whalefall.model.tokenizer import small_tokenizer
+
+    if engine.tokenizer is not None:
+        line = small_tokenizer(engine.tokenizer, engine.model.vocab_size)
+        if line is not None:
+            typer.echo(f"warning: {line}", err=True)
+
+
 def run(server: socket.socket, engine: object, settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; open answers get 30 seconds to finish."""
     import uvicorn
@@ -180,6 +198,7 @@ def run(server: socket.socket, engine: object, settings: Settings) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # The engine's thread comes back from a step to its next one while the event loop runs Python.
     sys.setswitchinterval(SWITCH_S)
+    warn_of_tokenizer(engine)
     server.listen(2048)
     address = server.getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
