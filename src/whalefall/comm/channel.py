@@ -7,8 +7,10 @@ gathers from the caller's buffers, recv_into fills the caller's.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ H = TypeVar("H")
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_PIECES = 512  # of one sendmsg; Linux allows 1024
 _TIMEVAL = struct.Struct("@ll")
+_UCRED = struct.Struct("@iII")  # process, user, group
 
 
 class Channel:
@@ -169,15 +172,19 @@ def connect(
     Args:
         token: the shared secret (`new_token`).
         timeout_s: for connecting and for the proof, together at most twice that.
-        local: by way of the listener's `listen_local` socket, if it is on this host and has one.
+        local: by way of the listener's `listen_local` socket, if it is on this host, has one, and
+            belongs to this process's user or root.
     Raises: OSError where nobody answers; AuthError if either side does not know the token.
     """
     if local:
-        # Nobody there, or somebody who took the name and does not know the token.
-        with contextlib.suppress(ConnectionRefusedError, tokens.AuthError):
+        # Nobody there, or somebody who took the name: a stranger, one who is silent or knows no
+        # token. A frozen listener is waited for no longer than over TCP alone.
+        began_s = time.monotonic()
+        with contextlib.suppress(OSError):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout_s)
+            sock.settimeout(timeout_s / 2)
             return _proved(sock, _local_name(host, port), token, limits)
+        timeout_s = max(timeout_s / 2, timeout_s - (time.monotonic() - began_s))
     sock = socket.create_connection((host, port), timeout=timeout_s)
     return _proved(sock, None, token, limits)
 
@@ -188,6 +195,9 @@ def _proved(sock: socket.socket, name: str | None, token: bytes, limits: Limits)
     try:
         if name is not None:
             sock.connect(name)
+            owner = _owner(sock)
+            if owner not in (0, os.geteuid()):
+                raise tokens.AuthError(f"comm: {name!r} belongs to user {owner}, not to us")
         tune(sock)
         tokens.prove_client(channel, token)
         sock.settimeout(None)
@@ -195,6 +205,12 @@ def _proved(sock: socket.socket, name: str | None, token: bytes, limits: Limits)
         channel.close()
         raise
     return channel
+
+
+def _owner(sock: socket.socket) -> int:
+    """The user whose process listens at the other end of a Unix socket."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(data)[1])
 
 
 def _local_name(host: str, port: int) -> str:
@@ -207,10 +223,15 @@ def listen_local(host: str, port: int, backlog: int = 128) -> socket.socket:
 
     Args:
         host, port: where the first one (`listen`) is known to be.
+    Raises: OSError(EADDRINUSE) if somebody has taken the name.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(_local_name(host, port))
-    sock.listen(backlog)
+    try:
+        sock.bind(_local_name(host, port))
+        sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

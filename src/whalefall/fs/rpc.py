@@ -7,11 +7,13 @@ Replies with data are received straight into the caller's buffers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import mmap
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +33,9 @@ __all__ = ["Call", "Pool", "Result", "Server", "any_message"]
 log = logging.getLogger("whalefall.fs")
 LIMITS = Limits(header_bytes=8 << 20, payload_bytes=1 << 30)
 KEPT_BYTES = 8 << 20
+GONE = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what a closed listener answers
+MAX_STRANGERS = 256
+STRUGGLE_S = 0.05
 Handler = Callable[[Any, memoryview], tuple[Any, Sequence[Any]]]
 
 
@@ -70,8 +75,14 @@ class Server:
         any_message()
         listener = listen(host, port)
         self.host, self.port = listener.getsockname()[:2]
-        self._listeners = [listener, listen_local(host, self.port)]
+        self._listeners = [listener]
+        try:
+            self._listeners.append(listen_local(host, self.port))
+        except OSError as error:  # somebody has the name: clients find that out, and use TCP
+            log.warning("fs: port %d is served over TCP only: %s", self.port, error)
         self._channels: set[Channel] = set()
+        self._strangers: dict[Channel, None] = {}  # no proof yet; the oldest first
+        self._mutex = threading.Lock()
         self._closed = False
 
     def start(self) -> None:
@@ -84,18 +95,51 @@ class Server:
         while not self._closed:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="serve", daemon=True).start()
+            except OSError as error:
+                if self._closed or error.errno in GONE:
+                    return
+                self._struggle(error)
+                continue
+            channel = Channel(sock, LIMITS)
+            with self._mutex:
+                self._strangers[channel] = None
+            if len(self._strangers) > MAX_STRANGERS:
+                self._drop_stranger()
+            try:
+                threading.Thread(
+                    target=self._serve, args=(channel,), name="serve", daemon=True
+                ).start()
+            except RuntimeError as error:  # no more threads
+                self._welcome(channel)
+                channel.close()
+                self._struggle(error)
 
-    def _serve(self, sock: socket.socket) -> None:
-        tune(sock)
-        channel = Channel(sock, LIMITS)
+    def _struggle(self, error: Exception) -> None:
+        """No descriptor or thread is left for a connection: those without a proof go first."""
+        log.warning("fs: cannot accept a connection at port %d: %s", self.port, error)
+        self._drop_stranger()
+        time.sleep(STRUGGLE_S)
+
+    def _drop_stranger(self) -> None:
+        with self._mutex:
+            oldest = next(iter(self._strangers), None)
+            self._strangers.pop(oldest, None)  # type: ignore[arg-type]
+        if oldest is not None:
+            oldest.close()
+
+    def _welcome(self, channel: Channel) -> None:
+        with self._mutex:
+            self._strangers.pop(channel, None)
+
+    def _serve(self, channel: Channel) -> None:
+        sock = channel.socket
         self._channels.add(channel)
         try:
+            tune(sock)
             sock.settimeout(10)
             prove_server(channel, self._token)
             sock.settimeout(None)
+            self._welcome(channel)
             memory = Memory()
             while True:
                 message, payload = receive(channel, memory=memory)
@@ -106,6 +150,7 @@ class Server:
                 log.warning("fs: closed the connection from %s: %s", channel, error)
         finally:
             self._channels.discard(channel)
+            self._welcome(channel)
             channel.close()
 
     def _answer(self, message: Any, payload: memoryview) -> tuple[Any, Sequence[Any]]:
