@@ -145,6 +145,9 @@ def test_a_retry_gets_the_first_answer(fs: Names) -> None:
 def test_bad_arguments_are_refused_in_words(fs: Names) -> None:
     assert fs.answer("mkdir", path=3).errno == errno.EINVAL
     assert fs.answer("mkdir", way="/x").errno == errno.EINVAL
+    missing = fs.answer("mkdir", mode=0o755)
+    assert missing.errno == errno.EINVAL and missing.detail == "missing ['path']"
+    assert fs.answer("mkdir", path="/x", t={}).errno == errno.EINVAL
     assert fs.answer("fly").errno == errno.ENOSYS
     bad = fs.answer("create", path="/f", mode=0o644, session="", layout={"chunk_bytes": 1000})
     assert bad.errno == errno.EINVAL and "power of two" in bad.detail

@@ -61,6 +61,7 @@ class Operation:
     writes: bool
     hints: dict[str, Any]
     with_context: bool
+    required: frozenset[str]
 
 
 READS: dict[str, Callable[..., Any]] = {
@@ -78,9 +79,12 @@ WRITES: dict[str, Callable[..., Any]] = {
 
 
 def _operation(function: Callable[..., Any], writes: bool) -> Operation:
-    hints = typing.get_type_hints(function)
-    names = list(inspect.signature(function).parameters)
-    return Operation(function, writes, hints, "context" in names)
+    names = inspect.signature(function).parameters
+    given = list(names)[1 + ("context" in names) :]  # the caller does not pass the transaction
+    types = typing.get_type_hints(function)
+    hints = {name: types[name] for name in given}
+    needed = frozenset(name for name in given if names[name].default is inspect.Parameter.empty)
+    return Operation(function, writes, hints, "context" in names, needed)
 
 
 OPERATIONS = {n: _operation(f, False) for n, f in READS.items()} | {
@@ -187,6 +191,8 @@ class MetaService:
         unknown = set(args) - set(operation.hints)
         if unknown:
             raise TypeError(f"no argument {sorted(unknown)}")
+        if missing := operation.required - set(args):
+            raise TypeError(f"missing {sorted(missing)}")
         return {k: msgspec.convert(v, operation.hints[k]) for k, v in args.items()}
 
     def _run(
