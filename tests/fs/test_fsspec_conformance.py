@@ -18,7 +18,7 @@ from fsspec.tests.abstract import (
     AbstractPutTests,
 )
 
-from whalefall.fs import LocalCluster
+from whalefall.fs import LocalCluster, WhalefallFileSystem
 from whalefall.fs.errors import StorageError
 
 
@@ -154,3 +154,34 @@ def test_what_a_failed_append_wrote_does_not_come_back(cluster: LocalCluster) ->
     client.truncate(client.stat("/grown"), 10)
     assert client.connection.stored_end(inode) == 10
     assert fs.cat("/grown") == b"x" * 10
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "bz2", "xz", "infer"])
+@pytest.mark.parametrize("mode", ["wb", "w"])
+def test_wrapped_files_are_whole_or_missing(
+    fs: WhalefallFileSystem, mode: str, compression: str | None
+) -> None:
+    path, data = "/wrapped.gz", "whole" if mode == "w" else b"whole"
+    read = mode.replace("w", "r")
+
+    def fail() -> None:
+        with fs.open(path, mode, compression=compression) as file:
+            file.write(data)
+            raise KeyError("oops")
+
+    with fs.open(path, mode, compression=compression) as file:
+        file.write(data)
+    assert fs.open(path, read, compression=compression).read() == data
+    fs.rm(path)
+    with pytest.raises(KeyError):
+        fail()
+    assert not fs.exists(path)
+    file = fs.open(path, mode)
+    file.write(data)
+    del file
+    assert not fs.exists(path)
+    file = fs.open(path, mode, compression=compression)
+    file.write(data)
+    file.close()
+    assert fs.open(path, read, compression=compression).read() == data
+    fs.rm(path)

@@ -1,7 +1,8 @@
 """File-system room: an open file as fsspec has it.
 
-In: reads, or bytes written in blocks. Out: a file that appears, complete, when it is closed, and
-not at all if whoever wrote it failed.
+In: reads, or bytes written in blocks. Out: a file that appears when it is closed, and not at all if
+a write failed, or the `with` block of the file itself raised. A bare `close()` says nothing of an
+exception, so whoever calls it (the `with` of `fsspec.open` does) names what was written so far.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ AHEAD_BYTES = 64 << 20
 
 class WhalefallFile(AbstractBufferedFile):
     """An open file. "wb" and "xb" write a nameless file that gets its name at `close`.
+
+    "ab" writes from the length it found: of two that append at once, one overwrites the other.
 
     Args:
         fs: the `WhalefallFileSystem` that opens it.
@@ -186,6 +189,7 @@ class WhalefallFile(AbstractBufferedFile):
         """Write what is left, end the session.
 
         Raises: what a write has failed with, now or before; the file gets no name then.
+        Or ClusterError if no metadata server answered in time: the file may have its name or not.
         """
         if self.closed:
             return

@@ -1,8 +1,8 @@
 """File-system room: the cluster as an fsspec file system, protocol `whalefall://`.
 
 In: fsspec calls and URLs `whalefall://host:port/path`. Out: the same calls on the cluster: `mv` is
-one atomic rename, `cat_ranges` one batch of reads, a file opened with "wb" appears, complete,
-when it is closed.
+one atomic rename, `cat_ranges` one batch of reads, a file opened with "wb" appears when it
+is closed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from whalefall.fs.client.filesystem import FileSystemClient, Range, parse_url
 from whalefall.fs.errors import FsError, fs_error
 from whalefall.fs.file import WhalefallFile
 from whalefall.fs.meta.core.records import Inode, InodeKind
+from whalefall.fs.wrapped import CompressedFile, TextFile
 
 __all__ = ["WhalefallFileSystem"]
 
@@ -265,6 +266,21 @@ class WhalefallFileSystem(AbstractFileSystem):
     def checksum(self, path: str) -> int:
         """CRC-32C of a file's content."""
         return self.client.checksum(self._file(path))
+
+    def open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, cache_options: Any = None,
+        compression: str | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """As fsspec's; a `with` block that raises leaves no file, in text and compressed too."""
+        if "r" in mode:
+            return super().open(path, mode, block_size, cache_options, compression, **options)
+        if "b" not in mode:
+            text = {k: options.pop(k) for k in ("encoding", "errors", "newline") if k in options}
+            mode = mode.replace("t", "") + "b"
+            below = self.open(path, mode, block_size, cache_options, compression, **options)
+            return TextFile(below, **text)
+        file = super().open(path, mode, block_size, cache_options, **options)
+        return file if compression is None else CompressedFile(file, compression)
 
     def _open(
         self, path: str, mode: str = "rb", block_size: int | None = None, autocommit: bool = True,
