@@ -121,4 +121,5 @@ class EchoEngine:
             running=running, waiting=len(self.requests) - running, kv_used=1, kv_total=4,
             prefix_queries=10, prefix_hits=5, prompt_tokens=0, generated_tokens=0, preemptions=0,
             expert_load=np.array([[1, 3], [1, 3]]), spec_drafted=8, spec_accepted=6,
+            communication_s=2.0, overlapped_s=1.8,
         )  # type: ignore[return-value]  # fmt: skip

@@ -60,12 +60,13 @@ def test_the_fragment_shows_the_figures(client: httpx.Client, server: Running) -
         client.post("/v1/chat/completions", json=body)
     time.sleep(2.5)
     text = charts(client)
-    for figure in ("75.0 %", "50.0 %", "25.0 %"):  # drafts accepted, prefix hits, KV in use
+    # drafts accepted, prefix hits, KV in use, overlap
+    for figure in ("75.0 %", "50.0 %", "25.0 %", "90.0 %"):
         assert f"<dd>{figure}</dd>" in text
     assert "<th>output tokens</th><td>15</td>" in text
     assert "expert 1: 1.50 x mean" in text
     parts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(parts) == 5
+    assert len(parts) == 6
     for part in parts:
         ElementTree.fromstring(part)
     assert re.search(r"tokens/s</dt><dd>\d", text)
@@ -125,7 +126,7 @@ def test_the_page_in_a_browser_draws_itself_and_asks_no_other_host(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Tokens per second" in done.stdout, done.stderr[-2000:]
     assert "<th>output tokens</th><td>5</td>" in done.stdout
-    assert done.stdout.count("<svg") == 5
+    assert done.stdout.count("<svg") == 6
     page = client.get("/dashboard").text + charts(client)
     hosts = set(re.findall(r"(?:src|href)=[\"'](?:https?:)?//([^/\"']+)", page))
     assert not hosts

@@ -49,6 +49,8 @@ class EngineStats:
         spec_drafted, spec_accepted: tokens drafted by the MTP layer, and found right.
         disk_hits: prompt tokens that came from the disk's prefix cache.
         disk_failures: reads and writes of it that went wrong.
+        communication_s, overlapped_s: time that tokens travelled between ranks, and the part of it
+            under compute; units alone have any.
     """
 
     running: int
@@ -65,6 +67,8 @@ class EngineStats:
     spec_accepted: int = 0
     disk_hits: int = 0
     disk_failures: int = 0
+    communication_s: float = 0.0
+    overlapped_s: float = 0.0
 
 
 @dataclass

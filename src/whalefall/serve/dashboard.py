@@ -39,6 +39,8 @@ def fragment(engine: Engine, metrics: Metrics, history: History) -> str:
         "prefix hits": _percent(hits),
         "drafts accepted": _percent(acceptance),
     }
+    if stats.communication_s:
+        figures["overlap"] = _percent(stats.overlapped_s / stats.communication_s)
     charts = [
         _chart("Tokens per second", points, {"tokens/s": [p.tokens_s for p in points]}),
         _chart("Time to first token, ms", points, {"mean": [_ms(p.ttft_s) for p in points]}),
@@ -57,6 +59,9 @@ def fragment(engine: Engine, metrics: Metrics, history: History) -> str:
             },
         ),
     ]
+    if stats.communication_s:
+        overlap = {"overlap": [_times_100(p.overlapped) for p in points]}
+        charts.append(_chart("Communication under compute, %", points, overlap))
     return "".join(
         [
             '<dl class="figures">',

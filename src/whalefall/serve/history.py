@@ -31,6 +31,7 @@ class Point:
         kv_use: share of the KV cache's blocks in use now.
         prefix_hits: share of prompt tokens found in the prefix cache; None: no prompt.
         spec_accepted: share of drafts accepted; None: nothing was drafted.
+        overlapped: share of communication between ranks under compute; None: there was none.
     """
 
     age_s: float
@@ -41,6 +42,7 @@ class Point:
     kv_use: float
     prefix_hits: float | None
     spec_accepted: float | None
+    overlapped: float | None
 
 
 class History:
@@ -59,6 +61,7 @@ class History:
             "out": self._metrics.out, "first": count, "first_s": seconds,
             "queries": stats.prefix_queries, "hits": stats.prefix_hits,
             "drafted": stats.spec_drafted, "accepted": stats.spec_accepted,
+            "moved_s": stats.communication_s, "under_s": stats.overlapped_s,
         }  # fmt: skip
 
     def sample(self, now_s: float) -> Point:
@@ -75,6 +78,7 @@ class History:
             kv_use=stats.kv_used / max(1, stats.kv_total),
             prefix_hits=_share(new["hits"], new["queries"]),
             spec_accepted=_share(new["accepted"], new["drafted"]),
+            overlapped=_share(new["under_s"], new["moved_s"]),
         )
         self._before, self._time = counters, now_s
         self.points.append(point)

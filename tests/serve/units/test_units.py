@@ -14,7 +14,7 @@ from whalefall import comm, trace
 from whalefall.engine import Engine, EngineConfig, SamplingParams
 from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError, RankFailure
-from whalefall.serve.core import DecodeLoad, ScaleRule
+from whalefall.serve.core import DecodeLoad, Place, ScaleRule
 
 pytestmark = pytest.mark.ranks
 LAYOUTS = [
@@ -232,15 +232,15 @@ def test_experts_are_placed_anew_while_answers_flow(model, alone) -> None:
 def spread(gateway) -> list[int]:
     """Tokens that each of two decode ranks generates for four equal answers."""
 
-    def generated() -> list[int]:
+    def generated() -> dict[Place, int]:
         time.sleep(0.3)
         stats = sorted(gateway.unit_stats().items())
-        return [s.generated_tokens for p, s in stats if p.unit.startswith("decode")]
+        return {p: s.generated_tokens for p, s in stats if p.unit.startswith("decode")}
 
-    before = generated()
+    before = generated()  # a rank that never worked has not reported yet
     params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)
     collect(gateway, [([9, 8, 7 + i], params) for i in range(4)])
-    return [late - early for early, late in zip(before, generated(), strict=True)]
+    return [late - before.get(place, 0) for place, late in generated().items()]
 
 
 def simulated_peak() -> float:

@@ -147,6 +147,8 @@ class Gateway:
             disk_failures=total["disk_failures"],
             spec_drafted=total["spec_drafted"],
             spec_accepted=total["spec_accepted"],
+            communication_s=total["communication_s"],
+            overlapped_s=total["overlapped_s"],
             expert_load=np.zeros(shape, np.int64) if load is None else load,
         )
 
