@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.fs.mutations import Mutation, broken
 from whalefall.fs.kv import Conflict, MemoryKV
 from whalefall.fs.meta.core import directories, files
 from whalefall.fs.meta.core.records import ROOT, Context, Inode, InodeKind, MetaError, inod, load
+from whalefall.fs.meta.server import MetaServer
 from whalefall.fs.meta.service import Answer, MetaService, Who
 
 
@@ -180,10 +182,26 @@ def test_a_file_never_published_is_collected_when_its_writer_is_gone(fs: Names) 
     fresh = fs("begin", mode=0o644, session="s")
     assert fs("condemn", inode=fresh.id) is None
     fs.now += 1000
-    ((key, number),) = fs.service.dead_sessions(300.0)
+    ((key, number, _),) = fs.service.dead_sessions(300.0)
     assert number == fresh.id
     fs.store.transact(lambda t: t.delete(key))
     assert fs("condemn", inode=fresh.id).id == fresh.id
+
+
+def test_only_a_writer_that_died_settles_the_length(fs: Names) -> None:
+    inode = make(fs, "/f")
+    make(fs, "/g")
+    fs("create", path="/f", mode=0o644, session="writer")
+    fs("open", path="/g", session="reader")
+    fs.now += 1000
+    settled: list[int] = []
+    server: Any = SimpleNamespace(
+        service=fs.service, silent_s=300.0, _connection=lambda: SimpleNamespace(close=lambda: None),
+        _settle=lambda _, number: settled.append(number),
+    )  # fmt: skip
+    assert MetaServer.prune(server) == 2
+    assert settled == [inode.id]
+    assert fs.service.dead_sessions(300.0) == []
 
 
 def test_length_grows_by_reports_and_shrinks_only_by_truncation(fs: Names) -> None:

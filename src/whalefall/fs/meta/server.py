@@ -155,8 +155,9 @@ class MetaServer:
             return 0
         connection = self._connection()
         try:
-            for key, number in dead:
-                self._settle(connection, number)
+            for key, number, wrote in dead:
+                if wrote:  # a reader knows nothing of a length
+                    self._settle(connection, number)
                 self.service.store.transact(partial(_swap, Transaction.delete, key))
         finally:
             connection.close()

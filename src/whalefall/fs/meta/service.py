@@ -227,11 +227,11 @@ class MetaService:
         now = self.clock()
         self.store.transact(lambda t: save(t, b"CLNT" + client.encode(), now))
 
-    def dead_sessions(self, silent_s: float) -> list[tuple[bytes, int]]:
-        """Sessions of clients not heard for `silent_s`: (key, inode)."""
+    def dead_sessions(self, silent_s: float) -> list[tuple[bytes, int, bool]]:
+        """Sessions of clients not heard for `silent_s`: (key, inode, wrote)."""
         now = self.clock()
 
-        def find(t: Transaction) -> list[tuple[bytes, int]]:
+        def find(t: Transaction) -> list[tuple[bytes, int, bool]]:
             found = []
             for key, value in t.range(*span(b"INOS"), snapshot=True):
                 session = load(value, Session)
@@ -239,7 +239,7 @@ class MetaService:
                     continue
                 stamp = load(t.get(b"CLNT" + session.client.encode(), snapshot=True), float)
                 if now - max(stamp or 0.0, session.opened) > silent_s:
-                    found.append((key, int.from_bytes(key[4:12], "little")))
+                    found.append((key, int.from_bytes(key[4:12], "little"), session.write))
             return found
 
         return self.store.read(find)
