@@ -60,7 +60,9 @@ def fragment(engine: Engine, metrics: Metrics, history: History) -> str:
         ),
     ]
     if stats.communication_s:
-        overlap = {"overlap": [_times_100(p.overlapped) for p in points]}
+        overlap: dict[str, Sequence[float | None]] = {
+            "overlap": [_times_100(p.overlapped) for p in points]
+        }
         charts.append(_chart("Communication under compute, %", points, overlap))
     return "".join(
         [
