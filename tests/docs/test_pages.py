@@ -76,3 +76,19 @@ def test_nothing_names_a_machines_path_or_a_registry() -> None:
             text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
             found += [f"{name}: {hit}" for hit in set(forbidden.findall(text))]
     assert not found
+
+
+def test_make_and_the_docs_name_the_compilers_that_are_tried() -> None:
+    from whalefall.jit.compiler import NAMES
+
+    assert f"(default: {', '.join(NAMES)}, else" in env.markdown()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert all(f"command -v {name} " in makefile for name in NAMES)
+
+
+def test_readme_names_the_extra_of_each_example_that_needs_one() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (row,) = [line for line in readme.splitlines() if "whalefall.compat --device" in line]
+    assert "'.[torch]'" in row
+    assert "`04_dualpipe.py` needs `pip install -e '.[torch]'`" in readme
+    assert "`05_smallpond.py` needs `'.[data]'`" in readme

@@ -16,6 +16,9 @@ from whalefall.errors import MissingError
 __all__ = ["Compiler", "compiler", "find_compiler"]
 
 
+NAMES = ("c++", "g++", "clang++")  # looked for in this order; make and env.py name them too
+
+
 @dataclass(frozen=True)
 class Compiler:
     """A C++ compiler: the command that starts it, and what it says about itself."""
@@ -28,9 +31,7 @@ def _candidates() -> list[tuple[str, ...]]:
     forced = env.get("WHALEFALL_CXX")
     if forced:
         return [tuple(shlex.split(forced))]
-    found: list[tuple[str, ...]] = [
-        (path,) for path in map(shutil.which, ("c++", "g++", "clang++")) if path
-    ]
+    found: list[tuple[str, ...]] = [(path,) for path in map(shutil.which, NAMES) if path]
     if importlib.util.find_spec("ziglang"):
         found.append((sys.executable, "-m", "ziglang", "c++"))
     return found
