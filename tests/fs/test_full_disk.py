@@ -12,6 +12,7 @@ import pytest
 from tests.fs.test_engine import CHUNK, put, tag
 from whalefall.fs.core.effects import Refused, Store
 from whalefall.fs.core.messages import Code, Kind, Update
+from whalefall.fs.storage import slots
 from whalefall.fs.storage.engine import ChunkEngine
 from whalefall.fs.storage.slots import Slots
 
@@ -76,6 +77,27 @@ def test_what_is_removed_from_a_full_disk_makes_room(
     engine.close()
 
 
+def test_without_holes_slots_are_used_again_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", SmallDisk)
+    monkeypatch.setattr(slots._libc, "fallocate", lambda *ignored: -1)
+    engine = ChunkEngine(tmp_path, reserve_bytes=4_000_000)
+    assert fill(engine, 1 << 20) == 15
+    remove_all(engine)
+    assert fill(engine, 1 << 20) == 15
+    engine.close()
+
+
+def test_a_slot_holds_what_was_written_there_and_no_more(tmp_path: Path) -> None:
+    made = Slots(tmp_path, [])
+    first, second = made.take(1 << 20), made.take(1 << 20)
+    os.pwrite(made.file(20), os.urandom(600 << 10), first.offset)
+    assert made.holds(first, 600 << 10) and not made.holds(first, 1 << 20)
+    assert not made.holds(second, 1)
+    made.close()
+
+
 def test_a_mend_that_fails_gives_its_slot_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +123,6 @@ def test_a_file_system_that_refuses_direct_writes_gets_others(
         return opened(path, flags, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
-    slots = Slots(tmp_path, [])
-    assert slots.written(16) == (slots.file(16), False)
-    slots.close()
+    made = Slots(tmp_path, [])
+    assert made.written(16) == (made.file(16), False)
+    made.close()
