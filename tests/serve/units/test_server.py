@@ -147,7 +147,7 @@ def command(model: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        line = next(line for line in process.stdout if "http://" in line)  # after warnings
         yield process, line.split()[-1]
     finally:
         process.kill()
