@@ -200,7 +200,7 @@ def curves(steps: int, seeds: int) -> list[Row]:
                 "the same in fp32", "within 0.5 %" if precision == "fp8" else "",
                 *(statistics.fmean(side) for side in zip(*pairs, strict=True)), "nats",
                 1 / (1 + mean / 100), reached,
-                f"{mean:+.2f} % with a standard error of {error:.2f} (each seed: {each})")
+                f"{mean:+.2f} %" + f" with a standard error of {error:.2f} ({each})" * (count > 1))
         )  # fmt: skip
     return rows
 
