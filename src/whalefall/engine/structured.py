@@ -22,8 +22,8 @@ __all__ = ["JSON_OPTIONS", "Grammars", "Matcher", "StructuredOutputs"]
 _KEPT = 64  # compiled grammars
 # Unbounded white space between JSON's tokens is where small models lose themselves.
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A]{0,16}"}
-# A grammar's compilation stops after some 0.05 s (`(a{1000}){1000}x`: 1.8 s with llguidance's own
-# limit), each mask has a limit too, so that none holds up a server.
+# The lexer's first fuel ends after some 0.06 s (`(a{1000}){1000}x`: 1.8 s with llguidance's own
+# limit), and each mask has a limit too, so that no grammar holds up a server.
 _LIMITS = {"initial_lexer_fuel": 150_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from whalefall.errors import ConfigError, MissingError
-from whalefall.plan.this_machine import peaks, shares
+from whalefall.jit import machine
+from whalefall.plan.this_machine import shares
 
 __all__ = ["Efficiency", "Hardware", "load_hardware", "names"]
 
@@ -100,8 +101,11 @@ def parse(raw: dict[str, Any], where: str) -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """This CPU as measured, a node of one device, over whose "links", its memory, nothing goes."""
-    found = peaks()
-    read, peak = found.read_gb_s, found.tflops
+    """This CPU as measured, a node of one device, over whose "links", its memory, nothing goes.
+
+    FP8 is decoded, so its peak is that of bf16.
+    """
+    read, peak = machine.limits()["read_bytes_s"] / 1e9, machine.bf16_flops() / 1e12
+    memory = machine.memory_bytes() / 1e9
     share = Efficiency(**shares(), rdma=1.0, nvlink=1.0, compute_sms=1.0)
-    return Hardware(found.name, 1, found.memory_gb, read, peak, peak, read, read, share)
+    return Hardware(machine.cpu_model(), 1, memory, read, peak, peak, read, read, share)

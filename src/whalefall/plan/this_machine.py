@@ -1,4 +1,4 @@
-"""This machine as the planner sees it: measured peaks, and the share of them our kernels reach.
+"""Shares of this machine's measured peaks that our kernels reach, for `--hardware this`.
 
 The shares come from one probe a class, of shapes that no published model has, each beside the peak
 in the same moments. They are kept like the peaks (`whalefall doctor --measure` renews both).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +22,7 @@ from whalefall.errors import WhalefallError
 from whalefall.gemm import fp8_linear
 from whalefall.jit import isa, machine, pool
 
-__all__ = ["Peaks", "peaks", "shares"]
+__all__ = ["shares"]
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 ROUNDS = 7
@@ -31,28 +30,6 @@ FRESH_BYTES = 256 << 20  # weights and caches of a memory probe: more than any c
 # Not measured: the forward kernel's arithmetic takes 2.5 times as much, backwards.
 BACKWARD_OF_FORWARD = 0.75
 Probe = tuple[Callable[[], object], float]  # a call, and its operations or bytes
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Measured limits.
-
-    Attributes:
-        read_gb_s: all threads reading memory.
-        tflops: of what kernels multiply with; FP8 is decoded, so its peak is that of bf16.
-    """
-
-    name: str
-    memory_gb: float
-    read_gb_s: float
-    tflops: float
-
-
-def peaks() -> Peaks:
-    """This machine's limits, from the cache where they were measured before."""
-    read = machine.limits()["read_bytes_s"] / 1e9
-    memory = machine.memory_bytes() / 1e9
-    return Peaks(machine.cpu_model(), memory, read, machine.bf16_flops() / 1e12)
 
 
 def shares(measure: bool = False) -> dict[str, float]:
