@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
+from random import Random
 
 import pytest
 
@@ -128,6 +129,52 @@ def test_the_checker_refuses_stale_lost_and_repeated_writes() -> None:
     assert not linearizable([a, op("write", 0.5, 9, b"b"), op("read", 2, 3, b"b"),
                              op("read", 4, 5, b"a")])  # fmt: skip
     assert not linearizable([a, op("read", 2, 3, b"c")])
+
+
+def by_trying(ops: list[Operation], state: bytes = b"") -> bool:
+    """The definition itself: every order of every choice of the operations not known to be done."""
+    if all(o.returned_s == float("inf") for o in ops):
+        return True
+    end = min(o.returned_s for o in ops)
+    return any(
+        after is not None and by_trying([o for o in ops if o is not one], after)
+        for one in ops
+        if one.called_s <= end
+        for after in [one.apply(state)]
+    )
+
+
+def test_the_checker_says_what_trying_every_order_says() -> None:
+    random, found = Random(4), Counter[bool]()
+    for _ in range(3000):
+        history = []
+        for _ in range(random.randint(1, 7)):
+            called = random.randint(0, 12)
+            returned = called + random.choice([1, 2, 3, 8]) if random.random() < 0.7 else 1e999
+            kind = random.choice(["write", "write", "remove", "read", "read", "read"])
+            data = bytes(random.choices(b"\0ab", k=random.randint(0 if kind == "read" else 1, 2)))
+            history.append(op(kind, called, returned, data, random.randint(0, 1)))
+        known = [o for o in history if o.kind != "read" or o.returned_s < 1e999]
+        truth = by_trying(known)
+        found[truth] += 1
+        assert linearizable(history) == truth, [str(o) for o in history]
+    assert min(found[True], found[False]) > 300
+
+
+def test_the_checker_keeps_both_ways_to_the_same_content() -> None:
+    whole, half = op("write", 4, 1e999, b"ab"), op("write", 5, 1e999, b"a")
+    reads = [op("read", 6, 7, b"ab"), op("write", 8, 9, b"yy"), op("read", 10, 11, b"ab")]
+    for unknown in ([whole, half], [half, whole]):
+        assert linearizable([op("write", 0, 1, b"xb"), *unknown, *reads])
+    assert not linearizable([op("write", 0, 1, b"xb"), whole, *reads])
+
+
+@pytest.mark.parametrize("lie", [False, True])
+def test_the_checker_ends_where_many_outcomes_are_unknown(lie: bool) -> None:
+    history = [op("write", n, float("inf"), b"%c" % (65 + n), n % 2) for n in range(24)]
+    history += [op("read", 30 + n, 30.5 + n, b"") for n in range(40)]
+    history += [op("write", 80, 81, b"xy"), op("read", 82, 83, b"xz" if lie else b"xy")]
+    assert linearizable(history) != lie
 
 
 def test_the_network_loses_doubles_and_cuts() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from whalefall.fs.simulation.store import apply_write
 
@@ -52,31 +53,45 @@ class Operation:
 
 
 def linearizable(history: Sequence[Operation], initial: bytes = b"") -> bool:
-    """Whether the operations on one chunk can be put in an order that explains them."""
+    """Whether the operations on one chunk can be put in an order that explains them.
+
+    Two rules keep the search small where many outcomes are unknown. A read that can be next and
+    fits is next, since it changes nothing. And of two ways to the same content by the same
+    operations that did happen, one that used up fewer of the unknown can do all that the other
+    can: those that used up the fewest are looked at first.
+    """
     known = [op for op in history if op.kind != "read" or op.returned_s < FOREVER]
     ops = sorted(known, key=lambda op: op.called_s)
     must = sum(1 << i for i, op in enumerate(ops) if op.returned_s < FOREVER)
-    seen: set[tuple[int, bytes]] = set()
-    stack = [(0, initial)]
-    while stack:
-        done, state = stack.pop()
+    seen: dict[tuple[int, bytes], list[int]] = {}
+    waiting = [(0, 0, 0, initial)]
+    while waiting:
+        _, _, done, state = heappop(waiting)
         if done & must == must:
             return True
-        if (done, state) in seen:
+        spent = done & ~must
+        before = seen.setdefault((done & must, state), [])
+        if any(other & spent == other for other in before):
             continue
-        seen.add((done, state))
-        # Only an operation called before every other open one returned can be next.
-        limit = min(
-            (op.returned_s for i, op in enumerate(ops) if not done >> i & 1), default=FOREVER
-        )
-        choices = []
-        for i, op in enumerate(ops):
-            if op.called_s > limit:
-                break
-            if done >> i & 1:
-                continue
-            after = op.apply(state)
-            if after is not None:
-                choices.append((done | 1 << i, after))
-        stack.extend(reversed(choices))
+        before.append(spent)
+        for after, content in _next(ops, done, state):
+            sure = (after & must).bit_count()
+            heappush(waiting, (after.bit_count() - sure, -sure, after, content))
     return False
+
+
+def _next(ops: Sequence[Operation], done: int, state: bytes) -> list[tuple[int, bytes]]:
+    """What may follow: operations done, and content, with one more of them."""
+    # Only an operation called before every other open one returned can be next.
+    limit = min((op.returned_s for i, op in enumerate(ops) if not done >> i & 1), default=FOREVER)
+    choices = []
+    for i, op in enumerate(ops):
+        if op.called_s > limit:
+            break
+        after = None if done >> i & 1 else op.apply(state)
+        if after is None:
+            continue
+        if op.kind == "read":
+            return [(done | 1 << i, after)]
+        choices.append((done | 1 << i, after))
+    return choices
