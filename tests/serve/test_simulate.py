@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 
 from tests.plan.test_capacity import CONFIG, H800
@@ -16,7 +18,9 @@ from whalefall.serve.published_cluster import (
     published_day,
     read_curve,
 )
-from whalefall.serve.simulate import ClusterSpec, Day, simulate
+from whalefall.serve.simulate import simulate
+from whalefall.serve.simulated_cluster import ClusterSpec, Day
+from whalefall.serve.simulated_experts import Choices
 
 SPEC = cluster_spec(CONFIG, H800, parse_unit("4x8"), parse_unit("18x8"), 342 / 608)
 # One request in flight for 4,000: coarse in time, but the same control loop, in seconds.
@@ -57,6 +61,31 @@ def test_sequences_without_room_wait_and_still_finish() -> None:
     assert outcome.waited > 0
     assert free.waited == 0
     assert 0 < outcome.output_tokens < free.output_tokens
+
+
+def test_the_expert_balancer_keeps_up_with_loads_that_drift() -> None:
+    outcome = simulate(SPEC, COARSE, 12 * 3600.0)
+    for kind, ranks, best in (("prefill", 32, 1.35), ("decode", 144, 1.7)):
+        figures = outcome.experts[kind]
+        assert figures.looks > 100 and figures.placements > 10
+        assert figures.moves <= figures.placements * 2 * 32  # two layers stand for all
+        assert figures.balanced < best < figures.even, (kind, ranks, figures)
+
+
+def test_topics_have_their_hours() -> None:
+    assert SPEC.experts is not None
+    choices, rng = Choices(SPEC.experts, 0), random.Random(0)
+    assert choices.taste.sum(axis=-1) == pytest.approx(np.full((16, 2), 8.0))  # top-8
+    noon = [choices.topic(12 * 3600.0, rng) for _ in range(2000)]
+    assert noon.count(8) > 1.5 * noon.count(4) > 0
+    assert noon.count(0) < 20
+
+
+def test_a_model_without_experts_has_none_to_balance() -> None:
+    bare = dataclasses.replace(SPEC, experts=None)
+    outcome = simulate(bare, COARSE, 3600.0)
+    assert outcome.experts == {}
+    assert outcome.average_nodes == simulate(SPEC, COARSE, 3600.0).average_nodes
 
 
 def test_a_traffic_file_is_read_and_checked(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from whalefall.serve.core.prefill import PrefillLoad
-from whalefall.serve.simulate import Cluster, ClusterSpec, Day, DecodeUnit, PrefillUnit
+from whalefall.serve.simulate import Cluster
+from whalefall.serve.simulated_cluster import ClusterSpec, Day, DecodeUnit, PrefillUnit
 
 PROMPT = 4096.0
 

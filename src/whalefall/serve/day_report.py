@@ -20,13 +20,15 @@ from whalefall.serve.published_cluster import (
     published_day,
     read_curve,
 )
-from whalefall.serve.simulate import Outcome, simulate
+from whalefall.serve.simulate import simulate
+from whalefall.serve.simulated_cluster import Outcome
 
 __all__ = ["run_day"]
 
 CAVEAT = (
     "This checks the control loop (queues, balancers, autoscaler) and predicts nothing: the "
-    "autoscaler aims at the published averages, and the hourly curve is an input."
+    "autoscaler aims at the published averages, and the hourly curve is an input. Which experts "
+    "tokens choose is drawn; an uneven load is reported and slows no unit."
 )
 
 
@@ -90,6 +92,13 @@ def print_figures(report: dict[str, Any]) -> None:
     row("utilisation of peak, decode", f"{report['decode_utilisation']:.1%}")
     row("time to first token, p50/p90/p99", triple(report["ttft_s"], 1, "s"))
     row("time per output token, p50/p90/p99", triple(report["tpot_s"], 1e3, "ms"))
+    for kind, each in report["experts"].items():
+        if each["looks"]:
+            row(
+                f"busiest {kind} rank's experts",
+                f"{each['balanced']:.2f} x mean",
+                f"{each['even']:.2f} had nothing moved; {each['moves']:,} moves",
+            )
     row("cost", f"${report['cost']:,.0f}")
     row("revenue at R1 prices", f"${report['revenue']:,.0f}")
     row("margin (of cost)", f"{report['margin']:.1%}")

@@ -18,7 +18,8 @@ from whalefall.plan.capacity import (
     prefill_capacity,
 )
 from whalefall.plan.hardware_files import Hardware
-from whalefall.serve.simulate import ClusterSpec, Day
+from whalefall.serve.simulated_cluster import ClusterSpec, Day
+from whalefall.serve.simulated_experts import ExpertsSpec
 
 __all__ = ["cluster_spec", "default_curve", "published_day", "read_curve"]
 
@@ -42,6 +43,20 @@ def cluster_spec(
         decode_kv_tokens=second.kv_gb * 1e9 / per_token * decode.ranks,
         prefill_set_point=published.PREFILL_TOKENS_S_NODE,
         decode_set_point=published.DECODE_TOKENS_S_NODE,
+        experts=experts_spec(config, prefill, decode),
+    )
+
+
+def experts_spec(config: ModelConfig, prefill: Unit, decode: Unit) -> ExpertsSpec | None:
+    """The experts of units; None where a model or a unit has none to spread."""
+    if not config.num_experts or min(prefill.ranks, decode.ranks) < 2:
+        return None
+    return ExpertsSpec(
+        config.num_experts,
+        config.num_experts_per_tok,
+        prefill.redundant,
+        prefill.ranks,
+        decode.ranks,
     )
 
 

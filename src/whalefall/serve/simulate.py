@@ -14,7 +14,7 @@ import heapq
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from whalefall.serve.core import (
@@ -26,129 +26,17 @@ from whalefall.serve.core import (
     choose_prefill,
     scale,
 )
+from whalefall.serve.simulated_cluster import (
+    DAY_S,
+    ClusterSpec,
+    Day,
+    DecodeUnit,
+    Outcome,
+    PrefillUnit,
+)
+from whalefall.serve.simulated_experts import Choices, ExpertFigures, SimulatedExperts
 
-__all__ = ["ClusterSpec", "Day", "Outcome", "simulate"]
-
-DAY_S = 86_400.0
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """The units' sizes and speeds.
-
-    Attributes:
-        prefill_nodes, decode_nodes: nodes in a unit.
-        prefill_tokens_s: computed tokens a second of a prefill unit, at its peak.
-        decode_step_s: step time of a decode unit for a number of sequences in all its ranks.
-        decode_max_requests, decode_kv_tokens: what a decode unit can hold.
-        prefill_set_point: input tokens (hits included) a second and node to aim at.
-        decode_set_point: output tokens a second and node to aim at.
-        start_s: from the decision to the first request.
-        interval_s: between the autoscaler's looks.
-        calm_s, smooth_s: low load before a unit is drained; time constant of the load's average.
-    """
-
-    prefill_nodes: int
-    decode_nodes: int
-    prefill_tokens_s: float
-    decode_step_s: Callable[[float], float]
-    decode_max_requests: float
-    decode_kv_tokens: float
-    prefill_set_point: float
-    decode_set_point: float
-    start_s: float = 120.0
-    interval_s: float = 60.0
-    calm_s: float = 300.0
-    smooth_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class Day:
-    """The traffic.
-
-    Attributes:
-        curve: relative load of each hour; joined by straight lines, around the clock.
-        input_tokens, hit_rate, output_tokens: of the whole day.
-        prompt, answer: mean tokens of a request; lengths are exponential around them (those of
-            prompts are averaged over the requests that travel together).
-        weight: real requests that a simulated one stands for.
-    """
-
-    curve: tuple[float, ...]
-    input_tokens: float
-    hit_rate: float
-    output_tokens: float
-    prompt: float = 4096.0
-    weight: int = 300
-
-    @property
-    def answer(self) -> float:
-        """Mean output tokens of a request."""
-        return self.prompt * self.output_tokens / self.input_tokens
-
-    def rate(self, now_s: float) -> float:
-        """Simulated requests a second at a time of day."""
-        hours = len(self.curve)
-        position = now_s / DAY_S * hours
-        left = int(position) % hours
-        share = position - int(position)
-        level = self.curve[left] * (1 - share) + self.curve[(left + 1) % hours] * share
-        mean = sum(self.curve) / hours
-        return self.input_tokens / self.prompt / self.weight / DAY_S * level / mean
-
-
-@dataclass
-class PrefillUnit:
-    """A queue at a constant rate, known by when it will be done with what it has."""
-
-    ready_s: float
-    load: PrefillLoad = field(default_factory=PrefillLoad)
-    free_s: float = 0.0
-    draining: bool = False
-
-
-@dataclass
-class DecodeUnit:
-    """Sequences that advance together.
-
-    Attributes:
-        clock: tokens that a sequence present since the start would have generated.
-        finish: (clock at which a sequence is done, KV tokens, start time, tokens) as a heap.
-    """
-
-    ready_s: float
-    clock: float = 0.0
-    now_s: float = 0.0
-    kv: float = 0.0
-    finish: list[tuple[float, float, float, float]] = field(default_factory=list)
-    draining: bool = False
-
-
-@dataclass
-class Outcome:
-    """What a run showed.
-
-    Attributes:
-        average_nodes, peak_nodes: over the day, units that start or drain included.
-        curve: (hour, nodes) samples.
-        ttft_s, tpot_s: percentiles 50, 90, 99.
-        prefill_utilisation, decode_utilisation: busy share of the nodes' peak.
-        input_tokens, output_tokens, requests: real ones, as served.
-        waited: simulated requests that found no decode unit with room at first.
-    """
-
-    average_nodes: float
-    peak_nodes: int
-    curve: list[tuple[float, int]]
-    ttft_s: list[float]
-    tpot_s: list[float]
-    prefill_utilisation: float
-    decode_utilisation: float
-    input_tokens: float
-    hit_tokens: float
-    output_tokens: float
-    requests: int
-    waited: int
+__all__ = ["Cluster", "resize", "simulate"]
 
 
 class Cluster:
@@ -164,9 +52,13 @@ class Cluster:
         decode = now * day.answer / (spec.decode_set_point * spec.decode_nodes)
         self.prefill_state = ScaleState(max(1, round(prefill)))
         self.decode_state = ScaleState(max(1, round(decode)))
-        self.prefill = [PrefillUnit(0.0) for _ in range(self.prefill_state.units)]
-        self.decode = [DecodeUnit(0.0) for _ in range(self.decode_state.units)]
-        self.waiting: list[tuple[float, float, float]] = []
+        self.choices = None if spec.experts is None else Choices(spec.experts, seed)
+        kinds = () if spec.experts is None else ("prefill", "decode")
+        self.experts = {kind: ExpertFigures() for kind in kinds}
+        self.topic_rng = random.Random(seed)  # of its own: experts change no arrival
+        self.prefill = [self.prefill_unit(0.0) for _ in range(self.prefill_state.units)]
+        self.decode = [self.decode_unit(0.0) for _ in range(self.decode_state.units)]
+        self.waiting: list[tuple[float, float, float, int]] = []
         self.ttft: list[float] = []
         self.tpot: list[float] = []
         self.seen_in = self.seen_out = 0.0
@@ -179,6 +71,22 @@ class Cluster:
         self.totals = [0.0, 0.0, 0.0]
         self.requests = self.waited = 0
         self.peak = 0
+
+    def prefill_unit(self, ready_s: float) -> PrefillUnit:
+        """A new unit."""
+        return PrefillUnit(ready_s, experts=self.unit_experts("prefill"))
+
+    def decode_unit(self, ready_s: float) -> DecodeUnit:
+        """A new unit."""
+        return DecodeUnit(ready_s, experts=self.unit_experts("decode"))
+
+    def unit_experts(self, kind: str) -> SimulatedExperts | None:
+        """A new unit's experts, evenly placed."""
+        spec = self.spec.experts
+        if spec is None or self.choices is None:
+            return None
+        ranks = spec.prefill_ranks if kind == "prefill" else spec.decode_ranks
+        return SimulatedExperts(spec, ranks, self.choices, self.experts[kind])
 
     def push(self, at_s: float, kind: str, data: tuple[Any, ...] = ()) -> None:
         """Add an event."""
@@ -212,7 +120,10 @@ class Cluster:
         service = weight * (prompt - cached) / self.spec.prefill_tokens_s
         unit.free_s = max(unit.free_s, now) + service
         self.busy_prefill += service
-        self.push(unit.free_s, "prefilled", (unit, prompt, cached, now, answer))
+        topic = 0 if self.choices is None else self.choices.topic(now, self.topic_rng)
+        if unit.experts is not None:
+            unit.experts.see(topic, weight * (prompt - cached))
+        self.push(unit.free_s, "prefilled", (unit, prompt, cached, now, answer, topic))
 
     def on_prefilled(
         self,
@@ -222,6 +133,7 @@ class Cluster:
         cached: float,
         came: float,
         answer: float,
+        topic: int,
     ) -> None:
         """A prompt is done; the first token leaves, the rest wants a decode unit."""
         done = PrefillLoad().plus(prompt, cached)
@@ -229,11 +141,11 @@ class Cluster:
             max(0.0, unit.load.tokens - done.tokens), max(0.0, unit.load.attention - done.attention)
         )
         self.ttft.append(now - came)
-        if not self.place(now, prompt, answer, now):
+        if not self.place(now, prompt, answer, now, topic):
             self.waited += 1
-            self.waiting.append((prompt, answer, now))
+            self.waiting.append((prompt, answer, now, topic))
 
-    def place(self, now: float, prompt: float, answer: float, since: float) -> bool:
+    def place(self, now: float, prompt: float, answer: float, since: float, topic: int = 0) -> bool:
         """Give a sequence to the decode unit that the balancer chooses, if one has room."""
         able = [u for u in self.decode if u.ready_s <= now and not u.draining]
         weight = self.day.weight
@@ -251,7 +163,7 @@ class Cluster:
         if index is None:
             return False
         unit = able[index]
-        heapq.heappush(unit.finish, (unit.clock + answer, kv, since, answer))
+        heapq.heappush(unit.finish, (unit.clock + answer, kv, since, answer, topic))
         unit.kv += kv
         self.schedule(unit)
         return True
@@ -285,8 +197,10 @@ class Cluster:
         self.advance(unit, now)
         finished = False
         while unit.finish and unit.finish[0][0] <= unit.clock + 1e-3:
-            _, kv, since, answer = heapq.heappop(unit.finish)
+            _, kv, since, answer, topic = heapq.heappop(unit.finish)
             unit.kv -= kv
+            if unit.experts is not None:
+                unit.experts.see(topic, self.day.weight * answer)
             self.tpot.append((now - since) / answer)
             finished = True
         if finished:
@@ -308,12 +222,19 @@ class Cluster:
         pace = ScaleRule(1.0, calm_s=spec.calm_s, smooth_s=spec.smooth_s)
         rule = replace(pace, set_point=spec.prefill_set_point * spec.prefill_nodes)
         self.prefill_state = scale(self.prefill_state, came, now, rule)
-        resize(
-            self.prefill, self.prefill_state.units, now, lambda at: PrefillUnit(at), spec.start_s
-        )
+        resize(self.prefill, self.prefill_state.units, now, self.prefill_unit, spec.start_s)
         rule = replace(pace, set_point=spec.decode_set_point * spec.decode_nodes)
         self.decode_state = scale(self.decode_state, made, now, rule)
-        resize(self.decode, self.decode_state.units, now, lambda at: DecodeUnit(at), spec.start_s)
+        resize(self.decode, self.decode_state.units, now, self.decode_unit, spec.start_s)
+
+        self.balance_experts(now)
+
+    def balance_experts(self, now: float) -> None:
+        """The expert balancer's turn, in each unit that runs."""
+        units: list[PrefillUnit | DecodeUnit] = [*self.prefill, *self.decode]
+        for unit in units:
+            if unit.experts is not None and unit.ready_s <= now:
+                unit.experts.look(now)
 
     def account(self, now: float) -> None:
         """Add the interval's node-seconds; a drained unit costs until it is empty."""
@@ -383,4 +304,5 @@ def simulate(spec: ClusterSpec, day: Day, seconds: float = DAY_S, seed: int = 0)
         output_tokens=cluster.totals[2],
         requests=cluster.requests,
         waited=cluster.waited,
+        experts=cluster.experts,
     )

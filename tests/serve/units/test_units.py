@@ -14,7 +14,7 @@ from whalefall import comm, trace
 from whalefall.engine import Engine, EngineConfig, SamplingParams
 from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError, RankFailure
-from whalefall.serve.core import DecodeLoad, Place, ScaleRule
+from whalefall.serve.core import DecodeLoad, ExpertRule, Place, ScaleRule
 
 pytestmark = pytest.mark.ranks
 LAYOUTS = [
@@ -217,9 +217,9 @@ def skewed(count: int) -> list:
 
 
 def test_experts_are_placed_anew_while_answers_flow(model, alone) -> None:
-    settings = {"rebalance_s": 0.2, "balance": 0.97, "max_moves": 3, "redundant": 4}
+    rule = ExpertRule(interval_s=0.2, balance=0.97, max_moves=3)
     wanted = skewed(16)
-    with units(model, "1x2", "1x2", **settings) as gateway:
+    with units(model, "1x2", "1x2", experts=rule, redundant=4) as gateway:
         found = collect(gateway, wanted)
         time.sleep(0.3)
         balances = [b for b in gateway.experts.units.values() if b.version]
@@ -245,7 +245,8 @@ def spread(gateway) -> list[int]:
 
 def simulated_peak() -> float:
     """The fullest of the simulator's decode units, as a share of all."""
-    from whalefall.serve.simulate import Cluster, ClusterSpec, Day
+    from whalefall.serve.simulate import Cluster
+    from whalefall.serve.simulated_cluster import ClusterSpec, Day
 
     spec = ClusterSpec(1, 1, 1e6, lambda batch: 0.05, 64, 1e6, 1e6, 1e6)
     cluster = Cluster(spec, Day((1.0,), 1e9, 0.0, 1e8, weight=1), 0)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from whalefall.errors import ConfigError
-from whalefall.serve.core import ScaleRule
+from whalefall.serve.core import ExpertRule, ScaleRule
 
 __all__ = ["Layout", "UnitsConfig", "parse_layout", "units_config"]
 
 MAX_RANKS = 64
+DEFAULT_RULE = ExpertRule()
 CALM_S, SMOOTH_S = 60.0, 10.0  # before a unit is drained; of the load's average
 
 
@@ -58,8 +59,7 @@ class UnitsConfig:
         overlap: dual-batch overlap in units of several ranks.
         redundant: replicas of experts that a unit holds beside one of each.
         threads: of each rank; 0: the cores shared out.
-        balance: experts are placed anew where mean over largest rank load falls below it.
-        max_moves: experts of a layer that may move at a time.
+        experts: when experts are placed anew, and how many move.
         prefill_rule, decode_rule: the autoscaler's, in tokens a second and unit.
         ahead: answers a prefill rank may have under way or keep KV of.
         ready_s: how long a unit may take to start.
@@ -73,9 +73,7 @@ class UnitsConfig:
     overlap: bool = True
     redundant: int = 0
     threads: int = 0
-    balance: float = 0.8
-    max_moves: int = 2
-    rebalance_s: float = 10.0
+    experts: ExpertRule = DEFAULT_RULE
     prefill_rule: ScaleRule | None = None
     decode_rule: ScaleRule | None = None
     ahead: int = 4
