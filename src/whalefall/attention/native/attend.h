@@ -132,8 +132,8 @@ struct Tile {
 };
 
 // The tile after the one at hand, and which group of how many is at work: each of the first few
-// brings its share of the next tile's rows into L2, half during its scores, half during its
-// weights.
+// brings its share of the next tile's rows into L2 during its scores; one that is alone, half of
+// them during its weights.
 struct Ahead {
   const Tile* next = nullptr;  // null: nothing to bring
   int64_t k_bytes = 0, v_bytes = 0, group = 0, groups = 1;
@@ -152,7 +152,7 @@ struct Ahead {
   bool same() const { return next->k[0] == next->v[0]; }
   int64_t first() const { return next->n * group / groups; }
   int64_t end() const { return next->n * (group + 1) / groups; }
-  int64_t half() const { return (first() + end()) / 2; }
+  int64_t half() const { return groups > 1 ? end() : end() / 2; }
 };
 
 // Adds a tile to a group: row r sees its first seen[r] keys. `k_steps`, `v_steps`: row widths.

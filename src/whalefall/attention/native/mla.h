@@ -113,10 +113,11 @@ class PagedWork {
   Source source(const Block& block) const { return {args_, block}; }
 
  private:
-  // Rows of a block: what keeps q, both results and the page in L2. FP8 rows are expanded once a
-  // block, which more rows pay for. Few tokens: small blocks, so that all threads have one.
+  // Rows of a block: what keeps q, both results and two tiles in L2; q is half as large for dots.
+  // FP8 rows are expanded once a block, which more rows pay for. Few tokens: small blocks, so that
+  // all threads have one.
   int64_t most_rows() const {
-    int64_t rows = args_.cache_type == Type::fp8 ? 64 : 32;
+    int64_t rows = kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
     const int64_t all = args_.tokens * args_.heads;
     while (rows > 8 && all < rows * num_threads()) rows /= 2;
     return rows;

@@ -65,7 +65,7 @@ class Runner {
   void share_out() {
     int64_t total = 0, floats = 0;
     for (const Block& b : blocks_) total += cost(b, b.tiles());
-    const int64_t limit = num_threads() == 1 ? total : total / (num_threads() * 4) + 1;
+    const int64_t limit = whole_blocks_suffice(total) ? total : total / (num_threads() * 4) + 1;
     for (int64_t i = 0; i < int64_t(blocks_.size()); ++i) {
       const Block& b = blocks_[i];
       int64_t step = b.runs();
@@ -93,6 +93,22 @@ class Runner {
   }
   static int64_t cost(const Block& b, int64_t tiles) { return (tiles + 1) * b.rows; }
 
+  // Whether uncut blocks, the longest first, keep all threads busy to within an eighth: cut ones
+  // pay for partial results.
+  bool whole_blocks_suffice(int64_t total) const {
+    const int64_t threads = num_threads(), most = total / threads + total / threads / 8;
+    if (threads == 1) return true;
+    if (int64_t(blocks_.size()) < threads) return false;
+    std::vector<int64_t> costs, busy(size_t(threads), 0);
+    for (const Block& b : blocks_) costs.push_back(cost(b, b.tiles()));
+    std::sort(costs.rbegin(), costs.rend());
+    for (int64_t cost : costs) {
+      int64_t& least = *std::min_element(busy.begin(), busy.end());
+      if ((least += cost) > most) return false;
+    }
+    return true;
+  }
+
   Result result(float* base, int64_t group) const { return {base + group * result_floats_}; }
 
   void compute(const Task& task) const {
@@ -105,10 +121,11 @@ class Runner {
     float* q = arena.floats(groups * q_floats_ + 2 * size);
     float* all = q + groups * q_floats_;
     float* last = all + size;
+    auto source = work_.source(block);
+    if (!kInOrder<R>) bring_first(block, task, source);
     for (int64_t g = 0; g < groups; ++g)
       pack_queries<Row, R>(work_.q(), work_.q_type(), &rows[g * R], work_.k_width(),
                            q + g * q_floats_);
-    auto source = work_.source(block);
     for (int64_t run = task.first_run; run < task.end_run; ++run) {
       float* to = task.partials ? task.partials + run * size : (run == 0 ? all : last);
       for (int64_t g = 0; g < groups; ++g) result(to, g).clear(v_steps_);
@@ -119,23 +136,37 @@ class Runner {
   }
 
   template <class Source>
+  static void fill(const Block& block, Source& source, int64_t tile, Tile& t) {
+    t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
+    source.fill(tile, t);
+    for (int i = t.n; i < kTile + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
+  }
+
+  // The first tile comes into L2 while queries are packed; each later one, while another is used.
+  template <class Source>
+  void bring_first(const Block& block, const Task& task, Source& source) const {
+    const int64_t tile = task.first_run * block.run_tiles;
+    if (tile >= block.tiles()) return;
+    Tile first;
+    fill(block, source, tile, first);
+    Fetch k{first.k, first.n, source.k_bytes()}, v{first.v, first.n, source.v_bytes()};
+    k.lines(first.n * ceil_div(source.k_bytes(), 64));
+    if (first.k[0] != first.v[0]) v.lines(first.n * ceil_div(source.v_bytes(), 64));
+  }
+
+  template <class Source>
   void add_run(const Block& block, int64_t run, const Task& task, const Query* rows, Source& source,
                const float* q, float* to) const {
     const int64_t groups = block.rows / R;
     const int64_t end = std::min((run + 1) * block.run_tiles, block.tiles());
     const int64_t last = std::min(task.end_run * block.run_tiles, block.tiles()) - 1;
     Tile tiles[2];
-    auto fill = [&](int64_t tile, Tile& t) {
-      t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
-      source.fill(tile, t);
-      for (int i = t.n; i < kTile + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
-    };
     int64_t first = run * block.run_tiles;
-    if (first < end) fill(first, tiles[0]);
+    if (first < end) fill(block, source, first, tiles[0]);
     for (int64_t tile = first; tile < end; ++tile) {
       Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
       const bool more = tile < last;  // in the next run, if not in this one
-      if (more) fill(tile + 1, next);
+      if (more) fill(block, source, tile + 1, next);
       if (kInOrder<R> && more) std::copy_n(next.k, kPadding, now.k + now.n);
       source.expand(now);
       for (int64_t g = 0; g < groups; ++g) {

@@ -81,14 +81,22 @@ __attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const i
 #pragma GCC unroll 16
   for (int i = 0; i < Steps * 2 * R; ++i)
     sum[i / (2 * R)][i / R % 2][i % R] = load(o + (i / R * S + i % R) * kLanes);
-  Fetch cursor = fetch;
-  const int64_t each = fetch.each((end - begin) / 2);
-  int t = begin;
-  for (; t + 2 <= end; t += 2) {
-    cursor.lines(each);
+  [[maybe_unused]] Fetch cursor = R < 4 ? fetch : Fetch{};
+  [[maybe_unused]] const int64_t each = R < 4 ? fetch.each((end - begin) / 2) : 0;
+  auto pair = [&](int t) __attribute__((always_inline)) {
     weigh_pair<R, Steps>(row_at<Row>(value, t) + column, row_at<Row>(value, t + 1) + column,
                          p + t / 2 * S, sum);
-  }
+  };
+  int t = begin;
+  if (fetch.count)
+    for (int64_t at = 0; t + 2 <= end && at < fetch.bytes; t += 2, at += R < 4 ? 0 : 64) {
+      if constexpr (R < 4)
+        cursor.lines(each);
+      else
+        fetch.line_of_each(at);
+      pair(t);
+    }
+  for (; t + 2 <= end; t += 2) pair(t);
   if (t < end) weigh_pair<R, Steps>(row_at<Row>(value, t) + column, nullptr, p + t / 2 * S, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < Steps * 2 * R; ++i)
