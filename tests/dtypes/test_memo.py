@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from whalefall import attention, gemm
+from whalefall import attention, gemm, jit
 from whalefall.dtypes import CallMemo
 from whalefall.errors import ShapeError
 
@@ -39,6 +40,23 @@ def test_a_new_array_at_an_old_ones_place_is_another() -> None:
         assert memo.find((x,), None) is None
         memo.keep((x,), None, 1)
         del x
+
+
+@pytest.mark.parametrize("name", ["strides", "dtype"])
+def test_an_array_read_differently_is_another(name: str) -> None:
+    memo, x = CallMemo(), np.zeros((2, 2), np.float32)
+    memo.keep((x,), None, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        setattr(x, name, (4, 8) if name == "strides" else np.dtype(np.int32))
+    assert memo.find((x,), None) is None
+
+
+def test_an_array_that_is_remembered_cannot_move() -> None:
+    memo, x = CallMemo(), np.zeros(4)
+    memo.keep((x,), None, 1)
+    with pytest.raises(ValueError, match="resize"):
+        x.resize((4096,), refcheck=False)
 
 
 def test_each_thread_has_its_own() -> None:
@@ -74,3 +92,24 @@ def test_a_repeated_decode_sees_new_lengths_and_still_refuses() -> None:
     table[0, 0] = 7
     with pytest.raises(ShapeError, match="block_table"):
         attention.flash_mla_with_kvcache(*call)
+
+
+def test_a_repeated_decode_follows_the_level_that_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    q, kv = (rng.standard_normal(s).astype("f4") for s in ((1, 1, 2, 576), (2, 64, 1, 576)))
+    table, lengths = np.array([[0, 1]], np.int32), np.array([100], np.int32)
+
+    def call() -> bytes:
+        given = (q, kv, table, lengths, 512, *attention.get_mla_metadata())
+        return bytes(attention.flash_mla_with_kvcache(*given)[0].data)
+
+    bits = {}
+    for level in (*jit.levels(), *jit.levels()):
+        monkeypatch.setenv("WHALEFALL_ISA", level)
+        assert jit.best_level() == level
+        assert bits.setdefault(level, call()) == call()
+    assert len(jit.levels()) == 1 or len(set(bits.values())) > 1  # sums of 4, 8 or 16 lanes
+    monkeypatch.delenv("WHALEFALL_ISA")
+    assert call() == bits[jit.levels()[-1]]

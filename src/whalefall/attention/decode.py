@@ -32,7 +32,7 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
-from whalefall.dtypes import NUMPY_DTYPES, CallMemo, View, address, empty_like
+from whalefall.dtypes import NUMPY_DTYPES, CallMemo, View, empty_at, empty_like, view
 from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["flash_mla_with_kvcache"]
@@ -83,13 +83,17 @@ def flash_mla_with_kvcache(
     """
     check_metadata(_HERE, tile_scheduler_metadata, num_splits)
     given: tuple[Any, ...] = (q, k_cache, block_table, cache_seqlens)
-    more = (
-        *(indices, attn_sink, extra_k_cache, extra_indices_in_kvcache),
-        *(topk_length, extra_topk_length),
-    )
-    which = tuple([array is not None for array in more])
-    if True in which:
-        given = tuple(array for array in (*given, *more) if array is not None)
+    which: tuple[bool, ...] | None = None
+    if not (
+        indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length
+        is extra_topk_length is None
+    ):  # fmt: skip
+        more = (
+            *(indices, attn_sink, extra_k_cache, extra_indices_in_kvcache),
+            *(topk_length, extra_topk_length),
+        )
+        which = tuple([array is not None for array in more])
+        given = tuple([array for array in (*given, *more) if array is not None])
     rest = (which, head_dim_v, softmax_scale, causal, is_fp8_kvcache, jit.best_level())
     known = _MEMO.find(given, rest)
     if known is not None:
@@ -167,18 +171,26 @@ class _Call:
         return all(id(array) in own for array in self.keep if array is not None)
 
     def __call__(self, q: Any) -> tuple[Any, Any]:
-        if isinstance(q, np.ndarray):
-            out = np.empty(self.shape, self.numpy_dtype)
-            lse = np.empty(self.lse_shape, np.float32)
+        if self.empty:
+            return (
+                empty_like(q, self.shape, self.dtype),
+                empty_like(q, self.lse_shape, "float32").swapaxes(1, 2),
+            )
+        paged = self.paged
+        if type(q) is np.ndarray:
+            out, paged.out = empty_at(self.shape, self.numpy_dtype)
+            lse, paged.lse = empty_at(self.lse_shape, _FLOAT)
         else:
             out = empty_like(q, self.shape, self.dtype)
             lse = empty_like(q, self.lse_shape, "float32")
-        if not self.empty:
-            self.paged.out, self.paged.lse = address(out), address(lse)
-            refusal = self.entry(self.address)
-            if refusal and self.refuse:
-                self.refuse(refusal)
+            paged.out, paged.lse = view(out).address, view(lse).address
+        refusal = self.entry(self.address)
+        if refusal and self.refuse:
+            self.refuse(refusal)
         return out, lse.swapaxes(1, 2)
+
+
+_FLOAT = np.dtype(np.float32)
 
 
 def _on_gpu(arguments: dict[str, Any]) -> tuple[Any, Any]:

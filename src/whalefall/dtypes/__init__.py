@@ -5,7 +5,15 @@ Out: views (address, shape, strides, dtype name), arrays of the caller's library
 conversions to and from E4M3, UE8M0 and E2M1.
 """
 
-from whalefall.dtypes.arrays import NUMPY_DTYPES, View, address, as_numpy, empty_like, restore, view
+from whalefall.dtypes.arrays import (
+    NUMPY_DTYPES,
+    View,
+    as_numpy,
+    empty_at,
+    empty_like,
+    restore,
+    view,
+)
 from whalefall.dtypes.formats import (
     E4M3_MAX,
     FP4_MAX,
@@ -27,11 +35,11 @@ __all__ = [
     "NUMPY_DTYPES",
     "CallMemo",
     "View",
-    "address",
     "as_numpy",
     "ceil_to_ue8m0",
     "e2m1_to_float",
     "e4m3_to_float",
+    "empty_at",
     "empty_like",
     "float_to_e2m1",
     "float_to_e4m3",

@@ -17,7 +17,7 @@ import numpy as np
 
 from whalefall.errors import DtypeError, UnsupportedError
 
-__all__ = ["NUMPY_DTYPES", "View", "address", "as_numpy", "empty_like", "restore", "view"]
+__all__ = ["NUMPY_DTYPES", "View", "as_numpy", "empty_at", "empty_like", "restore", "view"]
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
@@ -86,16 +86,30 @@ def view(array: Any, name: str = "array") -> View:
     )
 
 
-def address(array: Any) -> int:
-    """Where the elements of a numpy array or CPU torch tensor begin, without a look at the rest."""
-    if type(array) is not np.ndarray:
-        return int(array.data_ptr())
-    flags = array.flags
-    if array.size and array.dtype.char in "fdilqB" and flags.c_contiguous and flags.writeable:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))  # half the time of the other
-    return int(array.__array_interface__["data"][0])
+def empty_at(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], int]:
+    """An uninitialised numpy array that is not empty, and its address in a fifth of `view`'s time.
+
+    In numpy's C ABI the address follows an array object's head; checked once against what numpy
+    itself says.
+    """
+    array = np.empty(shape, dtype)
+    if _ADDRESS_IS_FIRST:
+        return array, _Word.from_address(id(array) + _HEAD).value
+    return array, array.__array_interface__["data"][0]
 
 
+_Word, _HEAD = ctypes.c_size_t, object.__basicsize__
+
+
+def _address_is_first() -> bool:
+    probe = np.empty(1)
+    return (
+        sys.implementation.name == "cpython"
+        and _Word.from_address(id(probe) + _HEAD).value == probe.__array_interface__["data"][0]
+    )
+
+
+_ADDRESS_IS_FIRST = _address_is_first()
 _NAMES_TEXT = tuple(NUMPY_DTYPES)
 
 

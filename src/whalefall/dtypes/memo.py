@@ -19,11 +19,18 @@ __all__ = ["CallMemo"]
 _MOST = 512  # calls; beyond it, all are forgotten
 
 
-def _seen(array: Any) -> Any:
-    """What a kernel's view of an array depends on, but for its identity."""
+def _place(array: Any) -> tuple[Any, ...] | None:
+    """Of a torch tensor, where its elements are; of a numpy array None.
+
+    numpy refuses to move an array that has weak references.
+    """
     if type(array) is np.ndarray:
-        return (array.shape, array.strides, array.dtype)
-    return (array.data_ptr(), array.shape, array.stride(), array.dtype, array.device)
+        return None
+    return (array.data_ptr(), array.stride(), array.device)
+
+
+def _strides(array: Any) -> Any:
+    return array.strides if type(array) is np.ndarray else None
 
 
 class CallMemo(threading.local):
@@ -36,13 +43,15 @@ class CallMemo(threading.local):
     def find(self, arrays: tuple[Any, ...], rest: Hashable) -> Any:
         """What was kept for these arrays (numpy or torch) and `rest`; else None."""
         try:
-            entry = self._calls.get((tuple(map(id, arrays)), rest))
+            entry = self._calls.get((*map(id, arrays), rest))
         except TypeError:  # something in `rest` that no check has refused yet
             return None
         if entry is None:
             return None
-        for array, (reference, seen) in zip(arrays, entry[0], strict=True):
-            if reference() is not array or _seen(array) != seen:
+        for array, (reference, shape, dtype, strides, place) in zip(arrays, entry[0], strict=False):
+            if reference() is not array or array.shape != shape or array.dtype is not dtype:
+                return None
+            if array.strides != strides if place is None else _place(array) != place:
                 return None
         return entry[1]
 
@@ -50,5 +59,5 @@ class CallMemo(threading.local):
         """Remember `value`, which must not hold the arrays."""
         if len(self._calls) >= _MOST:
             self._calls.clear()
-        kept = [(weakref.ref(array), _seen(array)) for array in arrays]
-        self._calls[(tuple(map(id, arrays)), rest)] = (kept, value)
+        kept = [(weakref.ref(a), a.shape, a.dtype, _strides(a), _place(a)) for a in arrays]
+        self._calls[(*map(id, arrays), rest)] = (kept, value)

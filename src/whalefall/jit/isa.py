@@ -7,6 +7,7 @@ A kernel is written once over `whalefall/simd.h` and compiled for a level; WHALE
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,12 @@ def best_level() -> str:
 
     Raises: ConfigError for an unknown name, UnsupportedError for a level the machine lacks.
     """
-    return _level(env.get("WHALEFALL_ISA"))
+    return _level(env.native(b"WHALEFALL_ISA"))
 
 
 @functools.cache
-def _level(forced: str) -> str:
+def _level(text: bytes | None) -> str:
+    forced = os.fsdecode(text or b"")
     if not forced:
         return levels()[-1]
     if forced not in LEVELS:

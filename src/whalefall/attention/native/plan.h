@@ -88,8 +88,9 @@ class Runner {
       }
       task.partials = splits_.back().partials;
     }
-    std::stable_sort(tasks_.begin(), tasks_.end(),
-                     [](const Task& a, const Task& b) { return a.cost > b.cost; });
+    if (tasks_.size() > 1)
+      std::stable_sort(tasks_.begin(), tasks_.end(),
+                       [](const Task& a, const Task& b) { return a.cost > b.cost; });
   }
   static int64_t cost(const Block& b, int64_t tiles) { return (tiles + 1) * b.rows; }
 
