@@ -111,6 +111,9 @@ def serve(
     decode_set_point: Annotated[
         float, typer.Option(help="tokens a second that a decode unit is meant to run at")
     ] = 50.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="for open answers to finish, after SIGTERM or Ctrl-C")
+    ] = 30.0,
     trace_units: Annotated[
         Path | None, typer.Option(help="a folder for one trace of each rank")
     ] = None,
@@ -126,6 +129,7 @@ def serve(
         max_queue=max_queue,
         max_request_bytes=max_request_bytes,
         node_hour=node_hour,
+        drain_s=drain_seconds,
     )
     if (prefill is None) != (decode is None):
         raise ConfigError(
@@ -146,6 +150,7 @@ def serve(
         "prefix_cache_bytes": gigabytes("--kv-cache-disk-gb", kv_cache_disk_gb),
     }
     server = listen(host, port)
+    signal.signal(signal.SIGTERM, leave)  # while uvicorn does not heed it
     if prefill is not None and decode is not None:
         from whalefall.serve.units import Gateway, units_config
 
@@ -161,10 +166,8 @@ def serve(
             threads=threads or 0,
             trace=str(trace_units.absolute()) if trace_units else "",
         )
-        # uvicorn repeats the signal that ended it: leave through `closing`, not at once
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        leave = partial(os.kill, os.getpid(), signal.SIGTERM)
-        with contextlib.closing(Gateway(folder, config, leave)) as gateway:
+        end = partial(os.kill, os.getpid(), signal.SIGTERM)
+        with contextlib.closing(Gateway(folder, config, end)) as gateway:
             try:
                 run(server, gateway, settings)
             finally:
@@ -179,6 +182,11 @@ def serve(
     run(server, Engine(folder, EngineConfig(**options)), settings)
 
 
+def leave(*_: object) -> None:
+    """Heed a signal where no answer is open."""
+    sys.exit(0)
+
+
 def warn_of_tokenizer(engine: Any) -> None:
     """Say in one line where the tokenizer looks like another checkpoint's."""
     from whalefall.model.tokenizer import small_tokenizer
@@ -190,26 +198,24 @@ def warn_of_tokenizer(engine: Any) -> None:
 
 
 def run(server: socket.socket, engine: object, settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; open answers get 30 seconds to finish."""
+    """Serve until SIGTERM or Ctrl-C; then open answers get `drain_s` to finish."""
     import uvicorn
 
     from whalefall.serve.app import create_app
+    from whalefall.serve.draining import DrainingServer
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # The engine's thread comes back from a step to its next one while the event loop runs Python.
     sys.setswitchinterval(SWITCH_S)
     warn_of_tokenizer(engine)
+    signal.signal(signal.SIGINT, leave)
     server.listen(2048)
     address = server.getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     typer.echo(f"whalefall serves {settings.model_name} at http://{host}:{address[1]}")
-    config = uvicorn.Config(
-        create_app(engine, settings),  # type: ignore[arg-type]
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=30,
-    )
-    uvicorn.Server(config).run(sockets=[server])
+    application = create_app(engine, settings)  # type: ignore[arg-type]
+    config = uvicorn.Config(application, log_level="warning", access_log=False)
+    DrainingServer(config, application.state.worker, settings.drain_s).run(sockets=[server])
 
 
 @app.command("simulate")

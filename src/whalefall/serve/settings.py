@@ -22,6 +22,7 @@ class Settings:
         max_request_bytes: the largest request body.
         keep_alive_s: seconds of silence after which a stream sends a comment.
         node_hour: what this machine costs an hour, in dollars, for the ledger.
+        drain_s: seconds that open answers get to finish once the server is told to end.
     """
 
     model_name: str
@@ -31,6 +32,7 @@ class Settings:
     max_request_bytes: int = 8 << 20
     keep_alive_s: float = 10.0
     node_hour: float = 0.10
+    drain_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.api_key and not is_loopback(self.host):
@@ -44,6 +46,8 @@ class Settings:
             )
         if not 0 <= self.node_hour < float("inf"):
             raise ConfigError(f"serve: --node-hour is {self.node_hour}, wanted 0 or more dollars")
+        if not 0 <= self.drain_s < float("inf"):
+            raise ConfigError(f"serve: --drain-seconds is {self.drain_s}, wanted 0 or more")
 
 
 def is_loopback(host: str) -> bool:

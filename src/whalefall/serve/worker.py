@@ -77,7 +77,7 @@ class EngineWorker:
         self._streams: dict[str, RequestStream] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ending = False
         # units answer while the thread waits in `step`: let it see the command
         self._rouse: Callable[[], None] | None = getattr(engine, "wake", None)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -89,14 +89,19 @@ class EngineWorker:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread after its current step; requests still open get a 503."""
+        """End the thread after its current step, and what is open with it."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+        self.end_open()
+
+    def end_open(self) -> None:
+        """Every open request gets a 503 after what it has, and new ones too (event loop only)."""
+        self._ending = True
         for stream in list(self._streams.values()):
-            stream.put(ApiError(503, "the server is shutting down", retry_after_s=1))
-        self._streams.clear()
+            self.close(stream)
+            stream.put(shutting_down())
 
     @property
     def open_requests(self) -> int:
@@ -113,8 +118,10 @@ class EngineWorker:
     ) -> RequestStream:
         """Queue a request (event loop only).
 
-        Raises: ApiError 429 when `max_queue` requests wait already.
+        Raises: ApiError 429 when `max_queue` requests wait already, 503 at the end.
         """
+        if self._ending:
+            raise shutting_down()
         stats = self.engine.stats()
         if max(stats.waiting, len(self._streams) - stats.running) >= self.max_queue:
             raise ApiError(
@@ -184,6 +191,11 @@ class EngineWorker:
             self.engine.cancel(request_id)
         failure = ApiError(500, f"the engine failed: {type(error).__name__}: {error}")
         self._post([(stream, failure) for _, stream in failed])
+
+
+def shutting_down() -> ApiError:
+    """What ends an answer that the server has no time left for."""
+    return ApiError(503, "the server is shutting down; the answer is cut off", retry_after_s=1)
 
 
 def _item(delta: Delta) -> Delta | Exception:
