@@ -181,8 +181,8 @@ class Control:
     def _read(self, unit: Unit, place: Place, channel: comm.Channel) -> None:
         try:
             report, _ = channel.recv(m.Report)
-        except (WhalefallError, OSError):
-            self._lose(unit)
+        except (WhalefallError, OSError) as error:
+            self._lose(unit, f"rank {place.rank}'s connection broke: {error}")
             return
         with self.lock:
             self.stats[place] = report.stats
@@ -193,12 +193,11 @@ class Control:
 
     def _look(self) -> None:
         for unit in self.fleet.dead():
-            self._lose(unit)
+            self._lose(unit, "a process ended")
         now = time.monotonic()
         for unit in list(self.fleet.units.values()):
             if not unit.up and now - unit.began_s > self.config.ready_s:
-                log.warning("%s was not ready after %.0f s", unit.name, self.config.ready_s)
-                self._lose(unit)
+                self._lose(unit, f"not ready after {self.config.ready_s:.0f} s")
             elif unit.draining and self.router.is_empty(unit.name):
                 self._perform(self._remove(unit, failed=False))
         for name, placed in self.experts.look(now):
@@ -217,24 +216,24 @@ class Control:
                 if unit.up:
                     self.router.drain(unit.name)
 
-    def _lose(self, unit: Unit) -> None:
+    def _lose(self, unit: Unit, seen: str) -> None:
         if unit.name not in self.fleet.units:
             return
         wanted = not unit.draining
-        effects = self._remove(unit, failed=True)
+        effects = self._remove(unit, failed=True, seen=seen)
         log.warning("%s died: %s", unit.name, self.fleet.failures[-1])
         if wanted:
             self._start(unit.kind)
         self._perform(effects)
 
-    def _remove(self, unit: Unit, failed: bool) -> list[Effect]:
+    def _remove(self, unit: Unit, failed: bool, seen: str = "") -> list[Effect]:
         for channel in unit.channels.values():
             self._selector.unregister(channel.socket)
         with self.lock:
             for place in [p for p in self.stats if p.unit == unit.name]:
                 self.gone = _kept(self.gone, self.stats.pop(place))
         self.experts.unit_down(unit.name)
-        self.fleet.remove(unit, failed)
+        self.fleet.remove(unit, failed, seen)
         return self.router.unit_down(unit.name)
 
     # ---- answers

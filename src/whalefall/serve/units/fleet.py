@@ -19,6 +19,7 @@ from whalefall.serve.units.layout import UnitsConfig
 __all__ = ["Fleet", "Unit"]
 
 PREFIX = "whalefall-units-"
+DYING_S = 0.5  # between a rank's last word on its connection and its end
 FAILED_STARTS = 3  # in a row, of one kind, before we give up
 
 
@@ -136,15 +137,19 @@ class Fleet:
         """Units of which a process has ended."""
         return [unit for unit in self.units.values() if unit.is_dead()]
 
-    def remove(self, unit: Unit, failed: bool) -> None:
+    def remove(self, unit: Unit, failed: bool, seen: str = "") -> None:
         """Hang up on a unit, end what is left of it, and note why it failed.
 
+        Args:
+            unit: to remove.
+            failed: it was not asked to end.
+            seen: what was seen of the failure, in case its processes say nothing.
         Raises: RankFailure where units of its kind fail again and again before they are up, or one
             was told what it cannot do.
         """
         self.units.pop(unit.name, None)
-        exits = [e for e in unit.group.exits() if e.code]
-        report = "\n".join(map(str, exits))
+        exits = ended(unit.group) if failed else []
+        report = "\n".join(map(str, exits)) or seen
         unit.hang_up()
         for name in unit.group.members:
             if failed:
@@ -173,6 +178,17 @@ class Fleet:
         for unit in list(self.units.values()):
             self.remove(unit, failed=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def ended(group: launch.Group, wait_s: float = DYING_S) -> list[launch.Exit]:
+    """How processes of a failed unit ended: those that failed, else those that ended at all.
+
+    A broken connection is often seen before the death that broke it: that is waited for a little.
+    """
+    until = time.monotonic() + wait_s
+    while not (exits := group.exits()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return [each for each in exits if each.code] or exits
 
 
 _REFUSAL = re.compile(r"whalefall\.[\w.]*?((?:Config|Unsupported|Dtype|Shape)Error: .*)")
