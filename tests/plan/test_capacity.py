@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,31 @@ def test_what_does_not_fit_is_refused() -> None:
         load_hardware("abacus")
     with pytest.raises(ConfigError, match=r"half: lacks .*bf16_tflops"):
         parse({"name": "half"}, "half")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name = ", "is not TOML"),
+        ("efficiency = 3", "efficiency is 3"),
+        ("", "lacks "),
+        (None, "fp8_tflops is nan, wanted a number above 0"),
+    ],
+)
+def test_a_wrong_hardware_file_is_one_line(text: str | None, words: str, tmp_path: Path) -> None:
+    if text is None:
+        shipped = resources.files("whalefall.plan").joinpath("hardware/h800.toml").read_text()
+        text = re.sub(r"(?m)^fp8_tflops *=.*$", "fp8_tflops = nan", shipped)
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_hardware(str(path))
+
+
+@pytest.mark.parametrize("text", ["x8", "4x", "0x8", "4x8x2", "²x8", "100001x1", "9" * 30 + "x1"])
+def test_a_unit_of_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="wanted NODESxGPUS"):
+        capacity.parse_unit(text)
 
 
 def test_hardware_names_all_load() -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
 from tests.serve.conftest import served
 from tests.serve.fake import EchoEngine
 from whalefall.errors import ConfigError
 from whalefall.serve import Settings
-from whalefall.serve.commands import app, warn_of_tokenizer
+from whalefall.serve.commands import warn_of_tokenizer
 from whalefall.serve.protocol import UNSUPPORTED
 
 
@@ -169,14 +168,6 @@ def test_half_a_surrogate_pair_is_a_400(
     error(client.post(path, content=f'"{HALF}"', headers=headers), 400)
     good = client.post("/tokenize", content='{"prompt": "\\ud83d\\ude00"}', headers=headers)
     assert good.json()["count"] == 4
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-@pytest.mark.parametrize("option", ["--kv-cache-gb", "--kv-cache-disk-gb"])
-def test_a_cache_of_no_size_gets_one_line(option: str, value: str) -> None:
-    done = CliRunner().invoke(app, ["--port", "0", option, value])
-    assert isinstance(done.exception, ConfigError)
-    assert f"{option} is {value}, wanted a number of GB" in str(done.exception)
 
 
 @pytest.mark.parametrize(("ids", "warns"), [(100, True), (229, True), (231, False), (256, False)])

@@ -128,7 +128,7 @@ def test_sigterm_lets_an_open_answer_finish() -> None:
         (("--port", "70000"), "--port is 70000"),
         (("--host", "0.0.0.0"), "needs --api-key"),
         (("--kv-cache-gb", "0.0000001"), "kv_cache_bytes is 100"),
-        (("--max-queue", "0"), "--max-queue 0"),
+        (("--max-queue", "0"), "--max-queue is 0"),
     ],
 )
 def test_a_wrong_start_is_one_line(args: tuple[str, ...], words: str, tmp_path: Path) -> None:

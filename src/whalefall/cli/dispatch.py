@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from whalefall import __version__
 from whalefall.cli.discovery import command_files, summary
@@ -66,6 +67,20 @@ def extra_hint(module: str) -> str:
     return f"{MissingError.__name__}: the Python package {module} is not installed; {remedy}"
 
 
+def usage_error(error: Any) -> int:
+    """Say in one line what was wrong with the arguments, or show the help where there were none."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    context = getattr(error, "ctx", None)
+    if context is None or type(error).__name__ == "NoArgsIsHelpError":
+        show()
+    else:
+        path = context.command_path
+        sys.stderr.write(f"UsageError: {path}: {error.format_message()} ({path} --help)\n")
+    return int(getattr(error, "exit_code", 2))
+
+
 def run(command: str, args: list[str]) -> int:
     """Import the one module that `command` needs and call its typer app; returns the exit code."""
     rooms = command_files()
@@ -85,9 +100,5 @@ def run(command: str, args: list[str]) -> int:
             args=args, prog_name=f"whalefall {command}", standalone_mode=False
         )
     except Exception as error:  # typer's own usage errors, by duck type: it may vendor click
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return int(getattr(error, "exit_code", 2))
+        return usage_error(error)
     return result if isinstance(result, int) else 0

@@ -14,6 +14,7 @@ from whalefall.plan.kernels import Kernel
 __all__ = ["Phase", "Unit", "decode_capacity", "parse_unit", "prefill_capacity", "weight_bytes"]
 
 MAX_BATCH = 4096
+MAX_RANKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Unit:
 def parse_unit(text: str, redundant: int = 32) -> Unit:
     """Read NODESxGPUS, e.g. "4x8"; ConfigError for anything else."""
     nodes, cross, gpus = text.partition("x")
-    if not (cross and nodes.isdigit() and gpus.isdigit() and int(nodes) and int(gpus)):
-        raise ConfigError(f"unit {text!r}: wanted NODESxGPUS, e.g. 4x8")
-    return Unit(int(nodes), int(gpus), redundant)
+    if cross and nodes.isdecimal() and gpus.isdecimal() and len(text) < 20:
+        unit = Unit(int(nodes), int(gpus), redundant)
+        if 1 <= unit.ranks <= MAX_RANKS:
+            return unit
+    raise ConfigError(f"unit {text!r}: wanted NODESxGPUS, e.g. 4x8, at most {MAX_RANKS:,} GPUs")
 
 
 @dataclass(frozen=True)

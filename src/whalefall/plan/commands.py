@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from whalefall.plan import published
 from whalefall.plan.fleet import Fleet, published_fleet
 from whalefall.plan.ledger import Prices, Traffic, WhatIf, ledger, night_share
 from whalefall.plan.pipeline import pipeline
+from whalefall.plan.ranges import DOLLARS, HOURS, SHARE, TOKENS, within
 from whalefall.plan.report import chart_svg, day_report, table_rows
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -29,32 +29,55 @@ def plan() -> None:
 
 @app.command()
 def day(
-    price_hit: Annotated[float, typer.Option(help="$ per million cached input tokens")] = 0.14,
-    price_miss: Annotated[float, typer.Option(help="$ per million other input tokens")] = 0.55,
-    price_output: Annotated[float, typer.Option(help="$ per million output tokens")] = 2.19,
-    gpu_hour: Annotated[float, typer.Option(help="$ per GPU-hour")] = published.GPU_HOUR_USD,
-    gpus: Annotated[int, typer.Option(help="GPUs a node")] = published.GPUS_PER_NODE,
+    price_hit: Annotated[
+        float, typer.Option(callback=DOLLARS, help="$ per million cached input tokens")
+    ] = 0.14,
+    price_miss: Annotated[
+        float, typer.Option(callback=DOLLARS, help="$ per million other input tokens")
+    ] = 0.55,
+    price_output: Annotated[
+        float, typer.Option(callback=DOLLARS, help="$ per million output tokens")
+    ] = 2.19,
+    gpu_hour: Annotated[
+        float, typer.Option(callback=DOLLARS, help="$ per GPU-hour")
+    ] = published.GPU_HOUR_USD,
+    gpus: Annotated[
+        int, typer.Option(callback=within(1, 1e6), help="GPUs a node")
+    ] = published.GPUS_PER_NODE,
     nodes: Annotated[
-        float | None, typer.Option(help="a constant fleet instead of the published chart")
+        float | None,
+        typer.Option(
+            callback=within(0, 1e9), help="a constant fleet instead of the published chart"
+        ),
     ] = None,
-    input_tokens: Annotated[float, typer.Option(help="input tokens")] = published.INPUT_TOKENS,
+    input_tokens: Annotated[
+        float, typer.Option(callback=TOKENS, help="input tokens")
+    ] = published.INPUT_TOKENS,
     hit_tokens: Annotated[
-        float | None, typer.Option(help="of these in the cache (default: the published share)")
+        float | None,
+        typer.Option(callback=TOKENS, help="of these in the cache (default: the published share)"),
     ] = None,
-    output_tokens: Annotated[float, typer.Option(help="output tokens")] = published.OUTPUT_TOKENS,
-    v3_share: Annotated[float, typer.Option(help="share sold at V3's prices")] = 0.0,
-    free_share: Annotated[float, typer.Option(help="share that earns nothing")] = 0.0,
+    output_tokens: Annotated[
+        float, typer.Option(callback=TOKENS, help="output tokens")
+    ] = published.OUTPUT_TOKENS,
+    v3_share: Annotated[
+        float, typer.Option(callback=SHARE, help="share sold at V3's prices")
+    ] = 0.0,
+    free_share: Annotated[
+        float, typer.Option(callback=SHARE, help="share that earns nothing")
+    ] = 0.0,
     night_discount: Annotated[
-        float, typer.Option(help="price cut 00:30-08:30; traffic follows the nodes")
+        float, typer.Option(callback=SHARE, help="price cut 00:30-08:30; traffic follows the nodes")
     ] = 0.0,
     currency: Annotated[str, typer.Option(help="a sign to print money with")] = "$",
-    rate: Annotated[float, typer.Option(help="units of that currency per dollar")] = 1.0,
+    rate: Annotated[
+        float,
+        typer.Option(callback=within(0, 1e9, above=True), help="units of that currency per dollar"),
+    ] = 1.0,
     svg: Annotated[Path | None, typer.Option(help="write the node chart here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """The published day: nodes, cost, revenue and margin; with options: what if."""
-    if not 0 < rate < math.inf:
-        raise ConfigError(f"plan day: --rate is {rate:g}, wanted a number more than 0")
     if currency != "$" and rate == 1.0:
         raise ConfigError(f"plan day: --currency {currency} needs a --rate other than 1")
     fleet = published_fleet(gpus, gpu_hour)
@@ -105,12 +128,25 @@ def capacity(
     hardware: Annotated[str, typer.Option(help="h800, h200, this, or a .toml file")] = "h800",
     prefill: Annotated[str, typer.Option(help="NODESxGPUS of a prefill unit")] = "4x8",
     decode: Annotated[str, typer.Option(help="NODESxGPUS of a decode unit")] = "18x8",
-    redundant: Annotated[int, typer.Option(help="redundant experts of a unit")] = 32,
-    kv_length: Annotated[float, typer.Option(help="mean KV length of an output token")] = 4989,
-    prompt: Annotated[float, typer.Option(help="mean prompt length in tokens")] = 4096,
-    hit_rate: Annotated[float, typer.Option(help="share of the prompt in the cache")] = 0.5625,
-    tpot_ms: Annotated[float, typer.Option(help="longest time per output token")] = 50.0,
-    kv_bytes: Annotated[int, typer.Option(help="bytes of a cached number")] = 2,
+    redundant: Annotated[
+        int, typer.Option(callback=within(0, 1e6), help="redundant experts of a unit")
+    ] = 32,
+    kv_length: Annotated[
+        float, typer.Option(callback=within(1, 1e9), help="mean KV length of an output token")
+    ] = 4989,
+    prompt: Annotated[
+        float, typer.Option(callback=within(1, 1e9), help="mean prompt length in tokens")
+    ] = 4096,
+    hit_rate: Annotated[
+        float, typer.Option(callback=within(0, 0.9999), help="share of the prompt in the cache")
+    ] = 0.5625,
+    tpot_ms: Annotated[
+        float,
+        typer.Option(callback=within(0, 1e6, above=True), help="longest time per output token"),
+    ] = 50.0,
+    kv_bytes: Annotated[
+        int, typer.Option(callback=within(1, 8), help="bytes of a cached number")
+    ] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Peak tokens per second of a node by a roofline, and what bounds it."""
@@ -127,13 +163,23 @@ def capacity(
 
 @app.command()
 def train(
-    hours: Annotated[float, typer.Option(help="GPU-hours of pre-training")] = 2.664e6,
-    other_hours: Annotated[float, typer.Option(help="GPU-hours of the rest")] = 0.124e6,
-    gpu_hour: Annotated[float, typer.Option(help="$ per GPU-hour")] = 2.0,
-    tokens: Annotated[float, typer.Option(help="tokens trained on")] = 14.8e12,
-    active: Annotated[float, typer.Option(help="active parameters")] = 37e9,
-    gpus: Annotated[int, typer.Option(help="GPUs at once")] = 2048,
-    peak_tflops: Annotated[float, typer.Option(help="BF16 peak of a GPU")] = 989.0,
+    hours: Annotated[
+        float, typer.Option(callback=within(0, 1e12, above=True), help="GPU-hours of pre-training")
+    ] = 2.664e6,
+    other_hours: Annotated[
+        float, typer.Option(callback=HOURS, help="GPU-hours of the rest")
+    ] = 0.124e6,
+    gpu_hour: Annotated[float, typer.Option(callback=DOLLARS, help="$ per GPU-hour")] = 2.0,
+    tokens: Annotated[
+        float, typer.Option(callback=within(0, 1e21, above=True), help="tokens trained on")
+    ] = 14.8e12,
+    active: Annotated[
+        float, typer.Option(callback=within(0, 1e18, above=True), help="active parameters")
+    ] = 37e9,
+    gpus: Annotated[int, typer.Option(callback=within(1, 1e9), help="GPUs at once")] = 2048,
+    peak_tflops: Annotated[
+        float, typer.Option(callback=within(0, 1e9, above=True), help="BF16 peak of a GPU")
+    ] = 989.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """What training costs: V3's published run, or another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from whalefall.errors import ConfigError
@@ -36,12 +37,12 @@ class Fleet:
             )
         if any(b <= a for a, b in itertools.pairwise(hours)):
             raise ConfigError(f"fleet: hours {hours} do not rise")
-        if any(nodes < 0 for _, nodes in self.steps):
-            raise ConfigError(f"fleet: negative nodes in {self.steps}")
-        if self.gpus_per_node < 1 or self.gpu_hour < 0:
+        if not all(0 <= nodes < math.inf for _, nodes in self.steps):
+            raise ConfigError(f"fleet: nodes in {self.steps}, wanted 0 or more each")
+        if self.gpus_per_node < 1 or not 0 <= self.gpu_hour < math.inf:
             raise ConfigError(
                 f"fleet: {self.gpus_per_node} GPUs a node at {self.gpu_hour} dollars an hour, "
-                "wanted at least 1 GPU and no negative price"
+                "wanted at least 1 GPU and a price of 0 or more"
             )
 
     def spans(self) -> list[tuple[float, float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -70,13 +71,16 @@ def load_hardware(name: str) -> Hardware:
         return this_machine()
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     else:
         resource = resources.files(__package__) / "hardware" / f"{name}.toml"
         if not resource.is_file():
             raise MissingError(f"hardware {name!r}: wanted one of {', '.join(names())}, or a .toml")
         text = resource.read_text(encoding="utf-8")
-    return parse(tomllib.loads(text), name)
+    try:
+        return parse(tomllib.loads(text), name)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"hardware {name}: is not TOML ({error})") from None
 
 
 def parse(raw: dict[str, Any], where: str) -> Hardware:
@@ -84,11 +88,13 @@ def parse(raw: dict[str, Any], where: str) -> Hardware:
     wanted = {f.name for f in dataclasses.fields(Hardware)} - {"name", "efficiency"}
     shares = {f.name for f in dataclasses.fields(Efficiency)}
     given = raw.get("efficiency", {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"hardware {where}: efficiency is {given!r}, wanted a table of shares")
     missing = sorted((wanted - raw.keys()) | (shares - given.keys()))
     if missing:
         raise ConfigError(f"hardware {where}: lacks {', '.join(missing)}")
     for key in wanted:
-        if not isinstance(raw[key], int | float) or raw[key] <= 0:
+        if not isinstance(raw[key], int | float) or not 0 < raw[key] < math.inf:
             raise ConfigError(f"hardware {where}: {key} is {raw[key]!r}, wanted a number above 0")
     for key in shares:
         if not isinstance(given[key], int | float) or not 0 < given[key] <= 1:

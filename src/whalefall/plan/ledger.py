@@ -39,7 +39,9 @@ class Traffic:
     output_tokens: float = published.OUTPUT_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hit_tokens <= self.input_tokens or self.output_tokens < 0:
+        finite = max(self.input_tokens, self.output_tokens) < float("inf")
+        good = 0 <= self.hit_tokens <= self.input_tokens and self.output_tokens >= 0
+        if not (good and finite):
             raise ConfigError(
                 f"traffic: {self.hit_tokens:g} hits of {self.input_tokens:g} input tokens and "
                 f"{self.output_tokens:g} output tokens, wanted 0 <= hits <= input and output >= 0"

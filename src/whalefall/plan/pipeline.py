@@ -15,19 +15,32 @@ import typer
 from whalefall.errors import ConfigError, MissingError
 from whalefall.pipeline.planning import Candidate, Layer, Workload, plan, uniform
 from whalefall.pipeline.schedules import theory
+from whalefall.plan.ranges import within
 
 __all__ = ["pipeline"]
 
+TIME = within(0, 1e12)
+
 
 def pipeline(
-    ranks: Annotated[int, typer.Option(help="devices of the pipeline")] = 8,
-    chunks: Annotated[int, typer.Option(help="micro-batches of a step")] = 20,
-    forward: Annotated[float, typer.Option(help="time of a layer's forward of one chunk")] = 1.0,
-    backward: Annotated[float, typer.Option(help="time of its full backward")] = 2.0,
-    weight: Annotated[float, typer.Option(help="its weight-gradient part")] = 1.0,
-    overlapped: Annotated[float, typer.Option(help="overlapped F&B as a share of F + B")] = 1.0,
-    communication: Annotated[float, typer.Option(help="time of one message")] = 0.0,
-    num_layers: Annotated[int, typer.Option(help="equal layers (default: 2 a rank)")] = 0,
+    ranks: Annotated[
+        int, typer.Option(callback=within(1, 512), help="devices of the pipeline")
+    ] = 8,
+    chunks: Annotated[
+        int, typer.Option(callback=within(1, 4096), help="micro-batches of a step")
+    ] = 20,
+    forward: Annotated[
+        float, typer.Option(callback=TIME, help="time of a layer's forward of one chunk")
+    ] = 1.0,
+    backward: Annotated[float, typer.Option(callback=TIME, help="time of its full backward")] = 2.0,
+    weight: Annotated[float, typer.Option(callback=TIME, help="its weight-gradient part")] = 1.0,
+    overlapped: Annotated[
+        float, typer.Option(callback=within(0, 1e3), help="overlapped F&B as a share of F + B")
+    ] = 1.0,
+    communication: Annotated[float, typer.Option(callback=TIME, help="time of one message")] = 0.0,
+    num_layers: Annotated[
+        int, typer.Option(callback=within(0, 4096), help="equal layers (default: 2 a rank)")
+    ] = 0,
     layers: Annotated[
         Path | None,
         typer.Option(
@@ -35,12 +48,22 @@ def pipeline(
         ),
     ] = None,
     memory_limit: Annotated[
-        float | None, typer.Option(help="of a rank, in the file's unit")
+        float | None, typer.Option(callback=within(0, 1e18), help="of a rank, in the file's unit")
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="draw the schedules here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Simulate every pipeline schedule, cut the layers into stages, say which is fastest."""
+    if forward + backward == 0 or weight > backward:
+        raise ConfigError(
+            f"plan pipeline: --forward {forward:g} --backward {backward:g} --weight {weight:g}, "
+            "wanted times above 0 and a weight part within the backward"
+        )
+    if overlapped * (forward + backward) < max(forward, backward):
+        raise ConfigError(
+            f"plan pipeline: --overlapped is {overlapped:g}, wanted at least "
+            f"{max(forward, backward) / (forward + backward):.3g}: F&B is no shorter than B or F"
+        )
     costs = uniform(num_layers or 2 * ranks, forward, backward, weight)
     if layers is not None:
         costs = read_layers(layers)
@@ -112,6 +135,8 @@ def draw(found: list[Candidate], path: Path) -> None:
 
     if not path.parent.is_dir():
         raise MissingError(f"plan pipeline: no folder {path.parent} to write {path.name} into")
+    if path.is_dir():
+        raise ConfigError(f"plan pipeline: --svg {path} is a folder, wanted a file")
     panels = [
         timeline.of_result(f"{c.schedule.name}: step {c.step:.5g}, idle {c.idle:.1%}", c.result)
         for c in found

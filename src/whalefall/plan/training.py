@@ -33,8 +33,9 @@ class TrainingRun:
         for name in ("gpu_hours", "tokens", "active_parameters", "peak_tflops"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"plan train: {name} is {getattr(self, name)}, wanted above 0")
-        if self.other_hours < 0 or self.gpu_hour < 0:
-            raise ConfigError("plan train: other hours and prices cannot be negative")
+        for name in ("other_hours", "gpu_hour"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"plan train: {name} is {getattr(self, name)}, wanted 0 or more")
 
     @property
     def total_hours(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ import typer
 
 from whalefall import env
 from whalefall.errors import ConfigError
+from whalefall.plan.ranges import within
 from whalefall.serve.settings import Settings
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -46,13 +46,6 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def gigabytes(option: str, value: float) -> int:
-    """An option in GB as bytes; ConfigError for what is no size."""
-    if not 0 <= value < math.inf:
-        raise ConfigError(f"serve: {option} is {value:g}, wanted a number of GB, 0 or more")
-    return int(value * 1e9)
-
-
 @app.callback()
 def serve(
     context: typer.Context,
@@ -67,10 +60,18 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="name shown to clients")] = None,
     compute: Annotated[str, typer.Option(help="w8a16, w8a8 or fp32")] = "w8a16",
     kv: Annotated[str, typer.Option(help="bf16, fp32 or fp8")] = "bf16",
-    max_model_len: Annotated[int | None, typer.Option(help="context limit in tokens")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="sequences in a batch")] = 32,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="tokens in a step")] = 512,
-    kv_cache_gb: Annotated[float, typer.Option(help="memory for the KV cache, in GB")] = 1.0,
+    max_model_len: Annotated[
+        int | None, typer.Option(callback=within(1, 1e9), help="context limit in tokens")
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(callback=within(1, 65536), help="sequences in a batch")
+    ] = 32,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(callback=within(1, 1 << 20), help="tokens in a step")
+    ] = 512,
+    kv_cache_gb: Annotated[
+        float, typer.Option(callback=within(0, 1e6), help="memory for the KV cache, in GB")
+    ] = 1.0,
     strict_prefix: Annotated[
         bool, typer.Option(help="never reuse the blocks of earlier answers")
     ] = False,
@@ -81,16 +82,27 @@ def serve(
             help="draft tokens with the MTP layer, same answers (default: in large models)",
         ),
     ] = None,
-    draft_tokens: Annotated[int, typer.Option(help="drafts a sequence and step, at most")] = 1,
-    max_queue: Annotated[int, typer.Option(help="waiting requests before a 429")] = 256,
-    max_request_bytes: Annotated[int, typer.Option(help="largest request body")] = 8 << 20,
-    node_hour: Annotated[float, typer.Option(help="what this machine costs an hour, in $")] = 0.10,
-    threads: Annotated[int | None, typer.Option(help="kernel threads (default: all cores)")] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(callback=within(1, 64), help="drafts a sequence and step, at most")
+    ] = 1,
+    max_queue: Annotated[
+        int, typer.Option(callback=within(1, 1e9), help="waiting requests before a 429")
+    ] = 256,
+    max_request_bytes: Annotated[
+        int, typer.Option(callback=within(1024, 1e12), help="largest request body")
+    ] = 8 << 20,
+    node_hour: Annotated[
+        float, typer.Option(callback=within(0, 1e9), help="what this machine costs an hour, in $")
+    ] = 0.10,
+    threads: Annotated[
+        int | None,
+        typer.Option(callback=within(1, 4096), help="kernel threads (default: all cores)"),
+    ] = None,
     kv_cache: Annotated[
         str, typer.Option(help="folder or URL that keeps prompts' KV, shared and after a restart")
     ] = "",
     kv_cache_disk_gb: Annotated[
-        float, typer.Option(help="what it may take, in GB; 0: no limit")
+        float, typer.Option(callback=within(0, 1e9), help="what it may take, in GB; 0: no limit")
     ] = 0.0,
     prefill: Annotated[
         str | None, typer.Option(help="prefill UNITSxRANKS as processes; 1-3x2 follows the load")
@@ -103,16 +115,31 @@ def serve(
         bool, typer.Option(help="dual-batch overlap in units of several ranks")
     ] = True,
     redundant_experts: Annotated[
-        int, typer.Option(help="replicas of experts that a unit holds beside one of each")
+        int,
+        typer.Option(
+            callback=within(0, 65536),
+            help="replicas of experts that a unit holds beside one of each",
+        ),
     ] = 0,
     prefill_set_point: Annotated[
-        float, typer.Option(help="prompt tokens a second that a prefill unit is meant to run at")
+        float,
+        typer.Option(
+            callback=within(0, 1e12, above=True),
+            help="prompt tokens a second that a prefill unit is meant to run at",
+        ),
     ] = 1000.0,
     decode_set_point: Annotated[
-        float, typer.Option(help="tokens a second that a decode unit is meant to run at")
+        float,
+        typer.Option(
+            callback=within(0, 1e12, above=True),
+            help="tokens a second that a decode unit is meant to run at",
+        ),
     ] = 50.0,
     drain_seconds: Annotated[
-        float, typer.Option(help="for open answers to finish, after SIGTERM or Ctrl-C")
+        float,
+        typer.Option(
+            callback=within(0, 1e9), help="for open answers to finish, after SIGTERM or Ctrl-C"
+        ),
     ] = 30.0,
     trace_units: Annotated[
         Path | None, typer.Option(help="a folder for one trace of each rank")
@@ -142,12 +169,12 @@ def serve(
         "max_model_len": max_model_len,
         "max_sequences": max_num_seqs,
         "max_batch_tokens": max_num_batched_tokens,
-        "kv_cache_bytes": gigabytes("--kv-cache-gb", kv_cache_gb),
+        "kv_cache_bytes": int(kv_cache_gb * 1e9),
         "strict_prefix": strict_prefix,
         "speculative": speculate,
         "draft_tokens": draft_tokens,
         "prefix_cache": kv_cache,
-        "prefix_cache_bytes": gigabytes("--kv-cache-disk-gb", kv_cache_disk_gb),
+        "prefix_cache_bytes": int(kv_cache_disk_gb * 1e9),
     }
     server = listen(host, port)
     signal.signal(signal.SIGTERM, leave)  # while uvicorn does not heed it
@@ -227,8 +254,12 @@ def simulate_day(
     traffic: Annotated[
         Path | None, typer.Option(help="relative loads, one a line (default: one smooth night)")
     ] = None,
-    hours: Annotated[float, typer.Option(help="how much of the day")] = 24.0,
-    weight: Annotated[int, typer.Option(help="real requests a simulated one stands for")] = 300,
+    hours: Annotated[
+        float, typer.Option(callback=within(0, 168, above=True), help="how much of the day")
+    ] = 24.0,
+    weight: Annotated[
+        int, typer.Option(callback=within(1, 1e9), help="real requests a simulated one stands for")
+    ] = 300,
     seed: Annotated[int, typer.Option(help="of arrivals and lengths")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

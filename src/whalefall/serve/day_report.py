@@ -9,7 +9,6 @@ from typing import Any
 
 import typer
 
-from whalefall.errors import ConfigError
 from whalefall.plan import Prices, Traffic, ledger, published
 from whalefall.plan.capacity import parse_unit
 from whalefall.plan.capacity_report import read_config
@@ -44,10 +43,6 @@ def run_day(
     as_json: bool,
 ) -> None:
     """Simulate and print, as text or JSON."""
-    if not 0 < hours <= 24 * 7 or weight < 1:
-        raise ConfigError(
-            f"serve simulate: --hours {hours:g} --weight {weight}, wanted 0 to 168 and 1 or more"
-        )
     config, hardware = read_config(model), load_hardware(hardware_name)
     hit_rate = published.HIT_TOKENS / published.INPUT_TOKENS
     spec = cluster_spec(config, hardware, parse_unit(prefill), parse_unit(decode), hit_rate)
