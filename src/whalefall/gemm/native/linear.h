@@ -119,6 +119,28 @@ inline void to_half_row(const float* from, int64_t padded, bool deal, uint16_t* 
 #endif
 }
 
+// `cols` bf16 in the order of Fp8Decoder, zeros up to `padded`.
+inline void deal_row(const uint16_t* from, int64_t cols, int64_t padded, uint16_t* to) {
+#ifdef WF_DOT
+  constexpr int64_t kStep = 4 * kLanes;
+  auto deal_step = [](const uint16_t* p, uint16_t* dealt) {
+    halves first, second;
+    deal_halves(load_halves(p), load_halves(p + kStep / 2), first, second);
+    _mm512_storeu_si512(dealt, first);
+    _mm512_storeu_si512(dealt + kStep / 2, second);
+  };
+  int64_t k = 0;
+  for (; k + kStep <= cols; k += kStep) deal_step(from + k, to + k);
+  for (; k < padded; k += kStep) {
+    uint16_t end[kStep] = {};
+    if (k < cols) std::memcpy(end, from + k, (cols - k) * 2);
+    deal_step(end, to + k);
+  }
+#else
+  (void)from, (void)cols, (void)padded, (void)to;
+#endif
+}
+
 // Order::kWords of `padded` floats, and the factor that undoes its lift.
 inline float order_words(float* row, int64_t padded) {
   float most = largest_finite(row, padded);
@@ -154,9 +176,14 @@ inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int f
   float* unlift = values + count * pitch;
   float* own = unlift + count;
   float* scales = quantize ? scales_.get<float>(count * blocks) : nullptr;
-  constexpr int64_t kRowsOfTask = 8;
+  constexpr int64_t kRowsOfTask = 4;
   parallel_for(ceil_div(count, kRowsOfTask), [&](int64_t task, int thread) {
     for (int64_t m = task * kRowsOfTask; m < (task + 1) * kRowsOfTask && m < count; ++m) {
+      if (order == Order::kDealt && x.kind == kBf16 && !quantize) {
+        const uint16_t* from = static_cast<const uint16_t*>(x.data) + m * x.pitch;
+        detail::deal_row(from, cols, padded, halves + m * pitch);
+        continue;
+      }
       float* row = dot ? own + thread * padded : values + m * pitch;
       detail::row_to_float(x, m, cols, row, padded);
       if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
@@ -176,7 +203,13 @@ inline int64_t few_chunk(const Weight& w, bool dot) {
     const int64_t row = w.cols * kind_bytes(w.kind);
     int64_t bytes = w.rows * row / (num_threads() * 3);
     bytes = bytes < 65536 ? 65536 : bytes > 524288 ? 524288 : bytes;
-    return round_up(ceil_div(bytes, row), 16);
+    const int64_t bands = ceil_div(w.rows, few::kBand);
+    // of the sizes from there down to half of it the one that leaves threads the least idle
+    int64_t best = ceil_div(ceil_div(bytes, row), few::kBand);
+    auto rounds = [&](int64_t chunk) { return ceil_div(ceil_div(bands, chunk), num_threads()); };
+    for (int64_t chunk = best, least = best / 2; chunk > 0 && chunk >= least; --chunk)
+      if (rounds(chunk) * chunk < rounds(best) * best) best = chunk;
+    return best * few::kBand;
   }
   int64_t chunk = round_up(ceil_div(w.rows, int64_t(num_threads()) * 8), 8);
   return chunk < 16 ? 16 : chunk > 256 ? 256 : chunk;

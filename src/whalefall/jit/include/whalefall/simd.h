@@ -87,9 +87,16 @@ inline vf fold(vf x, vf y, std::integer_sequence<int, L...>) {
 }
 // Transposing sum: lane i of the result is the sum of the lanes of v[i].
 #if WF_ISA >= 2
+// Lane i of the result, of 128 bits, is the sum of the lanes of v[i].
+inline vf sum_lanes(const vf* v) {
+  auto fold = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+  };
+  return (vf)fold(fold((__m512)v[0], (__m512)v[1]), fold((__m512)v[2], (__m512)v[3]));
+}
 // Within 128-bit lanes first, where shuffles are cheapest: 12 of the 15 folds.
 inline vf sums(const vf* v) {
-  __m512 quarter[4];
+  vf quarter[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     __m512 pair[2];
@@ -98,13 +105,10 @@ inline vf sums(const vf* v) {
       __m512 x = (__m512)v[4 * i + 2 * j], y = (__m512)v[4 * i + 2 * j + 1];
       pair[j] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
     }
-    quarter[i] = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x44),
-                               _mm512_shuffle_ps(pair[0], pair[1], 0xEE));
+    quarter[i] = (vf)_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x44),
+                                   _mm512_shuffle_ps(pair[0], pair[1], 0xEE));
   }
-  auto fold = [](__m512 x, __m512 y) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
-  };
-  return (vf)fold(fold(quarter[0], quarter[1]), fold(quarter[2], quarter[3]));
+  return sum_lanes(quarter);
 }
 #else
 template <int B = kLanes>
