@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,9 @@ from whalefall.ep.arena import Arena
 from whalefall.ep.counts import Counts
 from whalefall.ep.fabric import Fabric
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import CombineCall, library
+from whalefall.ep.library import CombineCall, library, pointer
 from whalefall.ep.links import Links
-from whalefall.ep.rows import Bias, Pending, pointer
+from whalefall.ep.rows import Bias, Pending
 from whalefall.errors import LimitError
 
 __all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
@@ -42,6 +44,7 @@ class Combining:
     Attributes:
         num_threads: that copy and add; 0: by load (bytes, and cores for each rank of the host).
         counts: the ranks' headers.
+        is_direct: rows are written and read where neighbours' results are, where they fit.
     """
 
     def __init__(self, fabric: Fabric, links: Links, arena: Arena, one_tick: bool) -> None:
@@ -49,9 +52,11 @@ class Combining:
         self.rank, self.size = fabric.rank, fabric.topology.num_ranks
         self.num_hosts = len(fabric.topology.hosts)
         self.host_of = np.array([fabric.topology.host_of(r) for r in range(self.size)], np.int32)
+        self._host_of_at = pointer(self.host_of)
         self.counts = Counts(fabric, links)
         self.lib = library()
         self.num_threads = 0
+        self.is_direct = fabric.shared is not None and self.num_hosts == 1
         self._cores = max(1, len(os.sched_getaffinity(0)) // len(fabric.locals))
         self._tick = 0
 
@@ -101,54 +106,74 @@ class Combining:
             waited_ns: [R] int64, added to: nanoseconds spent waiting for each rank.
         Returns: the pending data phase; its result is `out`.
         """
-        hidden = x.shape[-1]
-        T, fp32 = len(handle.in_rank), x.dtype == np.float32
-        K, selection = handle.want.top_k, handle.want.per_selection
-        tail = 4 * K if row_weights is not None else 0
-        row = -(-(-(-hidden * x.itemsize // 4) * 4 + tail) // 64) * 64
-        spread = K if selection else self.size
-        block = self._block(row * spread, "combine")
-        ticks = -(-int(handle.tokens.max(initial=0)) // block)
-        most = self.max_entries(handle, block)
-        cursor = handle.order_start[:-1].copy()
-        own = np.array([handle.order_start[self.rank]], np.int64)
         call = CombineCall(
-            pointer(x), x.strides[0] if len(x) else 0, hidden, fp32, pointer(row_weights),
-            pointer(handle.order), pointer(handle.order_token), pointer(handle.order_start),
-            pointer(cursor),
-            K, T, block, 0, handle.num_local_experts, selection, zero_copy_stride > 0,
-            pointer(handle.in_rank), pointer(handle.topk_idx), pointer(topk_weights),
-            pointer(bias[0]), pointer(bias[1]), pointer(out), out.dtype == np.float32,
-            out.nbytes > BIG_BYTES, self.threads(x.nbytes), pointer(out_weights),
-            self.num_hosts, self.fabric.host, pointer(self.host_of), None, -1,
+            pointer(x), x.strides[0] if len(x) else 0, x.shape[-1], x.dtype == np.float32,
+            pointer(row_weights), bias0=pointer(bias[0]), bias1=pointer(bias[1]),
+            topk_weights=pointer(topk_weights), out=pointer(out), out_fp32=out.dtype == np.float32,
+            out_weights=pointer(out_weights), zero_copy=zero_copy_stride > 0,
         )  # fmt: skip
-        if row_weights is None and not zero_copy_stride and waited_ns is None:
-            call.shared_at = self._shared_at(x)
+        keep = (x, out, row_weights, topk_weights, out_weights, bias)
+        if self.num_hosts == 1 and not self.one_tick:
+            return Pending(_nothing, _nothing, self.sum_up(call, handle, len(x), *keep), out)
+        return self._in_halves(call, handle, [*keep], zero_copy_stride, out, waited_ns)
+
+    def sum_up(
+        self, call: CombineCall, handle: Handle, num_rows: int, *keep: Any
+    ) -> Callable[[], None]:
+        """A whole combine within one host.
+
+        Args:
+            call: with x, its stride, hidden, types, weights, biases and results set.
+            handle: of the dispatch.
+            num_rows: of x.
+            keep: what must live until it has run.
+        """
+        most, ticks = self._plan(call, handle, num_rows)
+        call.shared_at = -1
+        if not call.row_weights:
+            call.shared_at = self._shared_at(call, num_rows)
+        return partial(self._sum_up, call, handle, ticks, most, keep)
+
+    def _sum_up(
+        self, call: CombineCall, handle: Handle, ticks: int, most: int, _: tuple[Any, ...]
+    ) -> None:
+        with trace.span("ep.combine", "communication", tokens=call.tokens):
+            status = self.lib.wf_ep_combine(
+                self.fabric.pointer, ctypes.addressof(call), pointer(handle.heads),
+                handle.want.num_experts, ticks, most,
+            )  # fmt: skip
+            self.fabric.check(status, "combine")
+
+    def _plan(self, call: CombineCall, handle: Handle, num_rows: int) -> tuple[int, int]:
+        """Fill in what the handle knows; entries that a tick stages at most, and ticks."""
+        K, selection, item = handle.want.top_k, handle.want.per_selection, 4 if call.fp32 else 2
+        tail = 4 * K if call.row_weights else 0
+        row = -(-(-(-call.hidden * item // 4) * 4 + tail) // 64) * 64
+        block = self._block(row * (K if selection else self.size), "combine")
+        call.order, call.order_token, call.in_rank, call.topk_idx = handle.addresses
+        call.top_k, call.tokens, call.block = K, handle.num_tokens, block
+        call.experts_per_rank, call.per_selection = handle.num_local_experts, selection
+        out = handle.num_tokens * call.hidden * (4 if call.out_fp32 else 2)
+        call.big = out * (K if selection and not call.topk_weights else 1) > BIG_BYTES
+        call.threads = self.threads(num_rows * call.hidden * item)
+        call.num_hosts, call.host, call.host_of = self.num_hosts, self.fabric.host, self._host_of_at
+        ticks = -(-handle.most_tokens // block)
         call.base = self._take_ticks(ticks)
-        ticks = 1 if self.one_tick else ticks
-        keep = [x, handle, out, row_weights, topk_weights, out_weights, bias, cursor, own]
-        return self._combine_pending(call, keep, ticks, most, zero_copy_stride, out, waited_ns)
+        return self.max_entries(handle, block), 1 if self.one_tick else ticks
 
-    def _shared_at(self, x: np.ndarray) -> int:
-        """Where x lies in this rank's shared memory; −1 where neighbours cannot read it."""
-        shared = self.fabric.shared
-        if shared is None or self.num_hosts > 1 or not x.size or x.strides[0] < 0:
-            return -1
-        begin = pointer(x)
-        assert begin is not None
-        return shared.find(begin, (len(x) - 1) * x.strides[0] + x[0].nbytes)
-
-    def _combine_pending(
-        self,
-        call: CombineCall,
-        keep: list[Any],
-        ticks: int,
-        most: int,
-        stride: int,
-        out: np.ndarray,
+    def _in_halves(
+        self, call: CombineCall, handle: Handle, keep: list[Any], stride: int, out: np.ndarray,
         waited_ns: np.ndarray | None,
-    ) -> Pending:
-        group, where, handle, own = self.fabric.pointer, ctypes.addressof(call), keep[1], keep[-1]
+    ) -> Pending:  # fmt: skip
+        most, ticks = self._plan(call, handle, len(keep[0]))
+        call.shared_at = -1
+        cursor, own = (
+            handle.order_start[:-1].copy(),
+            handle.order_start[self.rank : self.rank + 1].copy(),
+        )
+        call.order_start, call.cursor = pointer(handle.order_start), pointer(cursor)
+        keep += [handle, cursor, waited_ns]
+        group, where = self.fabric.pointer, ctypes.addressof(call)
         lib, check = self.lib, self.fabric.check
 
         def stage(i: int = 0) -> None:
@@ -166,22 +191,23 @@ class Combining:
 
         def run() -> None:
             with trace.span("ep.combine", "communication", tokens=call.tokens):
-                if self.num_hosts == 1 and waited_ns is None:
-                    check(
-                        lib.wf_ep_combine(group, where, ticks, most, stride, pointer(own)),
-                        "combine",
-                    )
-                else:
-                    for i in range(ticks):
-                        stage(i)
-                        finish(i)
+                for i in range(ticks):
+                    stage(i)
+                    finish(i)
             keep.clear()
 
         return Pending(stage, finish, run, out)
 
+    def _shared_at(self, call: CombineCall, num_rows: int) -> int:
+        """Where x lies in this rank's shared memory; −1 where neighbours cannot read it."""
+        shared, row = self.fabric.shared, call.hidden * (4 if call.fp32 else 2)
+        if shared is None or num_rows * row == 0 or call.x_stride < 0:
+            return -1
+        return shared.find(call.x, (num_rows - 1) * call.x_stride + row)
+
     def max_entries(self, handle: Handle, block: int) -> int:
         """Rows that a rank stages for a block of tokens of every source, at most."""
-        tokens = min(block, int(handle.tokens.max(initial=0))) if self.one_tick else block
+        tokens = min(block, handle.most_tokens) if self.one_tick else block
         each = min(handle.want.top_k, handle.num_local_experts) if handle.want.per_selection else 1
         return self.size * tokens * each
 
@@ -201,3 +227,7 @@ class Combining:
         """Where the rows begin in the slot of a (one-tick) combine."""
         entries = self.size + 1 + self.max_entries(handle, 1 << 40)
         return -(-(16 + 4 * entries) // 64) * 64
+
+
+def _nothing() -> None:
+    pass

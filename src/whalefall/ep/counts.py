@@ -41,10 +41,15 @@ class Counts:
                 f"ep: {len(layout.per_expert)} experts need a header of {mine.nbytes} bytes, the "
                 f"mailbox has {self._fabric.plan.mailbox_bytes}"
             )
-        count, self._next = self._next, self._next + 1
+        count = self.next_number()
         self._lib.wf_ep_post(self._fabric.pointer, count, mine.ctypes.data, mine.nbytes)
         self._links.send_header(count, mine)
         return count, len(mine)
+
+    def next_number(self) -> int:
+        """The number of the next header."""
+        count, self._next = self._next, self._next + 1
+        return count
 
     def collect(self, posted: tuple[int, int]) -> np.ndarray:
         """Every rank's header: [R, fields + R + H + E] int32; a masked rank's is zeros.
@@ -57,10 +62,11 @@ class Counts:
             self._fabric.pointer, count, heads.ctypes.data, heads[0].nbytes
         )
         self._fabric.check(status, "counts")
-        self._check_agreement(heads)
+        self.check_agreement(heads)
         return heads
 
-    def _check_agreement(self, heads: np.ndarray) -> None:
+    def check_agreement(self, heads: np.ndarray) -> None:
+        """Raise ShapeError if the ranks' headers disagree on a field."""
         agreed = heads[:, AGREED_AT]
         if (agreed == agreed[self._rank]).all():
             return

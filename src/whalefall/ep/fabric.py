@@ -228,6 +228,8 @@ class Fabric:
 
     def close(self) -> None:
         """Detach; the memory is freed with its last user."""
+        if self.shared is not None:
+            self.shared.clear()
         for region in self._regions.values():
             with contextlib.suppress(BufferError):  # a caller still looks at a buffer
                 region.close()

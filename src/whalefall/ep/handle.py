@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 
+from whalefall.ep.library import pointer
 from whalefall.ep.topology import Topology
 
 __all__ = ["HEADER_FIELDS", "Handle", "Layout", "Received", "Want"]
@@ -69,74 +72,99 @@ class Handle:
         want: what was asked for.
         rank: this process.
         topology: hosts and ranks.
-        in_rank: [T, R] bool, this rank's tokens.
+        in_rank: [T, R] bool, this rank's tokens: an array, or a tensor.
         topk_idx: [T, K] int64, this rank's, per selection only.
     Attributes:
-        tokens: [R] int64, tokens of each source.
-        rows: [R, R] int64, rows from each source to each rank.
+        heads: [R, fields + R + H + E] int32, all ranks' headers.
+        num_rows: N, rows that this rank received.
+        most_tokens: of a rank.
         token: [N] int32, the source's token of each row.
         order: [N] int64, row of the j-th entry in order of (source, token, lane); per selection.
         order_token: [N] int32, its token.
-        order_start: [R + 1] int64, the first entry of each source.
-        expert_counts: [R, El] int64, selections of this rank's experts by source; None without
-            top-k.
         forward: for each source of another host that this rank serves: tokens, masks, ids.
     """
 
-    tokens: np.ndarray
-    rows: np.ndarray
+    heads: np.ndarray
+    num_rows: int
+    most_tokens: int
     token: np.ndarray
     order: np.ndarray | None
     order_token: np.ndarray
-    order_start: np.ndarray
-    expert_counts: np.ndarray | None
 
     def __init__(
-        self, want: Want, rank: int, topology: Topology, in_rank: np.ndarray,
-        topk_idx: np.ndarray | None,
-    ) -> None:  # fmt: skip
+        self, want: Want, rank: int, topology: Topology, in_rank: Any, topk_idx: np.ndarray | None
+    ) -> None:
         self.want, self.rank, self.topology = want, rank, topology
-        self.in_rank, self.topk_idx = in_rank, topk_idx
+        self.num_tokens = len(in_rank)
+        self._in_rank, self.topk_idx = in_rank, topk_idx
         self.forward: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def fill(self, heads: np.ndarray) -> None:
-        """Take the counts from all ranks' headers [R, fields + R + H + E]."""
-        R, want = self.topology.num_ranks, self.want
-        at = len(HEADER_FIELDS)
-        rows = heads[:, at : at + R].astype(np.int64)
-        per_host = heads[:, at + R : at + R + len(self.topology.hosts)]
-        self.expert_counts = None
-        if want.num_experts:
-            experts = heads[:, at + R + len(self.topology.hosts) :].reshape(R, R, -1)
-            self.expert_counts = experts[:, self.rank].astype(np.int64)
-            if want.per_selection:
-                rows = experts.sum(2, dtype=np.int64)
-        self.rows, self.tokens = rows, heads[:, 1].astype(np.int64)
-        self.order_start = np.zeros(R + 1, np.int64)
-        np.cumsum(rows[:, self.rank], out=self.order_start[1:])
-        N = int(self.order_start[-1])
+        """Take the counts from all ranks' headers."""
+        self.heads = heads
+        self.num_rows, self.most_tokens = int(self.order_start[-1]), int(self.tokens.max(initial=0))
+        self.make_lists()
+
+    def make_lists(self) -> None:
+        """Room for what comes beside the rows, whose sizes the counts fix."""
+        N, want, hosts = self.num_rows, self.want, len(self.topology.hosts)
         self.token = np.empty(0, np.int32)
         self.order = np.empty(N, np.int64) if want.per_selection else None
         self.order_token = np.empty(N, np.int32)
-        host = self.topology.host_of(self.rank)
+        host, at = self.topology.host_of(self.rank), len(HEADER_FIELDS) + self.topology.num_ranks
+        per_host = self.heads[:, at : at + hosts]
         for source in self.topology.served(self.rank):
             n = int(per_host[source, host])
             self.forward[source] = (
                 np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, want.top_k), np.int32),
             )  # fmt: skip
 
-    def first_rows(self, heads: np.ndarray) -> np.ndarray:
-        """[E] int64, per selection: the row, at its rank, of this rank's first for each expert."""
-        R = self.topology.num_ranks
-        experts = heads[:, len(HEADER_FIELDS) + R + len(self.topology.hosts) :]
-        counts = np.ascontiguousarray(experts.T).reshape(R, -1).astype(np.int64)  # [R, El·R]
-        begin = np.cumsum(counts, 1) - counts
-        return np.ascontiguousarray(begin.reshape(-1, R)[:, self.rank])
-
     @property
-    def num_rows(self) -> int:
-        """Rows that this rank received."""
-        return int(self.order_start[-1])
+    def in_rank(self) -> np.ndarray:
+        """[T, R] bool."""
+        if not isinstance(self._in_rank, np.ndarray):
+            self._in_rank = self._in_rank.numpy()
+        return cast(np.ndarray, self._in_rank)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[R] int64, tokens of each source."""
+        return self.heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
+
+    @cached_property
+    def _experts(self) -> np.ndarray:
+        R = self.topology.num_ranks
+        at = len(HEADER_FIELDS) + R + len(self.topology.hosts)
+        return self.heads[:, at:].reshape(R, R, -1)  # [source, rank, El]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """[R, R] int64, rows from each source to each rank."""
+        if self.want.per_selection:
+            return self._experts.sum(2, dtype=np.int64)
+        at = len(HEADER_FIELDS)
+        return self.heads[:, at : at + self.topology.num_ranks].astype(np.int64)
+
+    @cached_property
+    def order_start(self) -> np.ndarray:
+        """[R + 1] int64, the first entry of each source."""
+        start = np.zeros(self.topology.num_ranks + 1, np.int64)
+        np.cumsum(self.rows[:, self.rank], out=start[1:])
+        return start
+
+    @cached_property
+    def expert_counts(self) -> np.ndarray | None:
+        """[R, El] int64, selections of this rank's experts by source; None without top-k."""
+        if not self.want.num_experts:
+            return None
+        return self._experts[:, self.rank].astype(np.int64)
+
+    @cached_property
+    def addresses(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """Of order, order_token, in_rank and topk_idx; asked for once these are there."""
+        of = self.order, self.order_token, self.in_rank, self.topk_idx
+        order, order_token, in_rank, topk_idx = (pointer(a) for a in of)
+        return order, order_token, in_rank, topk_idx
 
     @property
     def num_local_experts(self) -> int:

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from whalefall import jit
 
-__all__ = ["KDEAD", "KNOMEMORY", "KNOROOM", "KSILENT", "CombineCall", "DirectCall", "DispatchCall"]
-__all__ += ["Form", "GroupView", "library"]
+__all__ = ["KDEAD", "KDISAGREE", "KNOMEMORY", "KNOROOM", "KSILENT", "Announcement", "CombineCall"]
+__all__ += ["DispatchCall", "GroupView", "library", "pointer"]
 
-KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
+KDEAD, KSILENT, KNOROOM, KNOMEMORY, KDISAGREE = 1, 1_000_001, -2_000_001, -2_000_002, -2_000_003
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -63,16 +65,15 @@ class CombineCall(ctypes.Structure):
     )
 
 
-class DirectCall(ctypes.Structure):
-    """`wf_ep::Direct`: where the rows of a dispatch go."""
+class Announcement(ctypes.Structure):
+    """`Announcement` of exchange.cpp: what a rank says before a dispatch, and what it learns."""
 
-    _fields_ = _fields(("to rows next next_order", _P))
-
-
-class Form(ctypes.Structure):
-    """`wf_ep::Form`: what a row is."""
-
-    _fields_ = _fields(("x_bytes scale_bytes top_k weights per_selection", _I64))
+    _fields_ = _fields(
+        ("per_rank per_expert", _P),
+        ("num_experts room room_at count", _I64),
+        ("heads", _P),
+        ("alignment rows bytes most_tokens fits", _I64),
+    )
 
 
 _U32 = ctypes.c_uint32
@@ -88,14 +89,14 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_is_alive": [_P, _I64],
     "wf_ep_pack": [_P, _P, _I64, _I64, _P, _I64, _P],
     "wf_ep_dispatch": [_P, _P],
-    "wf_ep_fits": [_P, _P, _I64, _P],
-    "wf_ep_room": [_I64, _P],
+    "wf_ep_room": [_P, _P, _I64],
+    "wf_ep_announce": [_P, _P, _P],
     "wf_ep_direct": [_P, _P, _P],
     "wf_ep_combine_stage": [_P, _P, _I64, _I64, _I64],
     "wf_ep_combine_await": [_P, _I64, _I64, _P],
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],
     "wf_ep_combine_forward": [_P, _P, *[_I64] * 6, _P, _P, _P],
-    "wf_ep_combine": [_P, _P, _I64, _I64, _I64, _P],
+    "wf_ep_combine": [_P, _P, _P, _I64, _I64, _I64],
     "wf_ep_cast": [_P, _I64, _I64, _I64, _I64, _P, _P],
 }
 _NOTHING = ("wf_ep_staged", "wf_ep_posted", "wf_ep_failed", "wf_ep_done", "wf_ep_cast")
@@ -110,3 +111,8 @@ def library() -> jit.Library:
         function.argtypes = arguments
         function.restype = None if name in _NOTHING else _I64
     return lib
+
+
+def pointer(array: np.ndarray | None) -> int | None:
+    """Where an array begins; None stays None."""
+    return None if array is None else int(array.__array_interface__["data"][0])

@@ -12,7 +12,7 @@ import numpy as np
 from whalefall.ep.handle import Handle, Want
 from whalefall.errors import DtypeError, ShapeError
 
-__all__ = ["Bias", "Pending", "Rows", "check_combine", "check_rows", "contiguous_rows", "pointer"]
+__all__ = ["Bias", "Pending", "Rows", "check_combine", "check_rows", "contiguous_rows"]
 
 Bias = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -75,11 +75,6 @@ class Pending:
 
 def _row_bytes(array: np.ndarray) -> int:
     return math.prod(array.shape[1:]) * array.itemsize
-
-
-def pointer(array: np.ndarray | None) -> int | None:
-    """Where an array begins; None stays None."""
-    return None if array is None else int(array.__array_interface__["data"][0])
 
 
 def contiguous_rows(x: np.ndarray) -> np.ndarray:

@@ -9,32 +9,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
 from whalefall import comm
+from whalefall.ep.arena import Part, Recent
 from whalefall.errors import LimitError
 
-__all__ = ["Part", "SharedArena"]
+__all__ = ["SharedArena"]
 
 STEP = 1 << 16  # parts are multiples of it
 MAX_IDLE_BYTES = 1 << 30  # more unused memory at the end goes back to the host
-
-
-@dataclass
-class Part:
-    """A piece of the arena.
-
-    Attributes:
-        offset: where it begins, in bytes.
-        nbytes: its size.
-        memory: [nbytes] uint8; as long as a view of it lives, nobody else gets the piece.
-    """
-
-    offset: int
-    nbytes: int
-    memory: np.ndarray
 
 
 class SharedArena:
@@ -50,6 +35,7 @@ class SharedArena:
         self._region, self._first, self.nbytes = region, offset, nbytes
         self._base = np.frombuffer(region.view, np.uint8, nbytes, offset).ctypes.data
         self._holes = [(0, nbytes)]  # by offset, never touching each other
+        self._recent = Recent()
         self._reserved = 0  # below this the host's memory is ours
         self._lock = threading.Lock()
         # A finalizer may run anywhere, also inside `take`: it only notes what came back.
@@ -59,16 +45,22 @@ class SharedArena:
         """A piece of at least so many bytes; None where neither space nor memory is left."""
         nbytes = -(-max(nbytes, 1) // STEP) * STEP
         with self._lock:
+            if part := self._recent.take(nbytes):
+                return part
             self._gather()
             i = next((i for i, (_, room) in enumerate(self._holes) if room >= nbytes), None)
             if i is None or not self._reserve(self._holes[i][0] + nbytes):
                 return None
             offset, room = self._holes[i]
             self._holes[i : i + 1] = [(offset + nbytes, room - nbytes)] if room > nbytes else []
-        memory = np.frombuffer(self._region.view, np.uint8, nbytes, self._first + offset)
-        part = Part(offset, nbytes, memory)
-        weakref.finalize(memory, self._returned.append, (offset, nbytes)).atexit = False
-        return part
+            memory = np.frombuffer(self._region.view, np.uint8, nbytes, self._first + offset)
+            weakref.finalize(memory, self._returned.append, (offset, nbytes)).atexit = False
+            return self._recent.add(Part(offset, nbytes, memory))
+
+    def clear(self) -> None:
+        """Let go of pieces that nobody uses; the region can be closed then."""
+        with self._lock:
+            self._recent.clear()
 
     def find(self, address: int, nbytes: int) -> int:
         """The offset of memory at this address, −1 if it is not all in here."""

@@ -6,15 +6,22 @@
 // all who want it. Behind the rows of x lie scales, then what is small and is copied out at the
 // end: ids, weights, tokens, order.
 #pragma once
+#include <vector>
+
+#include "counts.h"
 #include "dispatch.h"
 
 namespace wf_ep {
 
+constexpr int64_t kStep = 1 << 16;  // pieces are multiples of it
+
+// Where this rank's rows go.
 struct Direct {
-  uint8_t* const* to;   // [R] each receiver's piece, as this process sees it
-  const int64_t* rows;  // [R] rows that it receives
-  int64_t* next;        // [R] next row from here; per selection [E], of each expert
-  int64_t* next_order;  // [R] per selection: next place in order of (source, token, lane)
+  uint8_t* to[kMaxRanks];         // each receiver's piece, as this process sees it
+  int64_t rows[kMaxRanks];        // that it receives
+  int64_t next[kMaxRanks];        // row from here
+  int64_t next_order[kMaxRanks];  // per selection: place in order of (source, token, lane)
+  std::vector<int64_t> next_of;   // [E] per selection: row of each expert at its rank
 };
 
 struct Form {  // of a row
@@ -41,6 +48,33 @@ inline Sections sections_of(const Form& f, int64_t rows) {
 inline Form form_of(const Dispatch& d) {
   return {d.x_bytes, d.scale_bytes, d.topk_idx ? d.top_k : 0, d.topk_weights != nullptr,
           d.per_selection};
+}
+
+// Whether each rank's piece has room for what comes to it.
+inline bool all_fit(const Group& g, const Dispatch& d, const Heads& heads) {
+  for (int r = 0; r < g.num_ranks; r++)
+    if (sections_of(form_of(d), heads.rows_to(r)).bytes > heads.of(r)[kRoom] * kStep) return false;
+  return true;
+}
+
+inline void aim(const Group& g, const Heads& heads, bool per_selection, Direct& to) {
+  for (int r = 0; r < g.num_ranks; r++) {
+    to.to[r] = g.shared[r] + heads.of(r)[kRoomAt] * kStep;
+    to.rows[r] = heads.rows_to(r);
+    to.next[r] = 0;
+    for (int s = 0; s < g.rank; s++) to.next[r] += heads.rows(s, r);
+    to.next_order[r] = to.next[r];
+  }
+  if (!per_selection) return;
+  int64_t each = heads.num_experts / g.num_ranks;
+  to.next_of.resize(heads.num_experts);
+  for (int64_t e = 0, at = 0; e < heads.num_experts; e++) {
+    if (e % each == 0) at = 0;
+    for (int s = 0; s < g.num_ranks; s++) {
+      if (s == g.rank) to.next_of[e] = at;
+      at += heads.experts(s)[e];
+    }
+  }
 }
 
 template <class T>
@@ -85,14 +119,14 @@ inline void take_row(const Dispatch& d, const Direct& to, const Sections& s, int
 
 // Token t for rank r, a row a selection. False where the counts were not true: nothing is written
 // past a piece.
-inline bool take_selections(const Dispatch& d, const Direct& to, const Sections& s, int r,
+inline bool take_selections(const Dispatch& d, Direct& to, const Sections& s, int r,
                             int64_t t, Places& places) {
   uint8_t* piece = to.to[r];
   int64_t first = r * d.experts_per_rank;
   for (int64_t k = 0; k < d.top_k; k++) {
     int64_t e = d.topk_idx[t * d.top_k + k];
     if (e < first || e >= first + d.experts_per_rank) continue;
-    int64_t at = to.next[e]++, j = to.next_order[r]++;
+    int64_t at = to.next_of[e]++, j = to.next_order[r]++;
     if (at >= to.rows[r] || j >= to.rows[r] || places.n == 256) return false;
     take_row(d, to, s, r, at, t, places);
     at_section<int64_t>(piece, s.order)[j] = at;
@@ -103,7 +137,7 @@ inline bool take_selections(const Dispatch& d, const Direct& to, const Sections&
 }
 
 // The same, one row.
-inline bool take_token(const Dispatch& d, const Direct& to, const Sections& s, int r, int64_t t,
+inline bool take_token(const Dispatch& d, Direct& to, const Sections& s, int r, int64_t t,
                        Places& places) {
   uint8_t* piece = to.to[r];
   int64_t first = r * d.experts_per_rank, at = to.next[r]++;
@@ -121,7 +155,7 @@ inline bool take_token(const Dispatch& d, const Direct& to, const Sections& s, i
 }
 
 // Write all tokens to ranks [first, last).
-inline bool write_to(const Group& g, const Dispatch& d, const Direct& to, int first, int last) {
+inline bool write_to(const Group& g, const Dispatch& d, Direct& to, int first, int last) {
   Sections s[kMaxRanks];
   for (int r = first; r < last; r++) s[r] = sections_of(form_of(d), to.rows[r]);
   bool fits = true;
@@ -137,7 +171,7 @@ inline bool write_to(const Group& g, const Dispatch& d, const Direct& to, int fi
   return fits;
 }
 
-inline bool write_all(const Group& g, const Dispatch& d, const Direct& to) {
+inline bool write_all(const Group& g, const Dispatch& d, Direct& to) {
   if (d.threads <= 1) return write_to(g, d, to, 0, g.num_ranks);
   std::atomic<bool> fits{true};  // a receiver each
   wf::parallel_for(g.num_ranks, [&](int64_t r, int) {

@@ -154,27 +154,77 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
   return 0;
 }
 
-// Whether each of `ranks` pieces has room for its rows.
-WF_EXPORT int64_t wf_ep_fits(const int64_t* rows, const int64_t* room, int64_t ranks,
-                             const Form* form) {
-  for (int64_t r = 0; r < ranks; r++)
-    if (sections_of(*form, rows[r]).bytes > room[r]) return 0;
-  return 1;
+// Bytes of a piece for so many rows as `counts` [n] add up to.
+WF_EXPORT int64_t wf_ep_room(const Dispatch* dispatch, const int32_t* counts, int64_t n) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < n; i++) rows += counts[i];
+  return sections_of(form_of(*dispatch), rows).bytes;
 }
 
-WF_EXPORT int64_t wf_ep_room(int64_t rows, const Form* form) {
-  return sections_of(*form, rows).bytes;
+// What a rank says before a dispatch within one host, and what it learns from the others.
+struct Announcement {
+  const int32_t *per_rank, *per_expert;  // [R], [E]
+  int64_t num_experts, room, room_at, count;
+  int32_t* heads;  // [R, length], filled; behind them rows of each local expert [El], rounded up
+  int64_t alignment;
+  int64_t rows, bytes, most_tokens, fits;  // told: rows that come, bytes of a piece for them
+};
+
+static Heads heads_of(const Group& g, const Dispatch& d, const Announcement& a) {
+  return {a.heads, g.num_ranks, a.num_experts, d.per_selection};
 }
 
-// A whole dispatch, straight into the receivers' pieces.
-WF_EXPORT int64_t wf_ep_direct(const Group* group, const Dispatch* dispatch, const Direct* direct) {
+// Say how many rows go where and which memory is free for what comes, and learn it of all others.
+WF_EXPORT int64_t wf_ep_announce(const Group* group, const Dispatch* dispatch, Announcement* a) {
+  const Group& g = *group;
+  const Dispatch& d = *dispatch;
+  Heads heads = heads_of(g, d, *a);
+  int32_t fields[kFields] = {1};
+  fields[kTokens] = static_cast<int32_t>(d.tokens);
+  fields[kXBytes] = static_cast<int32_t>(d.x_bytes);
+  fields[kScaleBytes] = static_cast<int32_t>(d.scale_bytes);
+  fields[kTopK] = static_cast<int32_t>(d.top_k);
+  fields[kFlags] = static_cast<int32_t>(d.per_selection | (d.topk_weights ? 2 : 0));
+  fields[kExperts] = static_cast<int32_t>(a->num_experts);
+  fields[kRoom] = static_cast<int32_t>(a->room);
+  fields[kRoomAt] = static_cast<int32_t>(a->room_at);
+  auto count = static_cast<uint32_t>(a->count);
+  auto* mine =
+      reinterpret_cast<int32_t*>(g.mailbox[g.rank] + (count % g.mailboxes) * g.mailbox_bytes);
+  memcpy(mine, fields, sizeof fields);
+  memcpy(mine + kFields, a->per_rank, 4 * g.num_ranks);
+  mine[kFields + g.num_ranks] = 0;  // of the one host nobody asks
+  memcpy(mine + kFields + g.num_ranks + 1, a->per_expert, 4 * a->num_experts);
+  advance(g.stream[g.rank]->posted, count + 1);
+  int64_t status = wf_ep_collect(group, count, a->heads, 4 * heads.length());
+  if (status < 0) return status;
+  if (!all_agree(g, heads)) return kDisagree;
+  a->rows = heads.rows_to(g.rank);
+  a->bytes = sections_of(form_of(d), a->rows).bytes;
+  a->most_tokens = heads.most_tokens();
+  a->fits = all_fit(g, d, heads);
+  int64_t each = a->num_experts / g.num_ranks;
+  int32_t* here = a->heads + g.num_ranks * heads.length();
+  for (int64_t e = 0; e < each; e++) {
+    int64_t n = 0;
+    for (int s = 0; s < g.num_ranks; s++) n += heads.experts(s)[g.rank * each + e];
+    here[e] = static_cast<int32_t>(up(n, a->alignment));
+  }
+  return 0;
+}
+
+// The rest of a dispatch, straight into the receivers' pieces.
+WF_EXPORT int64_t wf_ep_direct(const Group* group, const Dispatch* dispatch,
+                               const Announcement* a) {
   const Group& g = *group;
   uint32_t tick = static_cast<uint32_t>(dispatch->base);
-  if (!write_all(g, *dispatch, *direct)) return kNoRoom;
+  static thread_local Direct to;
+  aim(g, heads_of(g, *dispatch, *a), dispatch->per_selection, to);
+  if (!write_all(g, *dispatch, to)) return kNoRoom;
   advance(g.stream[g.rank]->staged, tick + 1);
   for (int s = 0; s < g.num_ranks; s++)
     if (int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1)) return status;
-  take_out(g, *dispatch, *direct);
+  take_out(g, *dispatch, to);
   advance(g.control[g.local]->pulled, tick + 1);
   return 0;
 }
@@ -233,22 +283,29 @@ WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combi
                        mask, idx, out);
 }
 
-// All ticks of a combine within one host.
-WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, int64_t ticks,
-                                int64_t max_entries, int64_t stride, int64_t* own) {
-  const Combine& c = *combine;
-  int64_t staged = 0;
+// All ticks of a combine within one host; `heads` are those of its dispatch.
+WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, const int32_t* heads,
+                                int64_t num_experts, int64_t ticks, int64_t max_entries) {
+  const Group& g = *group;
+  Combine c = *combine;
+  Heads counts = {heads, g.num_ranks, num_experts, c.per_selection};
+  int64_t start[kMaxRanks + 1] = {0}, cursor[kMaxRanks], staged = 0;
+  for (int s = 0; s < g.num_ranks; s++) start[s + 1] = start[s] + counts.rows(s, g.rank);
+  memcpy(cursor, start, sizeof cursor);
+  c.order_start = start;
+  c.cursor = cursor;
+  int64_t own = start[g.rank];
   for (int64_t i = 0; i < ticks; i++) {
     // One tick ahead, so that no rank waits for what its neighbours are staging now.
     int64_t status = 0;
-    for (; !status && staged < ticks && staged < i + group->slots; staged++)
-      status = wf_ep_combine_stage(group, combine, staged, max_entries, stride);
+    for (; !status && staged < ticks && staged < i + g.slots; staged++)
+      status = wf_ep_combine_stage(group, &c, staged, max_entries, 0);
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
-    if (!status) status = wf_ep_combine_sum(group, combine, i, max_entries, stride, own);
+    if (!status) status = wf_ep_combine_sum(group, &c, i, max_entries, 0, &own);
     if (status) return status;
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));
   }
-  return c.shared_at < 0 ? 0 : await_readers(*group, static_cast<uint32_t>(c.base + ticks - 1));
+  return c.shared_at < 0 ? 0 : await_readers(g, static_cast<uint32_t>(c.base + ticks - 1));
 }
 
 // bf16 rows to FP8 rows [T, hidden] and scales [T, hidden / 128].

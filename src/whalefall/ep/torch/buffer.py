@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.handle import Handle, Layout, Want
 from whalefall.ep.rows import Rows
+from whalefall.ep.torch import direct
 from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
 from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of
 from whalefall.ep.torch.given import sent as given_rows
@@ -211,10 +213,33 @@ class Buffer(LowLatency):
             too small; RankFailure.
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
-        sent, dtypes = given_rows(x, topk_idx, topk_weights)
         exchange = self.runtime.normal
         exchange.num_threads = Buffer._threads
         self._await_announced()
+        counts_given = not (
+            is_token_in_rank is None or num_tokens_per_expert is None or num_tokens_per_rank is None
+        )
+        announced = None
+        if handle is None and not num_worst_tokens and counts_given:
+            values, scale = x if isinstance(x, tuple) else (x, None)
+            given = direct.Given(
+                values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert,
+                topk_idx, topk_weights,
+            )  # fmt: skip
+            announced = direct.announce(self.runtime, given, expert_alignment)
+            if announced is not None and announced.piece is not None:
+                values, scale, idx, weights, call = direct.receive(exchange, announced, given)
+                event = self._run(call, previous_event, async_finish)
+                made = DispatchHandle.of(partial(_known, announced.handle), 1)
+                return (
+                    values if given.scale is None else (values, scale),
+                    idx,
+                    weights,
+                    announced.per_expert.tolist(),
+                    made,
+                    event,
+                )
+        sent, dtypes = given_rows(x, topk_idx, topk_weights)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ConfigError(
@@ -228,7 +253,7 @@ class Buffer(LowLatency):
             pending = exchange.dispatch(sent, layout_of(native), Want(0, 0), native)
             event = self._run(pending.run, previous_event, async_finish)
             return as_given(pending.result, dtypes, x), None, None, None, None, event
-        if is_token_in_rank is None or num_tokens_per_expert is None or num_tokens_per_rank is None:
+        if not counts_given:
             raise ConfigError(
                 "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
                 "are needed without a handle; get_dispatch_layout gives them"
@@ -241,7 +266,11 @@ class Buffer(LowLatency):
             return self._dispatch_worst(
                 sent, layout, want, num_worst_tokens, dtypes, x, previous_event, async_finish
             )
-        pending = exchange.dispatch(sent, layout, want)
+        native = None
+        if announced is not None:  # somebody's memory was too small for the way without slots
+            native = announced.handle
+            native.make_lists()
+        pending = exchange.dispatch(sent, layout, want, native)
         received = pending.result
         event = self._run(pending.run, previous_event, async_finish)
         counts = -(-received.per_expert // expert_alignment) * expert_alignment
@@ -307,6 +336,10 @@ class Buffer(LowLatency):
         self._before(previous_event, async_finish, allocate_on_comm_stream)
         self._await_announced()
         native: Handle = handle.native  # type: ignore[attr-defined]
+        self.runtime.normal.num_threads = Buffer._threads
+        whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
+        if whole is not None:
+            return (*whole[:2], self._run(whole[2], previous_event, async_finish))
         given = bf16(x, "x")
         if given.ndim != 2 or len(given) < native.num_rows:
             raise ShapeError(
@@ -321,7 +354,6 @@ class Buffer(LowLatency):
             weights = array(topk_weights, torch.float32, "topk_weights")
             out_weights = np.empty((T, weights.shape[1]), np.float32)
         out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
-        self.runtime.normal.num_threads = Buffer._threads
         pending = self.runtime.normal.combine(
             given, native, out, row_weights=weights, out_weights=out_weights,
             bias=(biases[0], biases[1] if len(biases) > 1 else None),
@@ -384,3 +416,7 @@ class Buffer(LowLatency):
         self.runtime.worker.drain()
         after_previous()
         return EventOverlap()
+
+
+def _known(handle: Handle) -> Handle:
+    return handle

@@ -1,0 +1,125 @@
+"""Ep room: dispatch within one host, straight into the receivers' memory: two native calls.
+
+The first says how many rows go where and offers a piece of shared memory for what comes; it learns
+the same of all others. The second writes every row where its receiver will read it. What lies
+between, and so is paid for by every rank and every call, is kept short: addresses and sizes go in,
+and the caller makes its results, arrays or tensors, over the piece.
+
+# T tokens, R ranks, E experts, El experts of this rank, K top-k, N rows received
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from whalefall import trace
+from whalefall.ep.arena import Part
+from whalefall.ep.combining import BIG_BYTES, Combining
+from whalefall.ep.handle import HEADER_FIELDS, Handle
+from whalefall.ep.library import KDISAGREE, Announcement, DispatchCall, pointer
+from whalefall.ep.shared import STEP
+
+__all__ = ["Announced", "Direct"]
+
+MARGIN = 1.25  # memory offered, over what the rank's own tokens need elsewhere
+
+
+@dataclass(slots=True)
+class Announced:
+    """A dispatch whose counts are known.
+
+    Attributes:
+        call: its native arguments.
+        said: what this rank said and learnt.
+        handle: for the way back.
+        piece: where x (then scales, from the next 64 bytes) will be; None: somebody's piece is too
+            small, and rows go through slots.
+        per_expert: [El] int32, rows of each local expert, rounded up to the alignment.
+    """
+
+    call: DispatchCall
+    said: Announcement
+    handle: Handle
+    piece: Part | None
+    per_expert: np.ndarray
+
+
+class Direct(Combining):
+    """The dispatch of a fabric within one host; arguments as of `Combining`."""
+
+    _needed = 0  # bytes that recent dispatches brought
+
+    def announce(
+        self,
+        call: DispatchCall,
+        handle: Handle,
+        per_rank: int | None,
+        per_expert: int | None,
+        alignment: int = 1,
+    ) -> Announced:
+        """Tell all ranks what this one will send, and learn it of all; collective.
+
+        Args:
+            call: with its first twelve fields (what is sent) and `per_selection` set.
+            handle: filled.
+            per_rank: address of [R] int32, tokens for each rank.
+            per_expert: address of [E] int32, selections of each expert.
+            alignment: the returned counts are rounded up to its multiples.
+        Raises: ShapeError if the ranks disagree; RankFailure.
+        """
+        R, E, at = self.size, handle.want.num_experts, ctypes.addressof(call)
+        counts, n = (per_expert, E) if call.per_selection else (per_rank, R)
+        assert self.fabric.shared is not None
+        # How much will come nobody knows yet; probably as much as goes, or as came before.
+        sent = self.lib.wf_ep_room(at, counts, n)
+        piece = self.fabric.shared.take(max(int(sent * MARGIN), self._needed))
+        room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
+        length = len(HEADER_FIELDS) + R + 1 + E
+        told = np.empty(R * length + E // R, np.int32)
+        said = Announcement(
+            per_rank, per_expert, E, room // STEP, room_at // STEP, self.counts.next_number(),
+            pointer(told), alignment,
+        )  # fmt: skip
+        status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
+        handle.heads = told[: R * length].reshape(R, length)
+        if status == KDISAGREE:
+            self.counts.check_agreement(handle.heads)
+        self.fabric.check(status, "counts")
+        handle.num_rows, handle.most_tokens = said.rows, said.most_tokens
+        self._needed = max(int(said.bytes * 1.1), self._needed * 7 // 8)
+        return Announced(call, said, handle, piece if said.fits else None, told[R * length :])
+
+    def write(self, announced: Announced, *keep: Any) -> Callable[[], None]:
+        """The data phase of a dispatch whose `call` points to the results.
+
+        Args:
+            keep: what must live until it has run.
+        """
+        call, handle, N = announced.call, announced.handle, announced.handle.num_rows
+        handle.token = handle.order_token = token = np.empty(N, np.int32)
+        handle.order = None
+        call.recv_token = pointer(token)
+        if call.per_selection:
+            handle.order, handle.order_token = np.empty(N, np.int64), np.empty(N, np.int32)
+            call.order, call.order_token = pointer(handle.order), pointer(handle.order_token)
+        nbytes = N * call.x_bytes
+        call.base, call.big, call.threads = (
+            self._take_ticks(1),
+            nbytes > BIG_BYTES,
+            self.threads(nbytes),
+        )
+        return partial(self._write, announced, keep)
+
+    def _write(self, announced: Announced, _: tuple[Any, ...]) -> None:
+        call = announced.call
+        with trace.span("ep.dispatch", "communication", tokens=call.tokens):
+            status = self.lib.wf_ep_direct(
+                self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(announced.said)
+            )
+            self.fabric.check(status, "dispatch")

@@ -1,0 +1,63 @@
+// Headers: what each rank tells all others before its rows go, and what follows from all of them.
+//
+// A header is kFields int32, then per_rank [R] (tokens for each rank), per_host [H], per_expert [E].
+#pragma once
+#include "wire.h"
+
+namespace wf_ep {
+
+enum Field {  // HEADER_FIELDS of handle.py
+  kKind,
+  kTokens,
+  kXBytes,
+  kScaleBytes,
+  kTopK,
+  kFlags,
+  kExperts,
+  kExtra,
+  kRoom,
+  kRoomAt,
+  kFields
+};
+constexpr int kAgreed[] = {kKind, kXBytes, kScaleBytes, kTopK, kFlags, kExperts, kExtra};
+constexpr int64_t kDisagree = -2'000'003;
+
+// All ranks' headers within one host.
+struct Heads {
+  const int32_t* heads;  // [R, length]
+  int64_t ranks, num_experts, per_selection;
+
+  int64_t length() const { return kFields + ranks + 1 + num_experts; }
+  const int32_t* of(int rank) const { return heads + rank * length(); }
+  const int32_t* experts(int rank) const { return of(rank) + kFields + ranks + 1; }
+
+  // Rows from s to r.
+  int64_t rows(int s, int r) const {
+    if (!per_selection) return of(s)[kFields + r];
+    int64_t n = 0, each = num_experts / ranks;
+    for (int64_t e = r * each; e < (r + 1) * each; e++) n += experts(s)[e];
+    return n;
+  }
+
+  int64_t rows_to(int r) const {
+    int64_t n = 0;
+    for (int s = 0; s < ranks; s++) n += rows(s, r);
+    return n;
+  }
+
+  int64_t most_tokens() const {
+    int64_t most = 0;
+    for (int s = 0; s < ranks; s++) most = of(s)[kTokens] > most ? of(s)[kTokens] : most;
+    return most;
+  }
+};
+
+// Whether every rank calls the same collective with the same sizes as this one.
+inline bool all_agree(const Group& g, const Heads& heads) {
+  for (int s = 0; s < g.num_ranks; s++)
+    for (int field : kAgreed)
+      if (heads.of(s)[field] != heads.of(g.rank)[field]) return false;
+  return true;
+}
+
+}  // namespace wf_ep
