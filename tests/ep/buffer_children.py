@@ -104,6 +104,41 @@ def check_a_handle_repeats_its_layout(buffer: ep.Buffer) -> None:
     assert torch.equal(back, (x.float() * 2 * times).to(BF16))
 
 
+def check_a_handle_repeats_where_one_rank_has_no_memory_to_offer(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    shared = buffer.runtime.normal.fabric.shared
+    if shared is not None and buffer.rank == 0:
+        shared.take = lambda nbytes: None
+    try:
+        got, *_ = buffer.dispatch(x * 4, handle=handle)
+        again, _, _, counts, _, _ = dispatch(buffer, x, idx, weights)
+    finally:
+        if shared is not None and buffer.rank == 0:
+            del shared.take
+    assert torch.equal(got, wanted_x(buffer) * 4)
+    assert torch.equal(again, wanted_x(buffer)) and len(counts) == E // buffer.group_size
+
+
+def check_more_repeats_under_way_than_there_are_mailboxes(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    calls = [buffer.dispatch(x * i, handle=handle, async_finish=True) for i in range(1, 30)]
+    for i, (got, *_, event) in enumerate(calls, 1):
+        event.current_stream_wait()
+        assert torch.equal(got, wanted_x(buffer) * i)
+
+
+def check_ranks_that_disagree_on_a_repeat_all_say_so(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    *_, handle, _ = dispatch(buffer, x, idx, weights)
+    if buffer.runtime.normal.is_direct:
+        with pytest.raises(ShapeError, match="x_bytes"):
+            buffer.dispatch(x[:, : H // 2] if buffer.rank else x, handle=handle)
+    got, *_ = buffer.dispatch(x, handle=handle)
+    assert torch.equal(got, wanted_x(buffer))
+
+
 def check_worst_case_rows_are_not_waited_for(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     worst, n = M * buffer.group_size, len(arriving(buffer.rank, buffer.group_size))
@@ -127,6 +162,9 @@ def check_fp8_rows_bring_their_scales(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     scales = torch.rand(H // 128, len(x)).t()  # not contiguous
     (got, got_scales), *_ = dispatch(buffer, (x.to(FP8), scales), idx, weights)
+    (same, same_scales), *_ = dispatch(buffer, (x.to(FP8), scales.contiguous()), idx, weights)
+    assert torch.equal(same.view(torch.uint8), got.view(torch.uint8))
+    assert torch.equal(same_scales, got_scales)
     assert torch.equal(got.view(torch.uint8), wanted_x(buffer).to(FP8).view(torch.uint8))
     all_scales = [None] * buffer.group_size
     dist.all_gather_object(all_scales, scales, group=buffer.group)
@@ -413,6 +451,12 @@ def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
         )
     with pytest.raises(ConfigError, match="get_dispatch_layout gives them"):
         buffer.dispatch(x)
+    with pytest.raises(ConfigError, match="expert_alignment is 0, wanted 1 or more"):
+        dispatch(buffer, x, idx, weights, expert_alignment=0)
+    with pytest.raises(ShapeError, match=r"topk_idx \(4, 4\), topk_weights \(4,\)"):
+        dispatch(buffer, x, idx, weights[:, 0])
+    with pytest.raises(ShapeError, match="topk_idx has 3 tokens, x has 4"):
+        dispatch(buffer, x, idx[:3], weights[:3])
     with pytest.raises(ConfigError, match="without explicitly_destroy"):
         ep.Buffer.destroy(type("B", (), {"explicitly_destroy": False})())
     with pytest.raises(ConfigError, match="multiple of 128"):

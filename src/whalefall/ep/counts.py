@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+
 import numpy as np
 
-from whalefall.ep.fabric import Fabric
+from whalefall.ep.fabric import MAILBOXES, Fabric
 from whalefall.ep.handle import HEADER_FIELDS, Layout
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
@@ -28,6 +31,7 @@ class Counts:
         self._fabric, self._links, self._lib = fabric, links, library()
         self._rank, self._size = fabric.rank, fabric.topology.num_ranks
         self._next = 0
+        self._late: deque[tuple[int, threading.Event]] = deque()
 
     def post(self, fields: dict[str, int], layout: Layout) -> tuple[int, int]:
         """Tell all ranks this rank's counts; returns the header's number and length.
@@ -47,9 +51,20 @@ class Counts:
         return count, len(mine)
 
     def next_number(self) -> int:
-        """The number of the next header."""
+        """The number of the next header, once its mailbox is free."""
+        while self._late and self._late[0][0] <= self._next - MAILBOXES:
+            self._late.popleft()[1].wait(self._fabric.plan.timeout_s)
         count, self._next = self._next, self._next + 1
         return count
+
+    def collected_later(self, count: int) -> threading.Event:
+        """Say that a header will be collected in a data phase; to be set when that has ended.
+
+        Its tick ends only after all ranks have collected the header.
+        """
+        done = threading.Event()
+        self._late.append((count, done))
+        return done
 
     def collect(self, posted: tuple[int, int]) -> np.ndarray:
         """Every rank's header: [R, fields + R + H + E] int32; a masked rank's is zeros.

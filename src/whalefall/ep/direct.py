@@ -84,7 +84,7 @@ class Direct(Combining):
         told = np.empty(R * length + E // R, np.int32)
         said = Announcement(
             per_rank, per_expert, E, room // STEP, room_at // STEP, self.counts.next_number(),
-            pointer(told), alignment,
+            pointer(told), None, alignment,
         )  # fmt: skip
         status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
         handle.heads = told[: R * length].reshape(R, length)

@@ -21,9 +21,10 @@ from whalefall import trace
 from whalefall.ep.arena import Part
 from whalefall.ep.combining import BIG_BYTES
 from whalefall.ep.direct import Announced, Direct
-from whalefall.ep.handle import Handle, Layout, Received, Want
-from whalefall.ep.library import DispatchCall, pointer
+from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
+from whalefall.ep.library import KDISAGREE, Announcement, DispatchCall, pointer
 from whalefall.ep.rows import Pending, Rows
+from whalefall.ep.shared import STEP
 from whalefall.errors import LimitError
 
 __all__ = ["Exchange"]
@@ -42,7 +43,7 @@ class Exchange(Direct):
             rows: what to send.
             layout: counts of this batch.
             want: the form.
-            handle: whose counts hold: of an earlier dispatch, or announced but not moved yet.
+            handle: of an earlier dispatch, whose counts hold again; none are announced then.
             into: arrays to fill, with room for `max_rows` rows (the same number on all ranks).
             max_rows: see `into`.
         Returns: the pending data phase; its result is a `Received`.
@@ -62,7 +63,9 @@ class Exchange(Direct):
             else:
                 posted = self.counts.post(rows.fields(want, max_rows), layout)
                 handle.fill(self.counts.collect(posted))
-        return self._through_slots(rows, layout, want, handle, into, max_rows)
+        elif self.is_direct:
+            return self._again(rows, layout, want, handle)
+        return self.through_slots(rows, layout, want, handle, into, max_rows)
 
     def _direct(self, rows: Rows, layout: Layout, announced: Announced, piece: Part) -> Pending:
         handle, call = announced.handle, announced.call
@@ -76,10 +79,49 @@ class Exchange(Direct):
         run = self.write(announced, rows, layout, received)
         return Pending(run, _nothing, run, received)
 
-    def _through_slots(
-        self, rows: Rows, layout: Layout, want: Want, handle: Handle, into: Received | None,
-        max_rows: int,
+    def _again(self, rows: Rows, layout: Layout, want: Want, handle: Handle) -> Pending:
+        """A dispatch whose counts are known, so that exactly what is needed can be offered.
+
+        The others' offers are learnt in the data phase: the call itself waits for nobody.
+        """
+        call = _sent(rows, layout, want, self.size)
+        shared = self.fabric.shared
+        assert shared is not None
+        coming = np.array([handle.num_rows], np.int32)
+        piece = shared.take(self.lib.wf_ep_room(ctypes.addressof(call), pointer(coming), 1))
+        received = self.allocate(rows, want, handle.num_rows, piece)
+        call, keep = self._slots_call(rows, layout, want, handle, received)
+        offers = np.empty((self.size, len(HEADER_FIELDS)), np.int32)
+        room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
+        said = Announcement(
+            None, None, handle.want.num_experts, room // STEP, room_at // STEP,
+            self.counts.next_number(), pointer(handle.heads), pointer(offers),
+        )  # fmt: skip
+        done = self.counts.collected_later(said.count)
+        self.lib.wf_ep_offer(self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(said))
+
+        def run() -> None:
+            try:
+                with trace.span("ep.dispatch", "communication", tokens=call.tokens):
+                    status = self.lib.wf_ep_again(
+                        self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(said)
+                    )
+                    if status == KDISAGREE:
+                        self.counts.check_agreement(offers)
+                    self.fabric.check(status, "dispatch")
+                if status:
+                    self._phase(call, keep, True, True)
+            finally:
+                done.set()
+            keep.clear()
+
+        return Pending(run, _nothing, run, received)
+
+    def through_slots(
+        self, rows: Rows, layout: Layout, want: Want, handle: Handle,
+        into: Received | None = None, max_rows: int = 0,
     ) -> Pending:  # fmt: skip
+        """The data phase of a dispatch whose counts are known; arguments as of `dispatch`."""
         most = int(handle.rows.sum(0).max(initial=0))
         if max_rows and most > max_rows:
             raise LimitError(
@@ -87,6 +129,16 @@ class Exchange(Direct):
                 "(num_worst_tokens)"
             )
         received = into or self.allocate(rows, want, handle.num_rows)
+        call, keep = self._slots_call(rows, layout, want, handle, received)
+        return Pending(
+            partial(self._phase, call, keep, True, False),
+            partial(self._phase, call, keep, False, True),
+            partial(self._phase, call, keep, True, True), received,
+        )  # fmt: skip
+
+    def _slots_call(
+        self, rows: Rows, layout: Layout, want: Want, handle: Handle, received: Received
+    ) -> tuple[DispatchCall, list[Any]]:
         received.handle = handle
         if handle.expert_counts is not None:
             received.per_expert = handle.expert_counts.sum(0)
@@ -94,11 +146,7 @@ class Exchange(Direct):
         ticks = -(-handle.most_tokens // block)
         call, keep = self._call(rows, layout, want, received, block, self._take_ticks(ticks), ticks)
         self._fill_call(call, keep, handle, len(received.x))
-        return Pending(
-            partial(self._phase, call, keep, True, False),
-            partial(self._phase, call, keep, False, True),
-            partial(self._phase, call, keep, True, True), received,
-        )  # fmt: skip
+        return call, keep
 
     # ---- the low-latency form
 

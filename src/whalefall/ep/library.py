@@ -71,7 +71,7 @@ class Announcement(ctypes.Structure):
     _fields_ = _fields(
         ("per_rank per_expert", _P),
         ("num_experts room room_at count", _I64),
-        ("heads", _P),
+        ("heads offers", _P),
         ("alignment rows bytes most_tokens fits", _I64),
     )
 
@@ -92,6 +92,8 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_room": [_P, _P, _I64],
     "wf_ep_announce": [_P, _P, _P],
     "wf_ep_direct": [_P, _P, _P],
+    "wf_ep_offer": [_P, _P, _P],
+    "wf_ep_again": [_P, _P, _P],
     "wf_ep_combine_stage": [_P, _P, _I64, _I64, _I64],
     "wf_ep_combine_await": [_P, _I64, _I64, _P],
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],

@@ -1,6 +1,7 @@
 // Headers: what each rank tells all others before its rows go, and what follows from all of them.
 //
-// A header is kFields int32, then per_rank [R] (tokens for each rank), per_host [H], per_expert [E].
+// A header is kFields int32, then per_rank [R] (tokens for each rank), per_host [H], per_expert
+// [E].
 #pragma once
 #include "wire.h"
 
@@ -52,11 +53,18 @@ struct Heads {
   }
 };
 
+// The first fields of all ranks' headers, which lie `stride` apart.
+struct Fields {
+  const int32_t* first;
+  int64_t stride;
+  const int32_t* of(int rank) const { return first + rank * stride; }
+};
+
 // Whether every rank calls the same collective with the same sizes as this one.
-inline bool all_agree(const Group& g, const Heads& heads) {
+inline bool all_agree(const Group& g, const Fields& fields) {
   for (int s = 0; s < g.num_ranks; s++)
     for (int field : kAgreed)
-      if (heads.of(s)[field] != heads.of(g.rank)[field]) return false;
+      if (fields.of(s)[field] != fields.of(g.rank)[field]) return false;
   return true;
 }
 

@@ -51,21 +51,21 @@ inline Form form_of(const Dispatch& d) {
 }
 
 // Whether each rank's piece has room for what comes to it.
-inline bool all_fit(const Group& g, const Dispatch& d, const Heads& heads) {
+inline bool all_fit(const Group& g, const Dispatch& d, const Heads& heads, const Fields& offers) {
   for (int r = 0; r < g.num_ranks; r++)
-    if (sections_of(form_of(d), heads.rows_to(r)).bytes > heads.of(r)[kRoom] * kStep) return false;
+    if (sections_of(form_of(d), heads.rows_to(r)).bytes > offers.of(r)[kRoom] * kStep) return false;
   return true;
 }
 
-inline void aim(const Group& g, const Heads& heads, bool per_selection, Direct& to) {
+inline void aim(const Group& g, const Heads& heads, const Fields& offers, Direct& to) {
   for (int r = 0; r < g.num_ranks; r++) {
-    to.to[r] = g.shared[r] + heads.of(r)[kRoomAt] * kStep;
+    to.to[r] = g.shared[r] + offers.of(r)[kRoomAt] * kStep;
     to.rows[r] = heads.rows_to(r);
     to.next[r] = 0;
     for (int s = 0; s < g.rank; s++) to.next[r] += heads.rows(s, r);
     to.next_order[r] = to.next[r];
   }
-  if (!per_selection) return;
+  if (!heads.per_selection) return;
   int64_t each = heads.num_experts / g.num_ranks;
   to.next_of.resize(heads.num_experts);
   for (int64_t e = 0, at = 0; e < heads.num_experts; e++) {
@@ -119,8 +119,8 @@ inline void take_row(const Dispatch& d, const Direct& to, const Sections& s, int
 
 // Token t for rank r, a row a selection. False where the counts were not true: nothing is written
 // past a piece.
-inline bool take_selections(const Dispatch& d, Direct& to, const Sections& s, int r,
-                            int64_t t, Places& places) {
+inline bool take_selections(const Dispatch& d, Direct& to, const Sections& s, int r, int64_t t,
+                            Places& places) {
   uint8_t* piece = to.to[r];
   int64_t first = r * d.experts_per_rank;
   for (int64_t k = 0; k < d.top_k; k++) {

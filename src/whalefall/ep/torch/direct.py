@@ -24,6 +24,9 @@ from whalefall.ep.library import CombineCall, DispatchCall
 
 __all__ = ["Given", "announce", "combine", "receive"]
 
+SMALL_BYTES = (
+    4 << 20
+)  # up to here malloc keeps what is freed, and torch's own memory is good enough
 INT32, INT64, FLOAT32, BF16 = torch.int32, torch.int64, torch.float32, torch.bfloat16
 
 
@@ -45,7 +48,7 @@ def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
     Raises: ShapeError if the ranks disagree; RankFailure.
     """
     x, scale, in_rank, per_rank, per_expert, idx, weights = given
-    exchange, E = engine.normal, len(per_expert)
+    exchange, E = engine.normal, per_expert.numel()
     if not exchange.is_direct or not _has_rows(x):
         return None
     T, R, K, scale_bytes = len(x), exchange.size, 0, 0
@@ -54,11 +57,11 @@ def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
     if not _is(per_expert, INT32, (E,)):
         return None
     if scale is not None:
-        if not (_is(scale, scale.dtype, (T, scale.shape[-1]))):
+        if scale.dim() != 2 or not _is(scale, scale.dtype, (T, scale.shape[1])):
             return None
         scale_bytes = scale.shape[1] * scale.element_size()
     if idx is not None and weights is not None:
-        K = idx.shape[-1]
+        K = idx.shape[1] if idx.dim() == 2 else -1
         if not (_is(idx, INT64, (T, K)) and _is(weights, FLOAT32, (T, K))):
             return None
     elif idx is not None or weights is not None:
@@ -75,8 +78,8 @@ def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
 
 def receive(
     exchange: Direct, announced: Announced, given: Given
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Callable[[], None]]:
-    """Tensors for what comes (x, scales, ids, weights), and the data phase that fills them."""
+) -> tuple[Any, Tensor | None, Tensor | None, Callable[[], None]]:
+    """Tensors for what comes (x as given, ids, weights), and the data phase that fills them."""
     call, N, piece = announced.call, announced.handle.num_rows, announced.piece
     assert piece is not None
     x = _over(piece.memory, given.x, N, 0)
@@ -88,7 +91,8 @@ def receive(
     if given.topk_idx is not None:
         idx, weights = torch.empty((N, call.top_k), dtype=INT64), torch.empty((N, call.top_k))
         call.recv_idx, call.recv_weights = idx.data_ptr(), weights.data_ptr()
-    return x, scale, idx, weights, exchange.write(announced, given, x, scale, idx, weights)
+    move = exchange.write(announced, given, x, scale, idx, weights)
+    return x if scale is None else (x, scale), idx, weights, move
 
 
 def combine(
@@ -110,7 +114,10 @@ def combine(
             return None
         out_weights = torch.empty((T, K))
     nbytes = T * H * 2
-    out = _over(exchange.arena.block(nbytes), x, T, 0) if nbytes else x.new_empty((T, H))
+    if nbytes < SMALL_BYTES:
+        out = torch.empty((T, H), dtype=BF16)
+    else:
+        out = _over(exchange.arena.block(nbytes), x, T, 0)
     call = CombineCall(
         x.data_ptr(), x.stride(0) * 2, H, 0, _at(topk_weights), bias0=_at(biases[0]),
         bias1=_at(biases[1]), out=out.data_ptr(), out_weights=_at(out_weights),

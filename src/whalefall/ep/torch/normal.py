@@ -1,0 +1,310 @@
+"""Ep room: the normal mode of `Buffer`: one row for each token and rank, counts known on return.
+
+Source: DeepEP `Buffer.get_dispatch_layout`, `dispatch`, `combine`.
+
+# T tokens, R ranks, E experts, El experts of this rank, K top-k, H hidden, N rows received
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whalefall.ep.config import Config
+from whalefall.ep.engine import Engine
+from whalefall.ep.events import EventHandle, EventOverlap
+from whalefall.ep.handle import Handle, Layout, Want
+from whalefall.ep.rows import Rows
+from whalefall.ep.torch import direct
+from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
+from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of
+from whalefall.ep.torch.given import sent as given_rows
+from whalefall.ep.torch.handles import DispatchHandle
+from whalefall.ep.worker import Event
+from whalefall.errors import ConfigError, ShapeError
+
+__all__ = ["Normal"]
+
+
+class Normal:
+    """The normal half of `Buffer`."""
+
+    runtime: Engine
+    _threads: ClassVar[int] = 0  # 0 until someone sets it: chosen by load
+    _unannounced: Event | None = None
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count how tokens spread.
+
+        Args:
+            topk_idx: [T, K] int64; −1 is not sent.
+            num_experts: E.
+        Returns: tokens of each rank [R] int32; of each host [hosts] int32, None within one host;
+            selections of each expert [E] int32; is_token_in_rank [T, R] bool; event.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        layout = self.runtime.layout(array(topk_idx, torch.int64, "topk_idx"), num_experts)
+        hosts = tensor(layout.per_host) if len(self.runtime.topology.hosts) > 1 else None
+        event = EventOverlap(EventHandle() if async_finish else None)
+        counts = tensor(layout.per_rank), hosts, tensor(layout.per_expert)
+        return (*counts, tensor(layout.in_rank), event)
+
+    def dispatch(
+        self,
+        x: Tensor | Scaled,
+        handle: tuple[Any, ...] | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, ...]:
+        """Send each token once to every rank that holds one of its experts.
+
+        Args:
+            x: [T, H] bf16, or (FP8 [T, H], scales [T, H/128]).
+            handle: of an earlier dispatch: the same layout again, without top-k.
+            num_tokens_per_rank, num_tokens_per_rdma_rank: as `get_dispatch_layout` counts them.
+            is_token_in_rank: [T, R] bool.
+            num_tokens_per_expert: [E] int32.
+            topk_idx: [T, K] int64, sent along; together with `topk_weights` [T, K] float32.
+            expert_alignment: the returned counts are rounded up to its multiples.
+            num_worst_tokens: allocate so many rows and do not wait for the counts.
+            config: accepted.
+            previous_event: the data move after it.
+            async_finish: return at once; results are valid after the event.
+            allocate_on_comm_stream: accepted, with both of the above.
+        Returns: recv_x (as x), recv_topk_idx [N, K] int64 (local ids, −1 for others),
+            recv_topk_weights, received tokens of each local expert (list), handle, event. Rows are
+            ordered by source rank, then token. With `handle`: (recv_x, None, None, None, None,
+            event).
+        Raises: ShapeError, DtypeError, ConfigError; LimitError on all ranks if num_worst_tokens is
+            too small; RankFailure.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        if expert_alignment < 1:
+            raise ConfigError(
+                f"Buffer.dispatch: expert_alignment is {expert_alignment}, wanted 1 or more"
+            )
+        exchange = self.runtime.normal
+        exchange.num_threads = self._threads
+        self._await_announced()
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise ConfigError(
+                    "Buffer.dispatch: a handle brings its layout; give no top-k with it"
+                )
+            return self._dispatch_again(x, handle, previous_event, async_finish)
+        if is_token_in_rank is None or num_tokens_per_expert is None or num_tokens_per_rank is None:
+            raise ConfigError(
+                "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
+                "are needed without a handle; get_dispatch_layout gives them"
+            )
+        announced = None
+        if not num_worst_tokens:
+            values, scale = x if isinstance(x, tuple) else (x, None)
+            given = direct.Given(
+                values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert,
+                topk_idx, topk_weights,
+            )  # fmt: skip
+            announced = direct.announce(self.runtime, given, expert_alignment)
+            if announced is not None and announced.piece is not None:
+                *results, move = direct.receive(exchange, announced, given)
+                event = self._run(move, previous_event, async_finish)
+                made = DispatchHandle.of(partial(_known, announced.handle), 1)
+                return (*results, announced.per_expert.tolist(), made, event)
+        sent, dtypes = given_rows(x, topk_idx, topk_weights)
+        layout = layout_given(
+            self.runtime, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
+        )
+        want = Want(len(layout.per_expert), sent.top_k)
+        if num_worst_tokens > 0:
+            return self._dispatch_worst(
+                sent, layout, want, num_worst_tokens, dtypes, x, previous_event, async_finish
+            )
+        if announced is None:
+            pending = exchange.dispatch(sent, layout, want)
+        else:  # somebody's memory was too small for the way without slots
+            announced.handle.make_lists()
+            pending = exchange.through_slots(sent, layout, want, announced.handle)
+        received = pending.result
+        event = self._run(pending.run, previous_event, async_finish)
+        counts = -(-received.per_expert // expert_alignment) * expert_alignment
+        made = DispatchHandle.of(partial(_known, received.handle), self._num_hosts)
+        return (
+            as_given(received, dtypes, x), tensor(received.topk_idx),
+            tensor(received.topk_weights), counts.tolist(), made, event,
+        )  # fmt: skip
+
+    def _dispatch_again(
+        self, x: Tensor | Scaled, handle: Any, previous: EventOverlap | None, async_finish: bool
+    ) -> tuple[Any, ...]:
+        sent, dtypes = given_rows(x, None, None)
+        native: Handle = handle.native
+        if native.num_tokens != len(sent.x):
+            raise ShapeError(
+                f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {native.num_tokens}"
+            )
+        pending = self.runtime.normal.dispatch(sent, layout_of(native), Want(0, 0), native)
+        event = self._run(pending.run, previous, async_finish)
+        return as_given(pending.result, dtypes, x), None, None, None, None, event
+
+    def _dispatch_worst(
+        self, sent: Rows, layout: Layout, want: Want, worst: int, dtypes: Any, x: Any,
+        previous: EventOverlap | None, async_finish: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if sent.topk_idx is None:
+            raise ConfigError("Buffer.dispatch: num_worst_tokens needs topk_idx and topk_weights")
+        exchange, announced = self.runtime.normal, Event()
+        received = exchange.allocate(sent, want, worst)
+
+        def run() -> None:
+            try:
+                pending = exchange.dispatch(sent, layout, want, into=received, max_rows=worst)
+            finally:
+                announced.finish()
+            pending.run()
+            assert received.topk_idx is not None
+            received.topk_idx[received.handle.num_rows :] = -1
+
+        self._unannounced = announced if async_finish else None
+        event = self._run(run, previous, async_finish)
+
+        def native() -> Handle:
+            if event.event is not None:
+                event.event.current_stream_wait()
+            return received.handle
+
+        made = DispatchHandle.of(native, self._num_hosts)
+        return (
+            as_given(received, dtypes, x), tensor(received.topk_idx),
+            tensor(received.topk_weights), [], made, event,
+        )  # fmt: skip
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: tuple[Any, ...],
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Add up, for each token, what the ranks return: bias first, then ranks in order, in fp32.
+
+        Args:
+            x: [N, H] bf16, rows as received; not weighted here.
+            handle: of the dispatch.
+            topk_weights: [N, K] float32, added up too.
+            bias: [T, H] bf16, or two of them.
+            config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
+        Returns: [T, H] bf16, [T, K] float32 or None, event. The same bits on every run.
+        """
+        self._before(previous_event, async_finish, allocate_on_comm_stream)
+        self._await_announced()
+        native: Handle = handle.native  # type: ignore[attr-defined]
+        self.runtime.normal.num_threads = self._threads
+        whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
+        if whole is not None:
+            return (*whole[:2], self._run(whole[2], previous_event, async_finish))
+        given = bf16(x, "x")
+        if given.ndim != 2 or len(given) < native.num_rows:
+            raise ShapeError(
+                f"Buffer.combine: x is {list(x.shape)}, wanted [{native.num_rows}, hidden]"
+            )
+        T = len(native.in_rank)
+        biases = [
+            bias_rows(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
+        ]
+        weights = out_weights = None
+        if topk_weights is not None:
+            weights = array(topk_weights, torch.float32, "topk_weights")
+            out_weights = np.empty((T, weights.shape[1]), np.float32)
+        out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
+        pending = self.runtime.normal.combine(
+            given, native, out, row_weights=weights, out_weights=out_weights,
+            bias=(biases[0], biases[1] if len(biases) > 1 else None),
+        )  # fmt: skip
+        event = self._run(pending.run, previous_event, async_finish)
+        return from_bf16(out), tensor(out_weights), event
+
+    def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
+        """`dispatch`, which goes between hosts by itself; `config` must be given.
+
+        Raises: ConfigError without a config.
+        """
+        if kwargs.get("config") is None:
+            raise ConfigError(
+                "Buffer.internode_dispatch: config is None; get_dispatch_config gives it"
+            )
+        return self.dispatch(x, **kwargs)
+
+    def internode_combine(
+        self, x: Tensor, handle: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """`combine`, which goes between hosts by itself; `config` must be given.
+
+        Raises: ConfigError without a config.
+        """
+        if kwargs.get("config") is None:
+            raise ConfigError(
+                "Buffer.internode_combine: config is None; get_combine_config gives it"
+            )
+        return self.combine(x, handle, **kwargs)
+
+    # ---- inside
+
+    @property
+    def _num_hosts(self) -> int:
+        return len(self.runtime.topology.hosts)
+
+    def _before(self, previous: EventOverlap | None, async_finish: bool, on_comm: bool) -> None:
+        if on_comm and not (previous is not None and async_finish):
+            raise ConfigError(
+                "Buffer: allocate_on_comm_stream needs previous_event and async_finish=True"
+            )
+
+    def _await_announced(self) -> None:
+        # Counts are exchanged in the order of calls: a call that left it to the thread goes first.
+        if self._unannounced is not None:
+            self._unannounced._flag.wait()
+            self._unannounced = None
+
+    def _run(
+        self, call: Callable[[], None], previous: EventOverlap | None, async_finish: bool
+    ) -> EventOverlap:
+        def after_previous() -> None:
+            if isinstance(previous, EventOverlap) and previous.event is not None:
+                previous.event.current_stream_wait()
+            call()
+
+        if async_finish:
+            return EventOverlap(EventHandle(self.runtime.worker.submit(after_previous)))
+        self.runtime.worker.drain()
+        after_previous()
+        return EventOverlap()
+
+
+def _known(handle: Handle) -> Handle:
+    return handle
