@@ -211,4 +211,6 @@ class StorageDriver:
             return engine.load(effect.chunk, effect.pending)
         if isinstance(effect, effects.Merge):
             return engine.merge(effect.tags)
+        if isinstance(effect, effects.Forget):
+            return engine.forget()
         raise TypeError(f"no such effect: {effect!r}")

@@ -98,8 +98,10 @@ def _as_head(
         yield from _finish(node, target, message.chunk, pending)
         pending = None
     if pending is not None:
-        done = yield from _finish(node, target, message.chunk, pending)
-        return done
+        try:
+            return (yield from _finish(node, target, message.chunk, pending))
+        except Refused as refusal:
+            raise _unless(pending, refusal) from None
     entry = target.store.entry(message.chunk)
     version = (entry.committed.version if entry and entry.committed else 0) + 1
     return (yield from _apply(node, target, message, data, version))
@@ -112,8 +114,9 @@ def _as_follower(
     if message.sync != (member.public is Public.SYNCING):
         raise Refused(Code.ROUTING_MISMATCH, f"target {target.target} is {member.public.name}")
     assert message.order is not None
-    if target.orders.get(message.chunk, (0, 0, 0)) > message.order:
-        raise Refused(Code.STALE_REQUEST, "a later packet for this chunk came first")
+    # Once each: a copy of a packet that was refused for want of space may not run after all.
+    if target.orders.get(message.chunk, (0, 0, 0)) >= message.order:
+        raise Refused(Code.STALE_REQUEST, "this packet or a later one for this chunk came first")
     target.orders[message.chunk] = message.order
     if not message.sync:
         entry = target.store.entry(message.chunk)
@@ -146,23 +149,37 @@ def _apply(
 ) -> Procedure[UpdateDone]:
     chunk = message.chunk
     chain, _ = node.place(target)
-    target.tail_marks.pop(chunk, None)
-    if node.is_read_tail(target):
+    entry = target.store.entry(chunk)
+    # An earlier try left it: replicas after us, or that were after us, may have it.
+    left = entry.pending if entry else None
+    marked = target.tail_marks.pop(chunk, None)
+    if node.is_read_tail(target) and (left is None or marked == chain.version):
         target.tail_marks[chunk] = chain.version
-    pending = yield Store(target.target, message, data, version, chain.version)
+    try:
+        pending = yield Store(target.target, message, data, version, chain.version)
+    except Refused as refusal:
+        raise _unless(left, refusal) from None
     if message.expected not in (-1, pending.checksum):
-        # Nobody may read it: whichever of the two is wrong, it is not committed here.
+        # Nobody may read it, nor recovery find it and pass it on: whichever of the two is wrong.
+        yield Abort(target.target, chunk)
         raise Refused(
             Code.MISMATCH, f"checksum {pending.checksum:08x} here, {message.expected:08x} before"
         )
     try:
         chain_version = yield from _forward(node, target, message, data, pending)
     except Refused as refusal:
-        if refusal.code is Code.NO_SPACE:
+        if refusal.code is Code.NO_SPACE and left is None:
             # An explicit no: nothing after us has it, nor will have.
             yield Abort(target.target, chunk)
-        raise
+        raise _unless(left, refusal) from None
     return (yield from _commit(target, message, pending, message.stamp or chain_version))
+
+
+def _unless(left: ChunkMeta | None, refusal: Refused) -> Refused:
+    """A full disk is no explicit no where an earlier try has left something: that may be used."""
+    if left is None or refusal.code is not Code.NO_SPACE:
+        return refusal
+    return Refused(Code.NOT_READY, f"{refusal.reason}; an earlier try may be further on")
 
 
 def _commit(
@@ -191,7 +208,7 @@ def _forward(
 ) -> Procedure[int]:
     """Pass an update on until the successor has it; returns the chain version to commit under."""
     end_s = node.clock() + node.limits.forward_s
-    last = "nothing was tried"
+    last, tried = "nothing was tried", None
     while True:
         chain, _ = node.place(target)
         successor = chain.successor(target.target)
@@ -208,6 +225,7 @@ def _forward(
             checksum=pending.checksum if kind is Kind.REPLACE else message.checksum,
             expected=pending.checksum,
         )  # fmt: skip
+        place = (successor.target, chain.version)
         try:
             answer, _ = yield Call(successor.node, packet, content, node.limits.call_s)
         except Unreachable as error:
@@ -218,12 +236,14 @@ def _forward(
                 if verdict is None:
                     return answer.chain_version
                 last = verdict
-            elif answer.code is Code.NO_SPACE:
+            elif answer.code is Code.NO_SPACE and tried in (None, place):
                 raise Refused(Code.NO_SPACE, answer.reason)
             else:
                 last = f"target {successor.target}: {answer.code.name}, {answer.reason}"
                 if answer.code is Code.MISMATCH:
                     yield from _distrust(node, target, message.chunk, pending, packet, successor)
+        # Whoever was asked first may have it, whatever another says now.
+        tried = tried or place
         if node.clock() >= end_s:
             raise Refused(Code.TIMED_OUT, f"after {node.limits.forward_s} s; last: {last}")
         yield Sleep(node.limits.pause_s)

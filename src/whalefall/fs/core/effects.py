@@ -12,8 +12,8 @@ from typing import Any, TypeAlias, TypeVar
 from whalefall.fs.core.messages import Code, Tag, Update
 
 __all__ = [
-    "Abort", "Acquire", "Call", "Calls", "Commit", "Effect", "Load", "Merge", "Procedure",
-    "Refused", "Sleep", "Store", "Together", "Transact", "Unreachable",
+    "Abort", "Acquire", "Call", "Calls", "Commit", "Effect", "Forget", "Load", "Merge",
+    "Procedure", "Refused", "Sleep", "Store", "Together", "Transact", "Unreachable",
 ]  # fmt: skip
 
 
@@ -113,6 +113,13 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Forget all remembered tags, durably."""
+
+    target: int
+
+
+@dataclass(frozen=True)
 class Sleep:
     """Let time pass."""
 
@@ -127,7 +134,18 @@ class Transact:
 
 
 Effect: TypeAlias = (
-    Call | Calls | Together | Acquire | Store | Commit | Abort | Load | Merge | Sleep | Transact
+    Call
+    | Calls
+    | Together
+    | Acquire
+    | Store
+    | Commit
+    | Abort
+    | Load
+    | Merge
+    | Forget
+    | Sleep
+    | Transact
 )
 T = TypeVar("T")
 Procedure: TypeAlias = Generator[Effect, Any, T]

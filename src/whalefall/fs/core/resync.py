@@ -14,7 +14,16 @@ import msgspec
 
 from whalefall.fs.core.chains import Local, Public
 from whalefall.fs.core.craq import _finish
-from whalefall.fs.core.effects import Acquire, Call, Load, Merge, Procedure, Refused, Together
+from whalefall.fs.core.effects import (
+    Acquire,
+    Call,
+    Forget,
+    Load,
+    Merge,
+    Procedure,
+    Refused,
+    Together,
+)
 from whalefall.fs.core.messages import (
     ChunkMeta,
     Code,
@@ -148,12 +157,20 @@ def _syncing(node: StorageNode, number: int, version: int) -> Target:
     return target
 
 
-def sync_start(node: StorageNode, message: SyncStart) -> tuple[Inventory, bytes]:
-    """Begin to be filled: all that is here, pendings too."""
+def sync_start(node: StorageNode, message: SyncStart) -> Procedure[tuple[Inventory, bytes]]:
+    """Begin to be filled: all that is here, pendings too; what was remembered is forgotten.
+
+    An operation that ran here and was lost with those that served on is another operation when it
+    is tried again. What the predecessor remembers comes before this target serves.
+    """
     target = _syncing(node, message.target, message.chain_version)
     if target.local is not Local.ONLINE:
         raise Refused(Code.NOT_READY, f"target {message.target} is {target.local.name} here")
+    before = target.session
+    if before is not None and before[0] == message.session[0] and before >= message.session:
+        raise Refused(Code.STALE_REQUEST, "this recovery, or a later one, began before")
     target.session = message.session
+    yield Forget(target.target)
     listed = {chunk: (e.committed, e.pending) for chunk, e in target.store.entries().items()}
     return Inventory(len(listed)), msgspec.msgpack.encode(listed)
 

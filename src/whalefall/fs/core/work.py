@@ -46,7 +46,7 @@ def handle(node: StorageNode, message: Any, data: Any) -> Procedure[tuple[Any, b
     if isinstance(message, Query):
         return craq.query(node, message), b""
     if isinstance(message, SyncStart):
-        return resync.sync_start(node, message)
+        return (yield from resync.sync_start(node, message))
     if isinstance(message, SyncTags):
         return (yield from resync.sync_tags(node, message, bytes(data))), b""
     if isinstance(message, SyncDone):

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["SimClient", "SimManager", "SimNode", "SimProcess"]
 
 ON_DISK = (
-    effects.Store, effects.Commit, effects.Abort, effects.Load, effects.Merge, Unsynced,
+    effects.Store, effects.Commit, effects.Abort, effects.Load, effects.Merge,
+    effects.Forget, Unsynced,
 )  # fmt: skip
 FAILURES = (Refused, Unreachable, LeaseLost)
 

@@ -130,6 +130,9 @@ class SimStore:
                 if mine is None or mine.tag.seq < tag.tag.seq:
                     self._tags[tag.tag.client, tag.tag.channel] = tag
             return None
+        if isinstance(effect, effects.Forget):
+            self._tags.clear()
+            return None
         raise TypeError(f"no such effect: {effect!r}")
 
     def _store(self, effect: effects.Store) -> ChunkMeta:

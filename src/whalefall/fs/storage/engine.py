@@ -264,15 +264,23 @@ class ChunkEngine:
     def merge(self, tags: list[Remembered]) -> None:
         """Remember what another replica remembers; a newer operation stays."""
         with self._mutex:
-            fresh = [
-                t for t in tags
+            fresh = {
+                (t.tag.client, t.tag.channel): t for t in tags
                 if (mine := self._tags.get((t.tag.client, t.tag.channel))) is None
                 or mine.tag.seq < t.tag.seq
-            ]  # fmt: skip
-        self._journal.write(Batch(tags=[tag_row(t) for t in fresh]))
+            }  # fmt: skip
+            self._tags |= fresh
+            # In the order of memory: a commit that comes now is recorded after it.
+            self._journal.leave(Batch(tags=[tag_row(t) for t in fresh.values()]), lambda: None)
+        self._journal.write(Batch())
+
+    def forget(self) -> None:
+        """Forget all remembered operations."""
         with self._mutex:
-            for tag in fresh:
-                self._tags[tag.tag.client, tag.tag.channel] = tag
+            gone = [(client, channel, None) for client, channel in self._tags]
+            self._tags.clear()
+            self._journal.leave(Batch(tags=gone), lambda: None)
+        self._journal.write(Batch())
 
     def mend(self, chunk: bytes, data: Any) -> bool:
         """Put good bytes in place of a damaged committed content; False if they do not fit it."""

@@ -28,14 +28,14 @@ CREATE TABLE IF NOT EXISTS tag (client TEXT, channel INTEGER, record BLOB NOT NU
 
 @dataclass
 class Batch:
-    """What one writer wants down: chunk rows (None deletes) and tag rows.
+    """What one writer wants down: chunk rows and tag rows (None deletes).
 
     Attributes:
         files: descriptors that the rows' data was written with, not flushed.
     """
 
     chunks: list[tuple[bytes, bytes | None]] = field(default_factory=list)
-    tags: list[tuple[str, int, bytes]] = field(default_factory=list)
+    tags: list[tuple[str, int, bytes | None]] = field(default_factory=list)
     files: tuple[int, ...] = ()
 
 
@@ -97,17 +97,20 @@ class Journal:
 
     def _commit_all(self, batches: list[Batch]) -> None:
         rows = dict(row for batch in batches for row in batch.chunks)
-        if not rows and not any(batch.tags for batch in batches):
+        tags = {row[:2]: row[2] for batch in batches for row in batch.tags}
+        if not rows and not tags:
             return
         put = [(key, value) for key, value in rows.items() if value is not None]
         gone = [(key,) for key, value in rows.items() if value is None]
+        put_tags = [(*key, value) for key, value in tags.items() if value is not None]
         try:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT OR REPLACE INTO chunk VALUES (?, ?)", put)
             self._db.executemany("DELETE FROM chunk WHERE id = ?", gone)
+            self._db.executemany("INSERT OR REPLACE INTO tag VALUES (?, ?, ?)", put_tags)
             self._db.executemany(
-                "INSERT OR REPLACE INTO tag VALUES (?, ?, ?)",
-                [row for batch in batches for row in batch.tags],
+                "DELETE FROM tag WHERE client = ? AND channel = ?",
+                [key for key, value in tags.items() if value is None],
             )
             self._db.execute("COMMIT")
         except sqlite3.Error:
