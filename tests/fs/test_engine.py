@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.fs.mutations import Mutation, broken
@@ -93,6 +94,21 @@ def test_an_older_operation_does_not_hide_a_newer_one(tmp_path: Path) -> None:
     put(engine, b"old", seq=3)
     known = engine.remembered("client", 1)
     assert known is not None and known.tag.seq == 5
+
+
+def test_remembered_operations_can_be_forgotten_and_taken_from_another(tmp_path: Path) -> None:
+    engine = ChunkEngine(tmp_path)
+    put(engine, b"one", seq=5)
+    mine = engine.tags()
+    engine.forget()
+    assert mine and not engine.tags()
+    engine = reopened(engine)
+    assert not engine.tags() and engine.load(CHUNK, False) == b"one"
+    engine.merge(mine)
+    engine.merge([msgspec.structs.replace(mine[0], tag=Tag("client", 1, 4, 4))])  # older: not taken
+    engine = reopened(engine)
+    assert engine.tags() == mine
+    engine.close()
 
 
 def aborting_leaves_no_trace(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Batch:
     """
 
     chunks: list[tuple[bytes, bytes | None]] = field(default_factory=list)
-    tags: list[tuple[str, int, bytes | None]] = field(default_factory=list)
+    tags: Sequence[tuple[str, int, bytes | None]] = ()
     files: tuple[int, ...] = ()
 
 
