@@ -99,6 +99,7 @@ def test_an_older_operation_does_not_hide_a_newer_one(tmp_path: Path) -> None:
 def test_remembered_operations_can_be_forgotten_and_taken_from_another(tmp_path: Path) -> None:
     engine = ChunkEngine(tmp_path)
     put(engine, b"one", seq=5)
+    engine = reopened(engine)
     mine = engine.tags()
     engine.forget()
     assert mine and not engine.tags()
