@@ -337,6 +337,8 @@ def main() -> None:
         raise SystemExit("fs: fio is not here; apt-get install fio")
     size_mib, rounds = (64, 1) if options.quick else (128, 5)
     version = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True)
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         rows = bulk(folder, size_mib, rounds)

@@ -44,7 +44,7 @@ MUTATIONS = [
          "if False:"),
         (craq, "_apply", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
         (craq, "_forward", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
-    ), 133),
+    ), 284),
     Mutation(2, "acknowledge before the successor has", (
         (craq, "_forward", 'last = f"target {successor.target} on node', "return chain.version\n"
          '            last = f"target {successor.target} on node'),
@@ -76,7 +76,7 @@ MUTATIONS = [
     ), 30),
     Mutation(9, "commit under one's own chain version, not the successor's", (
         (craq, "_forward", "return answer.chain_version", "return node.place(target)[0].version"),
-    ), 1, "many"),
+    ), 15, "many"),
     Mutation(10, "a partial write goes raw to a target that is being filled", (
         (craq, "_forward", "if successor.public is Public.SYNCING and kind is not Kind.REMOVE:",
          "if False:"),
@@ -87,13 +87,13 @@ MUTATIONS = [
         (resync, "_send_chunk", "yield Acquire(target.target, chunk)", "pass"),
         (resync, "_send_chunk", "target.locks.release(chunk)", "pass"),
         (resync, "_send_chunk", "if entry is not None and entry.pending is not None:", "if False:"),
-    ), 37),
+    ), 26),
     Mutation(12, "recovery stamps the current chain version", (
         (resync, "_send_chunk", "committed.chain_version if committed else 0", "version"),
-    ), 30),
+    ), 80),
     Mutation(13, "an uncommitted content at the target is not sent again", (
         (resync, "compare", "their_pending is not None or chunk in busy", "chunk in busy"),
-    ), 50),
+    ), 111),
     Mutation(14, "the end of a recovery is believed for another chain version", (
         (resync, "sync_done", "target = _syncing(node, message.target, message.chain_version)",
          "target = node.targets[message.target]"),
@@ -101,13 +101,13 @@ MUTATIONS = [
     ), 99, "slow"),
     Mutation(15, "two targets are filled at once", (
         (chains, "next_members", "if serving and not syncing else", "if serving else"),
-    ), 1),
+    ), 3),
     Mutation(16, "all that are dead become the last that served", (
         (chains, "next_members", "        first = chosen[dead[0]]\n"
          "        chosen[dead[0]] = Member(first.target, first.node, Public.LASTSRV)\n",
          "        for place in dead:\n            first = chosen[place]\n"
          "            chosen[place] = Member(first.target, first.node, Public.LASTSRV)\n"),
-    ), 9),
+    ), 26),
     Mutation(17, "what was pending on the last one is dropped", (
         (craq, "force_commit", "yield from settle(node, target, chunk)",
          "yield Abort(target.target, chunk)"),
@@ -133,11 +133,11 @@ MUTATIONS = [
          "member.public is not Public.SERVING:", "if False:"),
         (client.ClientCore, "_reader", "serving = chain.serving()",
          "serving = [m for m in chain.members if m.public in (0, 2)]"),
-    ), 38, "many"),
+    ), 34, "many"),
     Mutation(28, "a new sequence number for every try", (
         (client.ClientCore, "_retry_update", "        tries += 1\n",
          "        tries += 1\n        tag = self._open_tag(number)\n"),
-    ), 12),
+    ), 16),
 ]  # fmt: skip
 
 

@@ -57,6 +57,10 @@ def test_500_schedules_keep_every_invariant() -> None:
     [
         ("mixed", 104_980),  # a replica that was being filled kept other bytes than it was sent
         ("churn", 34),  # a follower without the chunk did not pass a removal on: a retry ran twice
+        ("mixed", 102_594),  # a copy of a packet ran that a full disk had refused
+        ("mixed", 104_524),  # a full disk said no where an earlier try was pending already
+        ("mixed", 102_434),  # recovery passed on what had not matched the predecessor's
+        ("slow", 100_252),  # an operation was remembered that those who served on had lost
     ],
 )
 def test_a_schedule_that_broke_once_holds(profile: str, seed: int) -> None:
