@@ -98,7 +98,7 @@ MUTATIONS = [
         (resync, "sync_done", "target = _syncing(node, message.target, message.chain_version)",
          "target = node.targets[message.target]"),
         (resync, "sync_done", "if target.session != message.session:", "if False:"),
-    ), 99, "slow"),
+    ), 1285, "slow"),
     Mutation(15, "two targets are filled at once", (
         (chains, "next_members", "if serving and not syncing else", "if serving else"),
     ), 3),
