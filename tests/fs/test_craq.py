@@ -161,6 +161,24 @@ def test_a_try_again_at_a_head_is_not_told_no_while_its_content_waits() -> None:
     assert replica.pending and replica.update(message, b"a", yes).checksum == crc32c(b"a")
 
 
+def test_a_removal_of_what_is_not_here_is_finished_before_anything_else_by_a_new_head() -> None:
+    replica = Replica()
+    message = Update(2, CHAIN, CHUNK, Kind.REMOVE, 0, 0, 64, Tag("c", 1, 1, 1), 1, (1, 1, 1))
+    with pytest.raises(Refused, match="TIMED_OUT"):
+        replica.update(message, b"", silent)  # target 3 may remember it, as version 1
+    replica.route(2, CHAIN + 1, Member(2, 2, Public.SERVING), Member(3, 3, Public.SERVING))
+    write = Update(2, CHAIN + 1, CHUNK, Kind.WRITE, 0, 1, 64, Tag("d", 1, 1, 1), checksum=-1)
+    answers = (lambda m: (UpdateDone(m.version, CHAIN + 1, 0, 0), b""),
+               lambda m: (UpdateDone(m.version, CHAIN + 1, 1, crc32c(b"a")), b""))  # fmt: skip
+    del replica.asked[:]
+    assert replica.update(write, b"a", *answers).version == 1
+    assert [(m.kind, m.tag.client, m.version) for m in replica.asked] == [
+        (Kind.REMOVE, "c", 1), (Kind.WRITE, "d", 1),
+    ]  # fmt: skip
+    again = Update(2, CHAIN + 1, CHUNK, Kind.REMOVE, 0, 0, 64, Tag("c", 1, 1, 1))
+    assert replica.update(again, b"").version == 1 and replica.store.content(CHUNK) == b"a"
+
+
 def test_other_content_than_the_predecessors_is_not_left_for_recovery_to_pass_on() -> None:
     replica = Replica()
     replica.store.flip = True

@@ -60,6 +60,7 @@ def test_500_schedules_keep_every_invariant() -> None:
         ("mixed", 102_594),  # a copy of a packet ran that a full disk had refused
         ("mixed", 104_524),  # a full disk said no where an earlier try was pending already
         ("mixed", 102_434),  # recovery passed on what had not matched the predecessor's
+        ("slow", 1285),  # a removal of nothing was known at the tail, and not to the new head
         ("slow", 100_252),  # an operation was remembered that those who served on had lost
     ],
 )

@@ -18,7 +18,6 @@ from whalefall.fs.core.effects import (
     Call,
     Commit,
     Load,
-    Merge,
     Procedure,
     Refused,
     Sleep,
@@ -34,7 +33,6 @@ from whalefall.fs.core.messages import (
     QueryDone,
     Read,
     Remembered,
-    Tag,
     Update,
     UpdateDone,
 )
@@ -122,8 +120,10 @@ def _as_follower(
         entry = target.store.entry(message.chunk)
         committed = entry.committed if entry else None
         version = committed.version if committed else 0
-        if committed is None and message.kind is Kind.REMOVE and message.tag is not None:
-            return (yield from _remove_nothing(node, target, message, message.tag))
+        if committed is None and message.kind is Kind.REMOVE:
+            # Of what is not here: on record here and after all the same, so that no retry, under
+            # another head, removes what is written until then.
+            return (yield from _apply(node, target, message, data, message.version))
         if committed is not None and message.version == version:
             return _done(committed)
         if message.version <= version:
@@ -131,17 +131,6 @@ def _as_follower(
         if message.version > version + 1:
             raise Refused(Code.MISSING_UPDATE, f"at version {version}, got {message.version}")
     return (yield from _apply(node, target, message, data, message.version))
-
-
-def _remove_nothing(
-    node: StorageNode, target: Target, message: Update, tag: Tag
-) -> Procedure[UpdateDone]:
-    """A removal of what is not here: remembered here and after, so that no retry removes again."""
-    gone = ChunkMeta(message.version, message.chain_version, 0, 0, tag, removed=True)
-    chain_version = yield from _forward(node, target, message, b"", gone)
-    done = Remembered(tag, message.version, chain_version, 0, 0)
-    yield Merge(target.target, [done])
-    return _done(done)
 
 
 def _apply(
