@@ -44,7 +44,7 @@ MUTATIONS = [
          "if False:"),
         (craq, "_apply", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
         (craq, "_forward", "chain, _ = node.place(target)", "chain, _ = node.seat(target)"),
-    ), 284),
+    ), 584),
     Mutation(2, "acknowledge before the successor has", (
         (craq, "_forward", 'last = f"target {successor.target} on node', "return chain.version\n"
          '            last = f"target {successor.target} on node'),
@@ -94,11 +94,6 @@ MUTATIONS = [
     Mutation(13, "an uncommitted content at the target is not sent again", (
         (resync, "compare", "their_pending is not None or chunk in busy", "chunk in busy"),
     ), 111),
-    Mutation(14, "the end of a recovery is believed for another chain version", (
-        (resync, "sync_done", "target = _syncing(node, message.target, message.chain_version)",
-         "target = node.targets[message.target]"),
-        (resync, "sync_done", "if target.session != message.session:", "if False:"),
-    ), 1285, "slow"),
     Mutation(15, "two targets are filled at once", (
         (chains, "next_members", "if serving and not syncing else", "if serving else"),
     ), 3),
@@ -155,6 +150,14 @@ REMADE_MUTATION = Mutation(23, "recovery removes a chunk that was made again", (
          "        todo = compare("),
         (resync, "_send_chunk", "committed = entry.committed if entry else None",
          "committed = entry.committed if entry and chunk not in resync_gone else None"),
+    ), 0)  # fmt: skip
+
+
+# Shown by a directed test (test_resync.py): of 5,000 schedules none delays a message just so.
+DONE_MUTATION = Mutation(14, "the end of a recovery is believed for another chain version", (
+        (resync, "sync_done", "target = _syncing(node, message.target, message.chain_version)",
+         "target = node.targets[message.target]"),
+        (resync, "sync_done", "if target.session != message.session:", "if False:"),
     ), 0)  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 
-from tests.fs.mutations import REMADE_MUTATION, broken
+from tests.fs.mutations import DONE_MUTATION, REMADE_MUTATION, broken
 from whalefall.fs.core import effects, resync
 from whalefall.fs.core.chains import Chain, Local, Member, Public
 from whalefall.fs.core.effects import Refused
@@ -18,6 +20,7 @@ from whalefall.fs.core.messages import (
     Kind,
     NodeInfo,
     Routing,
+    SyncDone,
     Tag,
     Update,
 )
@@ -98,3 +101,22 @@ def test_the_last_word_is_sync_done_after_all_chunks_and_tags() -> None:
     assert said == ["SyncTags", "SyncDone"]
     with pytest.raises(Refused, match="chain is new"):
         recovery.send((Failed(Code.ROUTING_MISMATCH, "chain is new"), b""))
+
+
+@pytest.mark.parametrize("late", [SyncDone(1, 2, (7, 1, 1)), SyncDone(1, 3, (7, 1, 1))])
+def test_the_end_of_an_earlier_recovery_is_not_believed(late: SyncDone) -> None:
+    def heard() -> Local:
+        node = StorageNode(
+            NodeInfo(1, "storage", "", 0, 1), {1: SimStore(lambda *_: None)}, Limits(), lambda: 0.0
+        )
+        members = (Member(2, 2, Public.SERVING), Member(1, 1, Public.SYNCING))
+        node.apply_routing(Routing(1, {}, {1: Chain(1, 3, members)}))
+        target = node.targets[1]
+        target.local, target.session, target.lease_until_s = Local.ONLINE, (7, 1, 2), 1.0
+        with contextlib.suppress(Refused):
+            resync.sync_done(node, late)
+        return target.local
+
+    assert heard() is Local.ONLINE
+    with broken(DONE_MUTATION):
+        assert heard() is Local.UPTODATE

@@ -9,7 +9,14 @@ from random import Random
 
 import pytest
 
-from tests.fs.mutations import LEASE_MUTATION, MUTATIONS, REMADE_MUTATION, Mutation, broken
+from tests.fs.mutations import (
+    DONE_MUTATION,
+    LEASE_MUTATION,
+    MUTATIONS,
+    REMADE_MUTATION,
+    Mutation,
+    broken,
+)
 from whalefall.fs.simulation import PROFILES, Outcome, run_schedule
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.sim import Faults, Network, Simulation
@@ -100,7 +107,7 @@ def test_every_mutation_of_the_list_is_there() -> None:
     from tests.fs.test_meta import META_MUTATIONS
 
     numbers = [m.number for m in MUTATIONS] + [m.number for m, _ in META_MUTATIONS]
-    numbers += [LEASE_MUTATION.number, REMADE_MUTATION.number]
+    numbers += [m.number for m in (DONE_MUTATION, LEASE_MUTATION, REMADE_MUTATION)]
     assert sorted(numbers) == list(range(1, 29))
 
 
