@@ -13,7 +13,6 @@ from tests.serve.fake import EchoEngine
 from whalefall.errors import ConfigError
 from whalefall.serve import Settings
 from whalefall.serve.commands import warn_of_tokenizer
-from whalefall.serve.protocol import UNSUPPORTED
 
 
 @pytest.fixture
@@ -73,15 +72,6 @@ def test_a_bad_field_is_named(
     assert failure["param"] == param
     assert words in failure["message"]
     assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 200
-
-
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_a_field_that_would_change_the_answer_is_refused(client: httpx.Client, name: str) -> None:
-    body = {"messages": HELLO, name: ["something"]}
-    failure = error(client.post("/v1/chat/completions", json=body), 400)
-    assert failure["message"] == f"{name} is not supported yet"
-    off = {"messages": HELLO, name: UNSUPPORTED[name]}
-    assert client.post("/v1/chat/completions", json=off).status_code == 200
 
 
 def test_unknown_fields_and_tools_that_are_switched_off_are_accepted(client: httpx.Client) -> None:

@@ -29,6 +29,9 @@ def message_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             raise ApiError(
                 400, f"{where}.role is {role!r}, wanted one of {', '.join(ROLES)}", "messages"
             )
+        for field in ("audio", "function_call"):  # of an earlier answer
+            if message.get(field) is not None:
+                raise ApiError(400, f"{where}.{field} is not supported", "messages")
         content = content_text(message.get("content"), where)
         plain.append({**message, "role": "system" if role == "developer" else role} | content)
     return plain

@@ -1,7 +1,7 @@
 """Requests of the chat and completions endpoints, field by field.
 
-Unknown fields are accepted, as clients send many; a field that would change the answer and that is
-not supported is refused by name (`UNSUPPORTED`), never ignored in silence.
+A field that would change the answer and that is not supported is refused by name (`UNSUPPORTED`),
+never ignored in silence; what changes none (`IGNORED`), and fields nobody knows, are accepted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from whalefall.serve.failures import ApiError
 
 __all__ = [
+    "IGNORED",
+    "UNSUPPORTED",
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
@@ -22,30 +24,62 @@ __all__ = [
     "refuse_unsupported",
 ]
 
-# Field → the value that means "off" besides null, false, "" and empty lists.
-UNSUPPORTED: dict[str, Any] = {
-    "allowed_token_ids": None,
-    "audio": None,
-    "bad_words": None,
-    "beam_width": None,
-    "best_of": 1,
-    "function_call": "none",
-    "functions": None,
-    "grammar": None,
-    "kv_transfer_params": None,
-    "length_penalty": 1.0,
-    "logits_processors": None,
-    "lora_request": None,
-    "modalities": ["text"],
-    "prediction": None,
-    "prompt_embeds": None,
-    "prompt_logprobs": None,
-    "return_token_ids": None,
-    "return_tokens_as_token_ids": None,
-    "suffix": None,
-    "use_beam_search": None,
-    "web_search_options": None,
+# Field → the values besides null that ask for nothing; any other is refused by name. A field that
+# one endpoint knows is looked up here for the other.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI's
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"], []),
+    "moderation": (),
+    "prediction": (),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "web_search_options": (),  # {} asks for a search with default options
+    # of the other endpoint
+    "echo": (False,),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    # vLLM's, SGLang's and llama.cpp's
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "beam_width": (1,),
+    "chat_template": ("",),
+    "documents": ([],),
+    "ebnf": ("",),
+    "grammar": ("",),
+    "guided_whitespace_pattern": ("",),
+    "json_schema": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "lora_request": (),
+    "mirostat": (0,),
+    "prompt_embeds": ([],),
+    "prompt_logprobs": (),
+    "regex": ("",),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "typical_p": (1.0,),
+    "use_beam_search": (False,),
 }
+# OpenAI's fields that change no answer here: they name a customer, a purpose, a price or a cache
+# that works by itself.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
 
 Count = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -156,8 +190,11 @@ class DetokenizeRequest(Body):
 def refuse_unsupported(request: Sampling) -> None:
     """Raise a 400 for a field that would change the answer and that this server cannot honour."""
     for name, value in (request.model_extra or {}).items():
-        if name in UNSUPPORTED and value and value != UNSUPPORTED[name]:
-            raise ApiError(400, f"{name} is not supported yet", param=name)
+        if value is None or name not in UNSUPPORTED or value in UNSUPPORTED[name]:
+            continue
+        if name == "best_of" and value == request.n:
+            continue  # the best n of n
+        raise ApiError(400, f"{name} is not supported yet", param=name)
     if not isinstance(request, ChatRequest):
         return
     if request.continue_final_message:
