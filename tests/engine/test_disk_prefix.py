@@ -79,7 +79,7 @@ def test_the_fingerprint_sees_weights_of_the_same_shape(model, tmp_path) -> None
     assert fingerprint(model, "bf16") != fingerprint(model, "fp32")
 
 
-def test_damaged_and_lost_files_are_computed_again(model, tmp_path) -> None:
+def test_damaged_and_lost_files_are_computed_again(model, tmp_path, caplog) -> None:
     right, _ = answer(llm(model, tmp_path))
     served = llm(model, tmp_path)
     for path in tmp_path.rglob("*.kv"):
@@ -87,9 +87,14 @@ def test_damaged_and_lost_files_are_computed_again(model, tmp_path) -> None:
         data[-1000] ^= 1
         path.write_bytes(data)
     assert answer(served) == (right, 192)  # the last block was damaged
+    assert served.engine.stats().disk_failures == 1
+    assert answer(served)[0] == right
+    assert served.engine.stats().disk_failures == 1
+    assert caplog.text.count("a block is damaged") == 1
     served = llm(model, tmp_path)
     shutil.rmtree(tmp_path)
     assert answer(served) == (right, 0)
+    assert "a block is damaged" not in caplog.text.partition("a block is damaged")[2]
     assert answer(served, PROMPT[::-1])[1] == 0
 
 

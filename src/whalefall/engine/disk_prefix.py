@@ -25,7 +25,7 @@ from whalefall import jit
 from whalefall.engine.core import BlockManager, Sequence
 from whalefall.engine.core.block_manager import block_hash
 from whalefall.engine.core.sequence import BLOCK_SIZE
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, CorruptError
 from whalefall.fs.kvcache import KVCache as Store
 
 __all__ = ["DiskPrefix", "chain", "fingerprint"]
@@ -79,7 +79,7 @@ class DiskPrefix:
         capacity_bytes: the least recently used blocks leave beyond it; 0: no limit.
     Attributes:
         hit_tokens: that came from here.
-        failures: reads and writes that went wrong.
+        failures: reads and writes that went wrong, blocks that were damaged.
     Raises: ConfigError if the place cannot be used at the start.
     """
 
@@ -92,7 +92,7 @@ class DiskPrefix:
             self._store = Store(url, block_bytes, namespace, capacity_bytes)
         except Exception as error:
             raise ConfigError(f"kv_cache: {url!r} cannot be used: {error}") from None
-        self.hit_tokens = self.failures = 0
+        self.hit_tokens = self.failures = self._damaged = 0
         self._refreshed_s = time.monotonic()
         self._mutex = threading.Lock()
         self._readers = ThreadPoolExecutor(2, "kv-read")
@@ -126,10 +126,18 @@ class DiskPrefix:
             if not count:
                 return {}
             found = self._store.get_many(hashes[:count])
+            self._count_damaged()
             return {h: data for h, data in zip(hashes, found, strict=False) if data is not None}
         except Exception as error:  # whatever a file system may throw: compute instead
             self._failed("reading", error)
             return {}
+
+    def _count_damaged(self) -> None:
+        with self._mutex:  # there are several readers
+            fresh = self._store.damaged - self._damaged
+            self._damaged += fresh
+        for _ in range(fresh):
+            self._failed("reading", CorruptError("a block is damaged, it is computed again"))
 
     def _leading(self, hashes: Items[bytes]) -> int:
         there = self._store.exists(list(hashes))

@@ -148,8 +148,9 @@ class KVCache:
         )
         if good:
             return bytes(data)
-        self.damaged += 1
         with self._mutex:
+            if segment is not None and not isinstance(data, FileNotFoundError):
+                self.damaged += 1  # else another process let it go
             self._drop(key)
         return None
 

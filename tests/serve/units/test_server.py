@@ -127,6 +127,27 @@ def test_a_prefix_survives_a_restart_of_all_units(model, tmp_path) -> None:
     assert [cached for _, cached in found] == [0, 192]
 
 
+def test_a_damaged_block_is_on_the_page_of_metrics(model, tmp_path) -> None:
+    answers = []
+    for failures in ("0.0", "1.0"):
+        with (
+            units(model, "1x1", "1x1", engine={"prefix_cache": str(tmp_path)}) as gateway,
+            served(gateway, Settings("tiny")) as running,
+            httpx.Client(base_url=running.url, timeout=90) as client,
+        ):
+            answers.append(client.post("/v1/completions", json=body()).json()["choices"][0]["text"])
+            wait_for_files(tmp_path)
+            time.sleep(0.3)  # the rank's report
+            assert (
+                f"\nwhalefall_disk_cache_failures_total {failures}" in client.get("/metrics").text
+            )
+        for path in tmp_path.rglob("*.kv"):
+            data = bytearray(path.read_bytes())
+            data[-1000] ^= 1
+            path.write_bytes(data)
+    assert answers[0] == answers[1]
+
+
 def wait_for_files(folder) -> None:
     deadline = time.monotonic() + 10
     while not list(folder.rglob("*.kv")) and time.monotonic() < deadline:
