@@ -75,7 +75,8 @@ struct Tokens {
   float unlift[kRowsOfX];
   int count;
 
-  Tokens(const Rows& x, int64_t first, int64_t last) : count(int(last - first)) {
+  __attribute__((noinline)) Tokens(const Rows& x, int64_t first, int64_t last)
+      : count(int(last - first)) {
     for (int i = 0; i < count; ++i) {
       row[i] = x.halves ? nullptr : x.row(first + i);
       half[i] = x.halves ? x.half_row(first + i) : nullptr;

@@ -82,8 +82,9 @@ enum class Order {
 
 // `count` fp32 values to kF32 or kBf16 at `to`: times `factor`, plus what lies at `add` (null:
 // nothing), which is of the same kind.
-inline void write_row(int32_t kind, void* to, const float* values, int64_t count,
-                      const float* factor, const void* add) {
+__attribute__((noinline)) inline void write_row(int32_t kind, void* to, const float* values,
+                                                int64_t count, const float* factor,
+                                                const void* add) {
   auto* wide = static_cast<float*>(to);
   auto* half = static_cast<uint16_t*>(to);
   auto* add_wide = static_cast<const float*>(add);
