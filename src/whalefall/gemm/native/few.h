@@ -5,7 +5,9 @@
 // added to a second one; the lanes are added at the end. Nothing of this depends on how many rows
 // there are, so a row's bits do not either.
 //   M = 1, 2: `direct`, 8 or 4 rows of W at once, decoded in registers. Bound: memory.
-//   M >= 3:   `tiled`, 4 rows of W x 128 columns decoded into L1, then 4 x 3 tiles. Bound: FMA.
+//   M <= 8:   with AVX2 `paired`, two rows of W for four of x, decoded in registers anew for the
+//             next four, while the multiply-adds wait for theirs. Bound: FMA.
+//   beyond:   `tiled`, 4 rows of W x 128 columns decoded into L1, then 4 x 3 tiles. Bound: FMA.
 // While a group of rows is read, the next one is prefetched into L2 (which the hardware does not
 // do well across rows). FP8 wants x in Order::kWords, other kinds in Order::kPlain.
 #pragma once
@@ -15,6 +17,8 @@ namespace wf::gemm {
 namespace few {
 constexpr int kStep = 4 * kLanes;  // weights of one decode
 constexpr int kRowsOfX = 32;       // rows of x for one pass of `tiled`
+// Rows of x up to which W is decoded in registers: elsewhere `tiled` is as fast or faster.
+constexpr int kMostPaired = WF_ISA == 1 ? 8 : 2;
 
 // kStep weights at p as floats: in kWords order and times kFp8Tiny for FP8, as they are otherwise.
 template <int kKind, bool kExact>
@@ -124,6 +128,64 @@ __attribute__((noinline)) bool direct(const Group<kKind, R>& group, const Tokens
   return !nan.seen();
 }
 
+// Vector j of the 4 that `decode` makes of the codes at p.
+template <int kKind, int kWhich>
+inline vf decode_one(const uint8_t* p) {
+  if constexpr (kKind == kBf16) return load_bf16(p + kWhich * 2 * kLanes);
+  if constexpr (kKind == kF32) return load_bytes(p + kWhich * 4 * kLanes);
+  vi v;
+  std::memcpy(&v, p, sizeof v);
+  return fp8_bits_to_float(kWhich == 0 ? v >> 4 : (v << (8 * kWhich)) >> 4);
+}
+
+// acc[r][m] += vector kWhich of 4 of two rows of W . x[m]; x is loaded once for both.
+template <int kKind, int M, int kWhich>
+inline void pair_step(const uint8_t* p, int64_t pitch, const float* const* x, int64_t k,
+                      vf (&acc)[2][M]) {
+  const vf first = decode_one<kKind, kWhich>(p), second = decode_one<kKind, kWhich>(p + pitch);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    const vf v = load(x[m] + k + kWhich * kLanes);
+    acc[0][m] = fma(first, v, acc[0][m]);
+    acc[1][m] = fma(second, v, acc[1][m]);
+  }
+}
+
+// out[r * kRowsOfX + m] += (R rows of W) . (the M rows of x from `first`), W decoded in registers,
+// two rows at a time: 8 sums, 2 of W and 1 of x.
+template <int kKind, int R, int M>
+__attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens& x, int first,
+                                      vf* out) {
+  Fp8NanFlag nan;
+  for (int64_t b = 0; b < group.blocks(); ++b) {
+    int64_t pitch;
+    const uint8_t* w = group.block(b, pitch);
+    if (first == 0) group.prefetch_next(b);
+    const float* row[M];
+    for (int m = 0; m < M; ++m) row[m] = x.row[first + m] + b * kBlock;
+    for (int r = 0; r < R; r += 2, w += 2 * pitch) {
+      vf acc[2][M] = {};
+      for (int k = 0; k < kBlock; k += kStep) {
+        const uint8_t* p = w + k * group.kBytes;
+        if (kKind == kFp8) see<kStep>(nan, p, k), see<kStep>(nan, p + pitch, k);
+        pair_step<kKind, M, 0>(p, pitch, row, k, acc);
+        pair_step<kKind, M, 1>(p, pitch, row, k, acc);
+        pair_step<kKind, M, 2>(p, pitch, row, k, acc);
+        pair_step<kKind, M, 3>(p, pitch, row, k, acc);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const float factor = x.scaled() ? x.scale[first + m][b] : 1.0f;
+          vf& sum = out[(r + i) * kRowsOfX + first + m];
+          sum = fma(acc[i][m], set1(group.factor(r + i, b) * factor), sum);
+        }
+    }
+  }
+  return !nan.seen();
+}
+
 // One block of R rows of W into floats in L1.
 template <int kKind, int R, bool kExact>
 __attribute__((noinline)) bool decode_block(const uint8_t* w, int64_t pitch, float* panel) {
@@ -222,6 +284,33 @@ void group_direct(const Weight& w, int64_t n, const Tokens& x, int64_t m, const 
   for (int i = 0; i < M; ++i) out.put(m + i, n, sums + i * R, R);
 }
 
+// Rows [n, n + R) of W for 3 to kRowsOfX rows of x, four at a time, decoded in registers anew.
+template <int kKind, int R>
+__attribute__((noinline)) void group_paired(const Weight& w, int64_t n, const Tokens& x, int64_t m,
+                                            const Output& out) {
+  Group<kKind, R> group(w, n);
+  vf sums[R * kRowsOfX];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < x.count; ++i) sums[r * kRowsOfX + i] = vf{};
+  bool known = true;
+  for (int i = 0; i < x.count; i += 4) {
+    const int left = x.count - i;
+    known &= left >= 4   ? paired<kKind, R, 4>(group, x, i, sums)
+             : left == 3 ? paired<kKind, R, 3>(group, x, i, sums)
+             : left == 2 ? paired<kKind, R, 2>(group, x, i, sums)
+                         : paired<kKind, R, 1>(group, x, i, sums);
+  }
+  if (!known) {
+    for (int r = 0; r < R; r += 4) group_tiled<kKind, 4>(w, n + r, x, m, out);
+    return;
+  }
+  for (int i = 0; i < x.count; ++i) {
+    float values[R];
+    for (int r = 0; r < R; ++r) values[r] = sum(sums[r * kRowsOfX + i]) * x.unlift[i];
+    out.put(m + i, n, values, R);
+  }
+}
+
 template <int kKind>
 void rows_of(const Weight& w, int64_t first, int64_t end, const Rows& x, int64_t count,
              const Output& out) {
@@ -232,6 +321,9 @@ void rows_of(const Weight& w, int64_t first, int64_t end, const Rows& x, int64_t
       for (; n + 8 <= end; n += 8) group_direct<kKind, 8, 1>(w, n, tokens, m, out);
     if (tokens.count == 2)
       for (; n + 4 <= end; n += 4) group_direct<kKind, 4, 2>(w, n, tokens, m, out);
+    if constexpr (kMostPaired > 2)
+      if (tokens.count > 2 && tokens.count <= kMostPaired)
+        for (; n + 8 <= end; n += 8) group_paired<kKind, 8>(w, n, tokens, m, out);
     for (; n + 4 <= end; n += 4) group_tiled<kKind, 4>(w, n, tokens, m, out);
     for (; n < end; ++n) group_tiled<kKind, 1>(w, n, tokens, m, out);
   }
