@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from benchmarks._experts import choices, experts_of
 from whalefall import gemm, jit
 from whalefall.gemm.linear import expert_structs, weight_struct
 from whalefall.gemm.native_calls import KINDS, Input, LinearCall, Output, library
@@ -179,19 +180,11 @@ def grouped_rows() -> list[Row]:
     """
     hidden, width, experts, tokens, topk = 2048, 1408, 64, 512, 6
     store = huge(experts * 3 * hidden * width).reshape(experts, 3, -1).view(E4M3)
-    s1 = np.full((11, 16), 0.01, np.float32)
-    s2 = np.full((16, 11), 0.01, np.float32)
-    weights = [
-        gemm.ExpertWeights(
-            e[0].reshape(width, hidden), e[1].reshape(width, hidden), e[2].reshape(hidden, width),
-            s1, s1, s2,
-        )
-        for e in store
-    ]  # fmt: skip
+    weights = experts_of(store, hidden, width)
     structs = expert_structs(weights)
     x32 = (RNG.standard_normal((tokens, hidden)) * 0.01).astype(np.float32)
     x = x32.astype(ACTIVATION)
-    idx = np.stack([RNG.permutation(experts)[:topk] for _ in range(tokens)]).astype(np.int32)
+    idx = choices(RNG, tokens, experts, topk)
     out = np.empty((tokens, topk, hidden), ml_dtypes.bfloat16)
     shapes = ((width, hidden), (width, hidden), (hidden, width))
     halves = [[torch.randn(a, b).bfloat16() * 0.02 for a, b in shapes] for _ in range(experts)]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from benchmarks._experts import choices, experts_of
 from benchmarks.attention import Problem, huge
 from tests.model.published import V3
 from whalefall import gemm
@@ -64,20 +65,12 @@ def expert_call(config: ModelConfig, tokens: int) -> Callable[[], object]:
     """One layer's routed experts, of distinct memory, under even random routing."""
     experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
     store = huge((experts * 3, hidden * width // 2)).view(E4M3).reshape(experts, 3, -1)
-    down = np.full((-(-hidden // 128), -(-width // 128)), 0.01, np.float32)
-    up = np.full((-(-width // 128), -(-hidden // 128)), 0.01, np.float32)
-    weights = [
-        gemm.ExpertWeights(
-            e[0].reshape(width, hidden), e[1].reshape(width, hidden), e[2].reshape(hidden, width),
-            up, up, down,
-        )
-        for e in store
-    ]  # fmt: skip
+    weights = experts_of(store, hidden, width)
     structs = expert_structs(weights)
     rng = np.random.default_rng(tokens)
     x = (rng.standard_normal((tokens, hidden)) * 0.01).astype(BF16)
     topk = config.num_experts_per_tok
-    idx = np.stack([rng.permutation(experts)[:topk] for _ in range(tokens)]).astype(np.int32)
+    idx = choices(rng, tokens, experts, topk)
     out = np.empty((tokens, topk, hidden), BF16)
     # `weights` is named so that what the structs point into lives as long as the call.
     return lambda keep=weights: gemm.fused_experts(x, structs, idx, out=out)

@@ -19,6 +19,8 @@ from whalefall.gemm.operands import (
     Operand,
     Pair,
     Recipe,
+    Target,
+    accumulator,
     bf16_operand,
     empty_segments,
     fp8_operand,
@@ -63,6 +65,14 @@ def check_k(where: str, a: Operand, b: Operand) -> None:
         raise ShapeError(f"{where}: K is {a.k} in a and {b.k} in b, wanted the same")
 
 
+def product_of(a: Operand, b: Operand, to: Target, add: Target | None = None) -> Product:
+    """What all segments of a product of these operands share."""
+    product = Product(n=b.rows, d_pitch=to.pitch, a=a.layout, b=b.layout, d_kind=to.kind)
+    product.length = min(a.layout.scale_k, b.layout.scale_k)
+    product.c_pitch = add.pitch if add else 0
+    return product
+
+
 def scale_dtype(pair: Any) -> str:
     """The dtype of the scales of a (values, scales) pair; "" for anything else."""
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
@@ -73,32 +83,13 @@ def scale_dtype(pair: Any) -> str:
 def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> Prepared | None:
     """D = C + A · Bᵀ of two matrices. Returns: what computes it again, if there was anything."""
     check_k(where, a, b)
-    to = target(where, "d", d, (a.rows, b.rows))
-    segments = empty_segments(1)
-    product = Product(n=b.rows, d_pitch=to.pitch, a=a.layout, b=b.layout, d_kind=to.kind)
-    product.length = min(a.layout.scale_k, b.layout.scale_k)
+    to, add = accumulator(where, d, c, (a.rows, b.rows))
     refuse_overlap(where, to.seen, a.views + b.views)
-    c_address = 0
-    if c is not None:
-        add = target(where, "c", c, (a.rows, b.rows))
-        if add.kind != to.kind:
-            raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one")
-        same = add.seen.address == to.seen.address
-        if same and add.pitch != to.pitch and a.rows > 1:
-            raise ShapeError(
-                f"{where}: c is d's memory with row pitch {add.pitch}, d's is {to.pitch}; wanted "
-                "the same strides, or memory of its own"
-            )
-        if not same:
-            refuse_overlap(where, to.seen, (add.seen,))
-        c_address, product.c_pitch = add.seen.address, add.pitch
     if a.rows == 0 or b.rows == 0:
         return None
-    segments[0] = (
-        a.address, a.scale_address, b.address, b.scale_address, to.seen.address, c_address,
-        a.rows, a.k,
-    )  # fmt: skip
-    prepared = prepare(product, segments)
+    segments = empty_segments(1)
+    segments[0] = (*a.at(), *b.at(), to.at(), add.at() if add else 0, a.rows, a.k)
+    prepared = prepare(product_of(a, b, to, add), segments)
     prepared()
     return prepared
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from whalefall.dtypes import as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Product, run
+from whalefall.gemm.calls import run
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
-from whalefall.gemm.dense import check_dims, check_k, scale_dtype
+from whalefall.gemm.dense import check_dims, check_k, product_of, scale_dtype
 from whalefall.gemm.operands import (
     Operand,
     Pair,
@@ -145,23 +145,8 @@ def _run(a: Operand, b: Operand, to: Target, runs: list[Run]) -> None:
         return
     segments = empty_segments(len(runs))
     for i, (group, first, last) in enumerate(runs):
-        segments[i] = (
-            a.address + first * a.row_bytes,
-            a.scale_address and a.scale_address + first * a.scale_row_bytes,
-            b.address + group * b.group_bytes,
-            b.scale_address and b.scale_address + group * b.scale_group_bytes,
-            to.seen.address + first * to.row_bytes,
-            0,
-            last - first,
-            a.k,
-        )
-    run(_product(a, b, to), segments)
-
-
-def _product(a: Operand, b: Operand, to: Target) -> Product:
-    product = Product(n=b.rows, d_pitch=to.pitch, a=a.layout, b=b.layout, d_kind=to.kind)
-    product.length = min(a.layout.scale_k, b.layout.scale_k)
-    return product
+        segments[i] = (*a.at(row=first), *b.at(group), to.at(row=first), 0, last - first, a.k)
+    run(product_of(a, b, to), segments)
 
 
 def m_grouped_fp8_fp4_gemm_nt_contiguous(
@@ -273,17 +258,8 @@ def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_
         return
     segments = empty_segments(len(busy))
     for i, g in enumerate(busy):
-        segments[i] = (
-            a.address + g * a.group_bytes,
-            a.scale_address and a.scale_address + g * a.scale_group_bytes,
-            b.address + g * b.group_bytes,
-            b.scale_address and b.scale_address + g * b.scale_group_bytes,
-            to.seen.address + g * to.group_bytes,
-            0,
-            int(counts[g]),
-            a.k,
-        )
-    run(_product(a, b, to), segments)
+        segments[i] = (*a.at(g), *b.at(g), to.at(g), 0, int(counts[g]), a.k)
+    run(product_of(a, b, to), segments)
 
 
 def m_grouped_fp8_fp4_gemm_nt_masked(

@@ -19,9 +19,9 @@ from whalefall.gemm.operands import (
     FP8,
     Recipe,
     Target,
+    accumulator,
     empty_segments,
     refuse_overlap,
-    target,
 )
 
 __all__ = [
@@ -29,20 +29,6 @@ __all__ = [
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
 ]
-
-
-def _into(where: str, d: Any, c: Any, groups: int, m: int, n: int) -> tuple[Target, Target | None]:
-    to = target(where, "d", d, (groups, m, n))
-    if c is None:
-        return to, None
-    add = target(where, "c", c, (groups, m, n))
-    if add.kind != to.kind:
-        raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one dtype")
-    if add.seen.address != to.seen.address:
-        refuse_overlap(where, to.seen, (add.seen,))
-    elif add.seen.strides != to.seen.strides:
-        raise ShapeError(f"{where}: c is d's memory with other strides, wanted the same")
-    return to, add
 
 
 def _unpacked(where: str, name: str, scales: Any, gran_k: int, counts: list[int]) -> Any:
@@ -102,7 +88,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     (av, asf), (bv, bsf) = a, b
     va, vb = _matrix(where, "a", av, "float8_e4m3fn"), _matrix(where, "b", bv, "float8_e4m3fn")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
-    to, add = _into(where, d, c, len(stretches), va.shape[1], vb.shape[1])
+    to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
     refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf)))
     counts = [-(-k // gran_k) for _, k in stretches]
     scales_a = _unpacked(where, "a", asf, gran_k, counts)
@@ -125,7 +111,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
     check_dims(where, compiled_dims)
     va, vb = _matrix(where, "a", a, "bfloat16"), _matrix(where, "b", b, "bfloat16")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
-    to, add = _into(where, d, c, len(stretches), va.shape[1], vb.shape[1])
+    to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
     refuse_overlap(where, to.seen, (va, vb))
     _run(where, va, vb, None, None, to, add, stretches, [0] * len(stretches), 128)
 
@@ -160,7 +146,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         raise ShapeError(f"{where}: ks_cpu={ks_cpu}, wanted {groups} multiples of 128")
     for name, v, rows, sf in (("a", va, m, asf), ("b", vb, n, bsf)):
         _check_flat(where, name, v, view(sf, f"{where}: scale of {name}"), rows, total)
-    to, add = _into(where, d, c, groups, m, n)
+    to, add = accumulator(where, d, c, (groups, m, n))
     refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf)))
     sa, sb = view(asf), view(bsf)
     for g, (first, k) in enumerate(stretches):  # each group's rows are k apart: a layout of its own
@@ -174,8 +160,8 @@ def k_grouped_fp8_gemm_nt_contiguous(
             sa.address + first // 128 * sa.strides[1] * 4,
             vb.address + first * n,
             sb.address + first // 128 * sb.strides[1] * 4,
-            to.seen.address + g * to.group_bytes,
-            add.seen.address + g * add.group_bytes if add else 0,
+            to.at(g),
+            add.at(g) if add else 0,
             m,
             k,
         )
@@ -252,8 +238,8 @@ def _run(
             scales_a.address + block * scales_a.strides[0] * 4 if scales_a is not None else 0,
             b.address + first * b.shape[1] * size,
             scales_b.address + block * scales_b.strides[0] * 4 if scales_b is not None else 0,
-            to.seen.address + g * to.group_bytes,
-            add.seen.address + g * add.group_bytes if add else 0,
+            to.at(g),
+            add.at(g) if add else 0,
             a.shape[1],
             k,
         )

@@ -19,6 +19,7 @@ from whalefall.gemm.calls import Layout
 __all__ = [
     "Operand",
     "Target",
+    "accumulator",
     "bf16_operand",
     "fp8_operand",
     "recipes",
@@ -55,15 +56,17 @@ class Operand:
     keep: tuple[Any, ...]
     views: tuple[View, ...]
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes from a row to the next (not for FP4 packed along rows)."""
-        return int(self.layout.row_stride) * (2 if self.layout.kind == BF16 else 1)
+    def at(self, group: int = 0, row: int = 0) -> tuple[int, int]:
+        """Addresses of a group's values and scales from `row` on.
 
-    @property
-    def scale_row_bytes(self) -> int:
-        """Bytes from a row's scales to the next's, where each row has its own."""
-        return int(self.layout.scale_row_stride) * 4
+        `row` is for operands with scales of their own in each row, and not FP4 packed along rows.
+        """
+        values = self.address + group * self.group_bytes
+        values += row * int(self.layout.row_stride) * (2 if self.layout.kind == BF16 else 1)
+        if not self.scale_address:
+            return values, 0
+        scales = self.scale_address + group * self.scale_group_bytes
+        return values, scales + row * int(self.layout.scale_row_stride) * 4
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,10 @@ class Target:
     pitch: int
     kind: int
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes from a row to the next."""
-        return self.pitch * (4 if self.kind == 0 else 2)
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes from a group to the next."""
-        if len(self.seen.shape) < 3:
-            return 0
-        return self.seen.strides[0] * (4 if self.kind == 0 else 2)
+    def at(self, group: int = 0, row: int = 0) -> int:
+        """The address of a row of a group."""
+        apart = self.seen.strides[0] if len(self.seen.shape) == 3 else 0
+        return self.seen.address + (group * apart + row * self.pitch) * (2 if self.kind else 4)
 
 
 def recipes(
@@ -203,6 +199,30 @@ def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
         )
     groups = shape[0] if len(shape) == 3 else 1
     return Target(v, shape[-2], shape[-1], groups, v.strides[-2], int(v.dtype != "float32"))
+
+
+def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Target, Target | None]:
+    """The result `d` and what is added to it: `c` of its shape and dtype, None, or `d` itself.
+
+    Raises: ShapeError, DtypeError; where `c` shares some of `d`'s memory only, too.
+    """
+    to = target(where, "d", d, shape)
+    if c is None:
+        return to, None
+    add = target(where, "c", c, shape)
+    if add.kind != to.kind:
+        raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one dtype")
+    if add.seen.address != to.seen.address:
+        refuse_overlap(where, to.seen, (add.seen,))
+    elif any(
+        n > 1 and of_c != of_d
+        for n, of_c, of_d in zip(shape, add.seen.strides, to.seen.strides, strict=True)
+    ):
+        raise ShapeError(
+            f"{where}: c is d's memory with strides {list(add.seen.strides)}, d's are "
+            f"{list(to.seen.strides)}; wanted the same, or memory of its own"
+        )
+    return to, add
 
 
 def refuse_overlap(where: str, d: View, others: tuple[View, ...]) -> None:
