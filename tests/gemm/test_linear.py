@@ -11,7 +11,7 @@ import pytest
 
 from whalefall import gemm, jit
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.linear import weight_struct
+from whalefall.gemm.linear import packed_width, quantize_rows, weight_struct
 from whalefall.gemm.native_calls import ACTIVATIONS, KINDS, Input, LinearCall, Output, library
 from whalefall.jit import machine
 
@@ -152,6 +152,61 @@ def test_fused_experts_agree_with_float64_in_top_k_order(level: str, form: Any) 
     alone = gemm.fused_experts(x[5:6], experts, idx[5:6], form, out_dtype="float32")
     assert (alone[0] == rows[5]).all()
     assert (gemm.fused_experts(x, experts, idx, form) == rows.astype(BF16)).all()
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+@pytest.mark.parametrize("hidden", [128, 200, 384])
+def test_experts_give_the_same_bits_for_rows_quantised_before(
+    level: str, form: Any, hidden: int
+) -> None:
+    rng = np.random.default_rng(hidden)
+    parts = [fp8_weight(rng, *shape) for shape in [(70, hidden)] * 2 + [(hidden, 70)]]
+    experts = [gemm.ExpertWeights(*(p[0] for p in parts), *(p[1] for p in parts))] * 3
+    x = rng.standard_normal((40, hidden)).astype(np.float32)
+    x[1], x[2, :5], x[3] = 0, [1e-9, -1e30, 3e38, -0.0, 1e-40], 1e-6 * x[3]
+    x[4] = np.where(rng.random(hidden) < 0.5, 1e-3, 1) * x[4]  # small beside the largest: subnormal
+    idx = rng.integers(0, 3, (40, 2))
+    assert quantize_rows(x[:0]).shape == (0, packed_width(hidden))
+    for rows in (x, x.astype(BF16), x[::2]):
+        packed = quantize_rows(rows)
+        assert packed.shape == (len(rows), packed_width(hidden))
+        plain, quick = (
+            gemm.fused_experts(
+                given, experts, idx[: len(rows)], form, quantize_activations=True,
+                out_dtype="float32",
+            )
+            for given in (rows, packed)
+        )  # fmt: skip
+        assert plain.tobytes() == quick.tobytes()
+    codes, scales = gemm.per_token_cast_to_fp8(x[5:], use_ue8m0=False)
+    packed, padded = quantize_rows(x[5:]), -(-hidden // 128) * 128
+    assert (
+        packed[:, :hidden] == codes.view(np.uint8)
+    ).mean() > 0.99  # x / s there, x · (1 / s) here
+    assert (packed[:, padded:].view(np.float32) == scales).all()
+
+
+def test_a_nan_stays_one_when_its_row_is_packed(level: str) -> None:
+    x = np.ones((1, 256), np.float32)
+    x[0, 3] = np.nan
+    packed = quantize_rows(x)
+    assert np.isnan(packed[:, :128].view(E4M3)[0, 3].astype(np.float32))
+    scales = packed[0, 256:].view(np.float32)
+    assert np.isnan(scales[0]) and scales[1] == np.float32(1) / np.float32(448)
+
+
+def test_packed_rows_are_refused_where_they_make_no_sense() -> None:
+    weight, scale, _ = fp8_weight(np.random.default_rng(5), 128, 128)
+    experts = [gemm.ExpertWeights(weight, weight, weight, scale, scale, scale)]
+    packed, idx = quantize_rows(np.zeros((2, 128), np.float32)), np.zeros((2, 1), np.int32)
+    with pytest.raises(ShapeError, match=r"x has shape \[2, 132\].*wanted \[T, 128\] of H=128"):
+        gemm.fused_experts(packed, experts, idx)
+    with pytest.raises(ShapeError, match=r"x has shape \[2, 128\].*wanted \[T, 132\] of H=128"):
+        gemm.fused_experts(packed[:, :128], experts, idx, quantize_activations=True)
+    with pytest.raises(DtypeError, match="quantize_rows: x is float64"):
+        quantize_rows(np.zeros((2, 128)))
+    with pytest.raises(ShapeError, match=r"quantize_rows: x has shape \[128\]"):
+        quantize_rows(np.zeros(128, np.float32))
 
 
 def test_refusals_say_what_is_wrong() -> None:

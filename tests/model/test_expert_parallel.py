@@ -9,6 +9,7 @@ from tests.model import parallel_children as children
 from tests.model.forms import FORMS
 from whalefall import launch
 from whalefall.errors import ShapeError
+from whalefall.gemm.linear import packed_width
 from whalefall.model.micro_batches import split
 from whalefall.model.synth import synth
 
@@ -49,6 +50,7 @@ def ranks(size: int, **kwargs: object) -> list[dict]:
         (4, "v3", "fp32", True, 4),
         (4, "v2-lite", "w8a8", False, 1),
         (4, "kimi-k2", "w8a16", True, 2),
+        (2, "kimi-k2", "w8a8", False, 0),  # bf16 weights: rows travel as they are
         (8, "v3", "w8a16", True, 1),  # more ranks than sequences: three have no token at all
     ],
 )
@@ -85,6 +87,29 @@ def test_tiny_batches_split(lengths) -> None:
     seqs = list(range(len(lengths)))
     first, second, _ = split(children.batch(lengths, [0] * len(lengths), False, seqs))
     assert len(first.tokens) + len(second.tokens) == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("form", "compute", "wanted"),
+    [("v3", "w8a8", "uint8"), ("v3", "w8a16", "float32"), ("kimi-k2", "w8a8", "float32")],
+)
+def test_w8a8_rows_travel_as_fp8_with_scales(
+    models, tmp_path, monkeypatch, form: str, compute: str, wanted: str
+) -> None:
+    from whalefall import ep
+
+    sent = []
+    real = ep.Engine.begin_dispatch_selections
+
+    def seen(self, x, *rest):
+        sent.append(x)
+        return real(self, x, *rest)
+
+    monkeypatch.setattr(ep.Engine, "begin_dispatch_selections", seen)
+    children.run(0, 1, str(tmp_path), models[form], compute, False, 0, 2)
+    assert {x.dtype.name for x in sent} == {wanted}
+    if wanted == "uint8":
+        assert {x.shape[1] for x in sent} == {packed_width(int(FORMS[form]["hidden_size"]))}
 
 
 def test_a_placement_for_other_ranks_is_refused(models, tmp_path) -> None:

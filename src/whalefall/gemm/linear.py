@@ -21,6 +21,7 @@ from whalefall.gemm.native_calls import (
     ACTIVATIONS,
     FORMS,
     KINDS,
+    PACKED,
     Expert,
     ExpertsCall,
     Input,
@@ -30,7 +31,14 @@ from whalefall.gemm.native_calls import (
     library,
 )
 
-__all__ = ["ExpertWeights", "fp8_linear", "fused_experts", "linear"]
+__all__ = [
+    "ExpertWeights",
+    "fp8_linear",
+    "fused_experts",
+    "linear",
+    "packed_width",
+    "quantize_rows",
+]
 
 Form = Literal["few", "many"]
 MANY_ROWS = 32  # from here on packing a panel pays: the default form of a call
@@ -104,7 +112,8 @@ def fused_experts(
     """rows[t, j] = w2 · (silu(w1 · x[t]) · (w3 · x[t])) of expert topk_idx[t, j].
 
     Args:
-        x: [T, H] float32 or bfloat16.
+        x: [T, H] float32 or bfloat16; with `quantize_activations` also what `quantize_rows` made
+            of them, which gives the same bits.
         experts: each expert's weights, or `expert_structs` of them (made once, kept).
         topk_idx: [T, top-k] int32 or int64; a negative index: none, its row is zero.
         form: as in `fp8_linear`; None: by the rows an expert gets on average.
@@ -117,7 +126,7 @@ def fused_experts(
     """
     structs = experts if isinstance(experts, ctypes.Array) else expert_structs(experts)
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
-    tokens, topk, hidden = _check_selection(structs, x_view, topk_idx, idx)
+    tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
     if out is None:
         out = empty_like(x, (tokens, topk, hidden), out_dtype or "bfloat16")
@@ -258,7 +267,37 @@ def _gaps(seen: View) -> bool:
 
 
 def _input(seen: View) -> Input:
-    return Input(seen.address, seen.strides[0], KINDS[seen.dtype], 0)
+    kind = PACKED if seen.dtype == "uint8" else KINDS[seen.dtype]
+    return Input(seen.address, seen.strides[0], kind, 0)
+
+
+def packed_width(hidden: int) -> int:
+    """Bytes of a row of `quantize_rows`: E4M3 codes up to the next 128, then fp32 scales."""
+    blocks = -(-hidden // 128)
+    return blocks * (128 + 4)
+
+
+def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
+    """Rows as W8A8 products quantise them, packed: what `fused_experts` can be given instead of x.
+
+    Args:
+        x: [T, H] float32 or bfloat16, stride 1 along H.
+    Returns: [T, packed_width(H)] uint8.
+    Raises: ShapeError, DtypeError.
+    """
+    seen = view(x, "quantize_rows: x")
+    if len(seen.shape) != 2 or _gaps(seen):
+        raise ShapeError(
+            f"quantize_rows: x has shape {list(seen.shape)} and strides {list(seen.strides)}, "
+            "wanted [T, H] with stride 1 along H"
+        )
+    if seen.dtype not in _OUT:
+        raise DtypeError(f"quantize_rows: x is {seen.dtype}, wanted float32 or bfloat16")
+    rows, hidden = seen.shape
+    packed = np.empty((rows, packed_width(hidden)), np.uint8)
+    given = _input(seen)
+    library().wf_pack(ctypes.addressof(given), rows, hidden, packed.ctypes.data)
+    return packed
 
 
 def _form(form: str | None, rows: float, name: str) -> int:
@@ -270,17 +309,19 @@ def _form(form: str | None, rows: float, name: str) -> int:
 
 
 def _check_selection(
-    structs: ctypes.Array[Expert], x: View, topk_idx: Any, idx: View
+    structs: ctypes.Array[Expert], x: View, idx: View, quantize: bool
 ) -> tuple[int, int, int]:
     if len(structs) == 0:
         raise ShapeError("fused_experts: no experts, wanted at least one")
     hidden = structs[0].w1.cols
-    if len(x.shape) != 2 or x.shape[1] != hidden or _gaps(x):
+    packed = x.dtype == "uint8" and quantize
+    width = packed_width(hidden) if packed else hidden
+    if len(x.shape) != 2 or x.shape[1] != width or _gaps(x):
         raise ShapeError(
             f"fused_experts: x has shape {list(x.shape)} and strides {list(x.strides)}, wanted "
-            f"[T, H={hidden}] with stride 1 along H"
+            f"[T, {width}] of H={hidden} with stride 1 along H"
         )
-    if x.dtype not in _OUT:
+    if x.dtype not in _OUT and not packed:
         raise DtypeError(f"fused_experts: x is {x.dtype}, wanted float32 or bfloat16")
     if len(idx.shape) != 2 or idx.shape[0] != x.shape[0]:
         raise ShapeError(
@@ -288,7 +329,7 @@ def _check_selection(
         )
     if idx.dtype not in ("int32", "int64"):
         raise DtypeError(f"fused_experts: topk_idx is {idx.dtype}, wanted int32 or int64")
-    return x.shape[0], idx.shape[1], x.shape[1]
+    return x.shape[0], idx.shape[1], hidden
 
 
 def _numpy_int32(topk_idx: Any, idx: View, num_experts: int) -> np.ndarray[Any, Any]:

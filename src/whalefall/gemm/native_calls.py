@@ -11,6 +11,7 @@ from whalefall import jit
 __all__ = ["KINDS", "Expert", "ExpertsCall", "Input", "LinearCall", "Output", "Weight", "library"]
 
 KINDS = {"float32": 0, "bfloat16": 1, "float8_e4m3fn": 2}
+PACKED = 2  # the kind of rows that `wf_pack` made
 FORMS = {"few": 0, "many": 1}
 ACTIVATIONS = {"keep": 0, "e4m3": 1, "half": 2}  # what a product does to fp32 activations first
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -99,4 +100,6 @@ def _library(level: str) -> jit.Library:
     loaded.wf_linear.restype = None
     loaded.wf_experts.argtypes = [ctypes.c_void_p]
     loaded.wf_experts.restype = None
+    loaded.wf_pack.argtypes = [ctypes.c_void_p, _INT64, _INT64, ctypes.c_void_p]
+    loaded.wf_pack.restype = None
     return loaded

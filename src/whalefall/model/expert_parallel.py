@@ -3,6 +3,7 @@
 In: a rank's own tokens and KV cache (attention is data-parallel), an `ep.Engine`, a placement of
 expert replicas. Out: a `step.Step` with the bits of `NativeStep`, whatever the number of ranks:
 one row travels per selection, is rounded as in one process, and rows are added in top-k order.
+Under w8a8 rows go to the experts as E4M3 with scales, as published: quantised once, by the sender.
 Every rank calls it for every step, those without tokens too.
 Source: DeepSeek-V3/R1 inference system (large-scale expert parallelism, dual-batch overlap).
 """
@@ -20,7 +21,12 @@ import numpy as np
 
 from whalefall import ep, eplb, pipeline, trace
 from whalefall.errors import ShapeError
-from whalefall.gemm.linear import ExpertWeights, expert_structs, fused_experts
+from whalefall.gemm.linear import (
+    ExpertWeights,
+    expert_structs,
+    fused_experts,
+    quantize_rows,
+)
 from whalefall.model.config import ModelConfig
 from whalefall.model.micro_batches import OverlapClock, split
 from whalefall.model.native_step import STEP_ACTIVATIONS, NativeStep, StepParts
@@ -212,7 +218,10 @@ class _Rows:
     def dispatch(self, layer: int) -> Callable[[], tuple[int, int]]:
         step, parts = self.step, self.parts
         slots = step.slots_of(layer - step._first, parts.index)
-        received, event = step._ranks.begin_dispatch_selections(parts.normed, slots, step._slots)
+        rows = parts.normed
+        if step._activations == "e4m3":  # as the experts would make them, in a quarter of the bytes
+            rows = quantize_rows(rows)
+        received, event = step._ranks.begin_dispatch_selections(rows, slots, step._slots)
         self.moved = _Moved(received)
 
         def wait() -> tuple[int, int]:
@@ -226,7 +235,7 @@ class _Rows:
         assert received.per_expert is not None
         if not len(received.x):
             dtype = np.float32 if step._rows_dtype == "float32" else ml_dtypes.bfloat16
-            self.moved.rows = np.empty(received.x.shape, dtype)
+            self.moved.rows = np.empty((0, step.hidden_size), dtype)
             return
         slot = np.repeat(np.arange(len(received.per_expert), dtype=np.int32), received.per_expert)
         self.moved.rows = fused_experts(

@@ -35,3 +35,16 @@ WF_EXPORT void wf_experts(const ExpertsCall* call) {
   fused.run(call->experts, call->num_experts, call->selected, call->shared, call->x, call->rows,
             call->form, call->activations);
 }
+
+// `count` rows of x, `cols` wide, quantised as kE4m3 does and packed.
+WF_EXPORT void wf_pack(const Input* x, int64_t count, int64_t cols, uint8_t* to) {
+  static thread_local Scratch scratch;
+  const int64_t padded = round_up(cols, kBlock), blocks = padded / kBlock;
+  float* own = scratch.get<float>(wf::num_threads() * (padded + blocks));
+  wf::parallel_for(count, [&](int64_t m, int thread) {
+    float *row = own + thread * (padded + blocks), *scales = row + padded;
+    detail::row_to_float(*x, m, cols, row, padded);
+    detail::quantize_row(row, padded, scales);
+    detail::pack_row(row, scales, padded, to + m * detail::packed_bytes(padded));
+  });
+}

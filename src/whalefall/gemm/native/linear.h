@@ -16,7 +16,7 @@ inline Order order_for(int kind, int form, bool dot) {
 }
 
 // Rows of x as the kernels want them; in place where x is plain, of the kernels' type, and K a
-// multiple of 128.
+// multiple of 128. kFp8 is rows that `pack_row` made, for kE4m3 only.
 class Prepared {
  public:
   Rows rows(const Input& x, int64_t count, const Weight& w, int form, int activations);
@@ -68,6 +68,32 @@ inline void quantize_row(float* row, int64_t padded, float* scales) {
     for (int i = 0; i < kBlock; ++i) row[i] = round_to_e4m3(row[i] * inverse);
     scales[b] = s;
   }
+}
+
+// A packed row: `padded` e4m3 codes of what `quantize_row` left, then its scales.
+constexpr int64_t packed_bytes(int64_t padded) { return padded + padded / kBlock * 4; }
+
+inline void pack_row(const float* row, const float* scales, int64_t padded, uint8_t* to) {
+  for (int64_t k = 0; k < padded; ++k) {
+    uint32_t u;
+    std::memcpy(&u, row + k, 4);
+    const uint32_t sign = u >> 24 & 0x80, most = u & 0x7fffffff;
+    uint32_t code;
+    if (most >= 0x7f800000)
+      code = 0x7f;
+    else if (most < 0x3c800000)  // below 2^-6: multiples of 2^-9
+      code = uint32_t(__builtin_fabsf(row[k]) * 512);
+    else
+      code = (most >> 20) - (120 << 3);
+    to[k] = uint8_t(sign | code);
+  }
+  std::memcpy(to + padded, scales, padded / kBlock * 4);
+}
+
+inline void unpack_row(const uint8_t* from, int64_t padded, float* row, float* scales) {
+  const float* table = fp8_table();
+  for (int64_t k = 0; k < padded; ++k) row[k] = table[from[k]];
+  std::memcpy(scales, from + padded, padded / kBlock * 4);
 }
 }  // namespace detail
 
@@ -185,8 +211,13 @@ inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int f
         continue;
       }
       float* row = dot ? own + thread * padded : values + m * pitch;
-      detail::row_to_float(x, m, cols, row, padded);
-      if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
+      if (x.kind == kFp8) {
+        const uint8_t* from = static_cast<const uint8_t*>(x.data) + m * x.pitch;
+        detail::unpack_row(from, padded, row, scales + m * blocks);
+      } else {
+        detail::row_to_float(x, m, cols, row, padded);
+        if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
+      }
       unlift[m] = order == Order::kWords ? detail::order_words(row, padded) : 1.0f;
       if (dot) detail::to_half_row(row, padded, order == Order::kDealt, halves + m * pitch);
     }
