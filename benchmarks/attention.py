@@ -166,7 +166,8 @@ def torch_rows(rounds: int, scale: int) -> list[Row]:
             "sdpa fp32": sdpa(k.float(), v.float(), one.float()),
         },
         rounds,
-        min_time_s=0.03,  # a library's threads spin on after its call and take the next one's cores
+        min_time_s=0.03,
+        settle_s=0.015,
     )
     rows = []
     for name, what in (

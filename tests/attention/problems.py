@@ -34,15 +34,27 @@ def dense(
         lengths = np.maximum(rng.normal(s_k, s_k / 2, b), s_q).astype(np.int64)
     if empty:
         lengths[::2] = 0
-    width = -(-int(lengths.max()) // page) + 1
-    q = np.clip(rng.standard_normal((b, s_q, h_q, d)) / 10, -1, 1).astype(dtype)
-    cache = (rng.standard_normal((b * width, page, h_kv, d)) / 10).clip(-1, 1).astype(dtype)
-    table = rng.permutation(b * width).reshape(b, width).astype(np.int32)
-    for i, n in enumerate(lengths):
-        for j in range(width):
-            cache[table[i, j], max(0, min(page, int(n) - j * page)) :] = np.nan
-        table[i, -(-int(n) // page) :] = GARBAGE
+    pages = -(-lengths // page)
+    q = np.clip(rng.standard_normal((b, s_q, h_q, d), np.float32) / 10, -1, 1).astype(dtype)
+    cache = random_rows(rng, ((pages.sum() + b), page, h_kv, d), dtype)  # b pages are nobody's
+    table = np.full((b, pages.max() + 1), GARBAGE, np.int32)
+    order = rng.permutation(len(cache)).astype(np.int32)
+    for i, own in enumerate(np.split(order, np.cumsum(pages))[:b]):
+        table[i, : len(own)] = own
+        if lengths[i] % page:
+            cache[own[-1], lengths[i] % page :] = np.nan
+    cache[order[pages.sum() :]] = np.nan
     return Dense(q, cache, table, lengths.astype(np.int32))
+
+
+def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
+    """randn / 10 within ±1; of many rows, each is one of 32,768 drawn."""
+    count = int(np.prod(shape[:-1]))
+    drawn = rng.standard_normal((min(count, 1 << 15), shape[-1]), np.float32) / 10
+    rows = drawn.clip(-1, 1).astype(dtype)
+    if count > len(rows):
+        rows = rows[rng.integers(0, len(rows), count)]
+    return rows.reshape(shape)
 
 
 def dense_expected(

@@ -64,10 +64,13 @@ def interleave(
     rounds: int = 7,
     warmups: int = 1,
     min_time_s: float = 0.0,
+    settle_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the contenders in turns, `rounds` times each, after `warmups` unmeasured turns.
 
     Where one call is shorter than `min_time_s`, it is repeated within a round to last that long.
+    For `settle_s` before, it runs unmeasured: the threads of the contender before may spin on for
+    some milliseconds (those of torch's OpenMP do for 9) on the cores that this one needs.
     """
     repeats = {}
     for name, call in contenders.items():
@@ -79,6 +82,9 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            start = time.perf_counter()
+            while time.perf_counter() - start < settle_s:
+                call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
