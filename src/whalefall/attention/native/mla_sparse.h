@@ -68,7 +68,7 @@ class SparseWork {
 
   std::vector<Block> blocks() const {
     std::vector<Block> found;
-    int64_t rows = args_.cache_type == Type::fp8 ? 64 : 32;
+    int64_t rows = kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
     while (rows > 8 && args_.tokens * args_.heads < rows * num_threads()) rows /= 2;
     for (int64_t t = 0; t < args_.tokens; ++t)
       for (int64_t h = 0; h < args_.heads; h += rows) {
