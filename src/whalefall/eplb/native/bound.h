@@ -42,27 +42,29 @@ inline double min_max_share(const double* w, int experts, int slots, int max_cou
 // 1 others. Spare slots (those that no expert needs to stay under `limit`) may dilute the lightest
 // experts, so each is counted at its lightest: that understates the others, never overstates.
 inline bool refuted(const double* w, int experts, int slots, int per_gpu, double limit,
-                    std::vector<double>& lightest) {
+                    std::vector<std::pair<double, int64_t>>& lightest) {
   auto needed_under = [&](double most) {
     const double per_load = (1 - 1e-12) / most;
-    int64_t needed = 0;
-    for (int e = 0; e < experts; ++e) needed += std::max(1.0, std::ceil(w[e] * per_load));
+    int64_t needed = 0;  // whole numbers, so that the compiler may add many at a time
+    for (int e = 0; e < experts; ++e) needed += int64_t(std::max(1.0, std::ceil(w[e] * per_load)));
     return needed;
   };
   int64_t needed = needed_under(limit);
   if (needed > slots) return true;
   const int64_t spare = slots - needed;
   const double per_load = (1 - 1e-12) / limit;
-  lightest.clear();
+  lightest.resize(experts);
   for (int e = 0; e < experts; ++e) {
-    const int64_t copies = std::max(1.0, std::ceil(w[e] * per_load)) + spare;
-    for (int64_t k = 0; k < std::min<int64_t>(copies, per_gpu - 1); ++k)
-      lightest.push_back(w[e] / copies);
+    const int64_t copies = int64_t(std::max(1.0, std::ceil(w[e] * per_load))) + spare;
+    lightest[e] = {w[e] / double(copies), copies};
   }
   double others = 0;
-  const size_t take = std::min<size_t>(per_gpu - 1, lightest.size());
+  int64_t left = per_gpu - 1;
+  const size_t take = std::min<size_t>(left, lightest.size());
   std::partial_sort(lightest.begin(), lightest.begin() + take, lightest.end());
-  for (size_t k = 0; k < take; ++k) others += lightest[k];
+  for (size_t k = 0; k < take && left > 0; ++k)
+    for (int64_t c = lightest[k].second; c > 0 && left > 0; --c, --left)
+      others += lightest[k].first;
   if (others >= limit) return true;
   return needed_under(limit - others) > slots;
 }
@@ -129,7 +131,7 @@ inline double lower_bound(const double* w, int experts, int slots, int gpus, dou
   double low = std::max(total / gpus, share);
   const int per_gpu = slots / gpus;
   if (per_gpu < 2) return low;
-  std::vector<double> scratch;
+  std::vector<std::pair<double, int64_t>> scratch;
   if (!refuted(w, experts, slots, per_gpu, low * (1 + 1e-9), scratch)) return low;
   double high = low * 2 + 1e-30;
   while (refuted(w, experts, slots, per_gpu, high, scratch)) low = high, high *= 2;
