@@ -12,7 +12,14 @@ import torch.distributed as dist
 from whalefall import ep, trace
 from whalefall.ep.torch import combine as differentiable_combine
 from whalefall.ep.torch import dispatch as differentiable_dispatch
-from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError, UnsupportedError
+from whalefall.errors import (
+    ConfigError,
+    DtypeError,
+    LimitError,
+    ShapeError,
+    UnsupportedError,
+    WhalefallError,
+)
 
 H, E, K, M = 1024, 8, 4, 24
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -451,6 +458,25 @@ def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
         )
     with pytest.raises(ConfigError, match="get_dispatch_layout gives them"):
         buffer.dispatch(x)
+    for bad, words in (
+        ([1, 2], "x is a list, wanted a tensor"),
+        ((x, x, x), "x is a tuple of 3"),
+        (x[0], r"x is \[1024\], wanted"),
+    ):
+        with pytest.raises(WhalefallError, match=words):
+            buffer.dispatch(bad, None, *layout[:2], layout[3], layout[2], idx, weights)
+    counts = layout[0] - 1
+    with pytest.raises(ShapeError, match="num_tokens_per_rank does not count is_token_in_rank"):
+        buffer.dispatch(x, None, counts, layout[1], layout[3], layout[2], idx, weights)
+    with pytest.raises(ConfigError, match="num_worst_tokens is -3"):
+        dispatch(buffer, x, idx, weights, num_worst_tokens=-3)
+    got, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    with pytest.raises(ConfigError, match="handle is a tuple, wanted dispatch's own"):
+        buffer.combine(got, (1, 2))
+    with pytest.raises(ShapeError, match=r"topk_weights is float32 \[3, 3\], wanted float32"):
+        buffer.combine(got, handle, topk_weights=torch.zeros(3, 3))
+    with pytest.raises(ShapeError, match=r"bias is \[3, 3\], wanted \[4, 1024\]"):
+        buffer.combine(got, handle, bias=torch.zeros(3, 3, dtype=BF16))
     with pytest.raises(ConfigError, match="expert_alignment is 0, wanted 1 or more"):
         dispatch(buffer, x, idx, weights, expert_alignment=0)
     with pytest.raises(ShapeError, match=r"topk_idx \(4, 4\), topk_weights \(4,\)"):

@@ -262,6 +262,14 @@ def check_bad_input_is_refused_before_anything_is_sent(engine: Engine) -> None:
     ]:
         with pytest.raises(WhalefallError, match=words):
             call()
+    received = engine.dispatch(x, idx, 16)
+    for more, words in [
+        ({"topk_weights": np.zeros((3, 3), np.float32)}, r"topk_weights is float32 \[3, 3\]"),
+        ({"bias": (np.zeros((1, 64), BF16), None)}, r"bias is bfloat16 \[1, 64\]"),
+        ({"out": np.zeros((1, 64), BF16)}, r"out is bfloat16 \[1, 64\]"),
+    ]:
+        with pytest.raises(ShapeError, match=words):
+            engine.combine(received.x, received.handle, **more)
     selections(engine, "random")  # all ranks erred alike: they go on together
 
 

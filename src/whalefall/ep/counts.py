@@ -57,6 +57,10 @@ class Counts:
         count, self._next = self._next, self._next + 1
         return count
 
+    def take_back(self, number: int) -> None:
+        """The header of this number, the last one, was not posted."""
+        self._next = number
+
     def collected_later(self, count: int) -> threading.Event:
         """Say that a header will be collected in a data phase; to be set when that has ended.
 

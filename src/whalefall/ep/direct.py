@@ -22,11 +22,16 @@ from whalefall import trace
 from whalefall.ep.arena import Part
 from whalefall.ep.combining import BIG_BYTES, Combining
 from whalefall.ep.handle import HEADER_FIELDS, Handle
-from whalefall.ep.library import KDISAGREE, Announcement, DispatchCall, pointer
+from whalefall.ep.library import KDISAGREE, KMISCOUNTED, Announcement, DispatchCall, pointer
 from whalefall.ep.shared import STEP
+from whalefall.errors import ShapeError
 
-__all__ = ["Announced", "Direct"]
+__all__ = ["MISCOUNTED", "Announced", "Direct"]
 
+MISCOUNTED = (
+    "Buffer.dispatch: num_tokens_per_rank does not count is_token_in_rank; get_dispatch_layout "
+    "makes both"
+)
 MARGIN = 1.25  # memory offered, over what the rank's own tokens need elsewhere
 
 
@@ -71,7 +76,8 @@ class Direct(Combining):
             per_rank: address of [R] int32, tokens for each rank.
             per_expert: address of [E] int32, selections of each expert.
             alignment: the returned counts are rounded up to its multiples.
-        Raises: ShapeError if the ranks disagree; RankFailure.
+        Raises: ShapeError if the ranks disagree, or, before anything is said, if `per_rank` is not
+            what the tokens come to; RankFailure.
         """
         R, E, at = self.size, handle.want.num_experts, ctypes.addressof(call)
         counts, n = (per_expert, E) if call.per_selection else (per_rank, R)
@@ -79,14 +85,18 @@ class Direct(Combining):
         # How much will come nobody knows yet; probably as much as goes, or as came before.
         sent = self.lib.wf_ep_room(at, counts, n)
         piece = self.fabric.shared.take(max(int(sent * MARGIN), self._needed))
+        number = self.counts.next_number()
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
         length = len(HEADER_FIELDS) + R + 1 + E
         told = np.empty(R * length + E // R, np.int32)
         said = Announcement(
-            per_rank, per_expert, E, room // STEP, room_at // STEP, self.counts.next_number(),
+            per_rank, per_expert, E, room // STEP, room_at // STEP, number,
             pointer(told), None, alignment,
         )  # fmt: skip
         status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
+        if status == KMISCOUNTED:
+            self.counts.take_back(number)
+            raise ShapeError(MISCOUNTED)
         handle.heads = told[: R * length].reshape(R, length)
         if status == KDISAGREE:
             self.counts.check_agreement(handle.heads)

@@ -29,7 +29,15 @@ from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.ep.meeting import Hello, meet
-from whalefall.ep.rows import Bias, Pending, Rows, check_combine, check_rows, contiguous_rows
+from whalefall.ep.rows import (
+    Bias,
+    Pending,
+    Rows,
+    check_combine,
+    check_rows,
+    contiguous_rows,
+    result,
+)
 from whalefall.ep.topology import Topology
 from whalefall.ep.worker import Event, Worker
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -246,16 +254,12 @@ class Engine:
         if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
         T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
-        check_combine(rows, handle)
-        if topk_weights is not None and (
-            topk_weights.shape != (T, K) or topk_weights.dtype != np.float32
-        ):
-            raise ShapeError(
-                f"ep: topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, wanted "
-                f"float32 [{T}, {K}]"
-            )
-        shape, dtype = ((T, H), np.float32) if topk_weights is not None else ((T, K, H), rows.dtype)
-        out = self.arena.empty(shape, dtype) if out is None else out
+        check_combine(rows, handle, topk_weights)
+        summed = topk_weights is not None
+        out = result(
+            self.arena, out, (T, H) if summed else (T, K, H),
+            np.dtype(np.float32) if summed else rows.dtype,
+        )  # fmt: skip
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         self.worker.drain()
         return out, self.normal.combine(contiguous_rows(rows), handle, out, topk_weights=weights)
@@ -312,9 +316,9 @@ class Engine:
         """
         if handle.want.per_selection:
             raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
-        check_combine(rows, handle)
-        T = len(handle.in_rank)
-        out = self.arena.empty((T, rows.shape[1]), rows.dtype) if out is None else out
+        check_combine(rows, handle, topk_weights, bias)
+        T = handle.num_tokens
+        out = result(self.arena, out, (T, rows.shape[1]), rows.dtype)
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
         self.worker.drain()
@@ -355,10 +359,7 @@ class Engine:
         Raises: RankFailure naming the rank that failed.
         """
         self.worker.drain()
-        empty = Layout(
-            np.zeros(self.num_ranks, np.int32), np.zeros(len(self.topology.hosts), np.int32),
-            np.zeros(0, np.int32), np.zeros((0, self.num_ranks), bool),
-        )  # fmt: skip
+        empty = Layout.nothing(self.num_ranks, len(self.topology.hosts))
         counts = self.normal.counts
         heads = counts.collect(counts.post({"kind": 2, "tokens": number}, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)

@@ -47,6 +47,12 @@ class Layout:
     per_expert: np.ndarray
     in_rank: np.ndarray
 
+    @classmethod
+    def nothing(cls, ranks: int, hosts: int) -> Layout:
+        """Of no tokens and no experts: what a barrier sends."""
+        ranks_32, hosts_32 = np.zeros(ranks, np.int32), np.zeros(hosts, np.int32)
+        return cls(ranks_32, hosts_32, np.zeros(0, np.int32), np.zeros((0, ranks), bool))
+
 
 @dataclass(frozen=True)
 class Want:

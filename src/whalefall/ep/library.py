@@ -11,10 +11,20 @@ import numpy as np
 
 from whalefall import jit
 
-__all__ = ["KDEAD", "KDISAGREE", "KNOMEMORY", "KNOROOM", "KSILENT", "Announcement", "CombineCall"]
+__all__ = [
+    "KDEAD",
+    "KDISAGREE",
+    "KMISCOUNTED",
+    "KNOMEMORY",
+    "KNOROOM",
+    "KSILENT",
+    "Announcement",
+    "CombineCall",
+]
 __all__ += ["DispatchCall", "GroupView", "library", "pointer"]
 
-KDEAD, KSILENT, KNOROOM, KNOMEMORY, KDISAGREE = 1, 1_000_001, -2_000_001, -2_000_002, -2_000_003
+KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
+KDISAGREE, KMISCOUNTED = -2_000_003, -2_000_004
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 

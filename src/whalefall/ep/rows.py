@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.ep.arena import Arena
 from whalefall.ep.handle import Handle, Want
 from whalefall.errors import DtypeError, ShapeError
 
 __all__ = ["Bias", "Pending", "Rows", "check_combine", "check_rows", "contiguous_rows"]
+__all__ += ["result"]
 
 Bias = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -82,8 +84,24 @@ def contiguous_rows(x: np.ndarray) -> np.ndarray:
     return x if not len(x) or x[0].flags.c_contiguous else np.ascontiguousarray(x)
 
 
-def check_combine(rows: np.ndarray, handle: Handle) -> None:
-    """Raise ShapeError or DtypeError for rows that combine cannot take."""
+def check_combine(
+    rows: np.ndarray, handle: Handle, weights: np.ndarray | None = None, bias: Bias = (None, None)
+) -> None:
+    """Raise ShapeError or DtypeError for rows, their weights or biases that combine cannot take."""
+    K, T = handle.want.top_k, handle.num_tokens
+    if weights is not None:
+        wanted = (T if handle.want.per_selection else len(rows), K)
+        if weights.shape != wanted or weights.dtype != np.float32 or not K:
+            raise ShapeError(
+                f"ep: combine: topk_weights is {weights.dtype} {list(weights.shape)}, wanted "
+                f"float32 {list(wanted)}"
+            )
+    for one in bias:
+        if one is not None and (one.dtype.name != "bfloat16" or one.shape != (T, rows.shape[-1])):
+            raise ShapeError(
+                f"ep: combine: bias is {one.dtype} {list(one.shape)}, wanted bfloat16 "
+                f"[{T}, {rows.shape[-1]}]"
+            )
     if rows.ndim != 2 or len(rows) < handle.num_rows:
         raise ShapeError(
             f"ep: combine: rows are {list(rows.shape)}, wanted [{handle.num_rows}, hidden] as "
@@ -91,6 +109,23 @@ def check_combine(rows: np.ndarray, handle: Handle) -> None:
         )
     if rows.dtype.name not in ("bfloat16", "float32"):
         raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")
+
+
+def result(
+    arena: Arena, out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray:
+    """`out`, or memory for it where none was given.
+
+    Raises: ShapeError if it is not a contiguous array of this shape and type.
+    """
+    if out is None:
+        return arena.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ShapeError(
+            f"ep: combine: out is {out.dtype} {list(out.shape)}, wanted contiguous {dtype} "
+            f"{list(shape)}"
+        )
+    return out
 
 
 def check_rows(x: np.ndarray, topk_idx: np.ndarray | None, hidden: int | None, where: str) -> None:

@@ -21,7 +21,7 @@ enum Field {  // HEADER_FIELDS of handle.py
   kFields
 };
 constexpr int kAgreed[] = {kKind, kXBytes, kScaleBytes, kTopK, kFlags, kExperts, kExtra};
-constexpr int64_t kDisagree = -2'000'003;
+constexpr int64_t kDisagree = -2'000'003, kMiscounted = -2'000'004;
 
 // All ranks' headers within one host.
 struct Heads {

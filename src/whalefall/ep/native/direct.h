@@ -50,6 +50,16 @@ inline Form form_of(const Dispatch& d) {
           d.per_selection};
 }
 
+// Whether as many tokens go to each rank as its count says.
+inline bool counted(const Group& g, const Dispatch& d, const int32_t* per_rank) {
+  int64_t n[kMaxRanks] = {0};
+  for (int64_t t = 0; t < d.tokens; t++)
+    for (int r = 0; r < g.num_ranks; r++) n[r] += d.in_rank[t * g.num_ranks + r];
+  for (int r = 0; r < g.num_ranks; r++)
+    if (n[r] != per_rank[r]) return false;
+  return true;
+}
+
 // Whether each rank's piece has room for what comes to it.
 inline bool all_fit(const Group& g, const Dispatch& d, const Heads& heads, const Fields& offers) {
   for (int r = 0; r < g.num_ranks; r++)

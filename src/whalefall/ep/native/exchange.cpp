@@ -193,9 +193,11 @@ static int32_t* put_fields(const Group& g, const Dispatch& d, const Announcement
 }
 
 // Say how many rows go where and which memory is free for what comes, and learn it of all others.
+// Nothing is said where this rank's own counts are not those of its tokens.
 WF_EXPORT int64_t wf_ep_announce(const Group* group, const Dispatch* dispatch, Announcement* a) {
   const Group& g = *group;
   const Dispatch& d = *dispatch;
+  if (!d.per_selection && !counted(g, d, a->per_rank)) return kMiscounted;
   Heads heads = heads_of(g, d, *a);
   int32_t* mine = put_fields(g, d, *a, 1);
   auto count = static_cast<uint32_t>(a->count);

@@ -63,5 +63,7 @@ def tensor(a: np.ndarray | None, dtype: torch.dtype | None = None) -> Any:
 
 
 def _check(t: torch.Tensor, name: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise DtypeError(f"ep: {name} is a {type(t).__name__}, wanted a tensor")
     if t.device.type != "cpu":
         raise DtypeError(f"ep: {name} is on {t.device}, wanted a CPU tensor; .cpu() makes one")

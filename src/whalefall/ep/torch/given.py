@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whalefall.ep.direct import MISCOUNTED
 from whalefall.ep.engine import Engine
 from whalefall.ep.handle import Handle, Layout
 from whalefall.ep.rows import Rows
 from whalefall.ep.torch.arrays import array, bf16, rows, tensor
+from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.errors import ConfigError, ShapeError
 
-__all__ = ["Scaled", "as_given", "bias_rows", "layout_given", "layout_of", "sent"]
+__all__ = ["Scaled", "as_given", "bias_rows", "layout_given", "layout_of", "native_of", "sent"]
 
 Scaled = tuple[Tensor, Tensor]
 
@@ -25,6 +27,8 @@ def sent(
     """What to send as bytes, and the dtypes it has."""
     if (topk_idx is None) != (topk_weights is None):
         raise ConfigError("Buffer.dispatch: topk_idx and topk_weights come together or not at all")
+    if isinstance(x, tuple) and len(x) != 2:
+        raise ConfigError(f"Buffer.dispatch: x is a tuple of {len(x)}, wanted (FP8 rows, scales)")
     values, scales = x if isinstance(x, tuple) else (x, None)
     idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx")
     weights = None if topk_weights is None else array(topk_weights, torch.float32, "topk_weights")
@@ -81,4 +85,16 @@ def layout_given(
         raise ShapeError(
             f"Buffer.dispatch: num_tokens_per_rank has {len(ranks)}, wanted {engine.num_ranks}"
         )
+    if (in_rank.sum(0) != ranks).any():
+        raise ShapeError(MISCOUNTED)
     return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
+
+
+def native_of(handle: Any) -> Handle:
+    """The engine's handle.
+
+    Raises: ConfigError for what is no handle of a dispatch.
+    """
+    if not isinstance(handle, DispatchHandle):
+        raise ConfigError(f"Buffer: handle is a {type(handle).__name__}, wanted dispatch's own")
+    return handle.native

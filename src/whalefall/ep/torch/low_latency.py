@@ -52,11 +52,7 @@ class LowLatency:
     ) -> None:
         """Collective, as in the original; here the two forms share no memory: only a barrier."""
         low = self._low
-        nothing = np.zeros(0, np.int32)
-        ranks = np.zeros(self.runtime.num_ranks, np.int32)
-        empty = Layout(
-            ranks, np.zeros(len(self.runtime.topology.hosts), np.int32), nothing, nothing
-        )
+        empty = Layout.nothing(self.runtime.num_ranks, len(self.runtime.topology.hosts))
         self.runtime.worker.drain()
         low.counts.collect(low.counts.post({"kind": 3, "num_experts": num_experts}, empty))
 

@@ -19,10 +19,10 @@ from whalefall.ep.config import Config
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.handle import Handle, Layout, Want
-from whalefall.ep.rows import Rows
+from whalefall.ep.rows import Rows, check_combine
 from whalefall.ep.torch import direct
 from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
-from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of
+from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of, native_of
 from whalefall.ep.torch.given import sent as given_rows
 from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.ep.worker import Event
@@ -105,6 +105,10 @@ class Normal:
             raise ConfigError(
                 f"Buffer.dispatch: expert_alignment is {expert_alignment}, wanted 1 or more"
             )
+        if num_worst_tokens < 0:
+            raise ConfigError(
+                f"Buffer.dispatch: num_worst_tokens is {num_worst_tokens}, wanted ≥ 0"
+            )
         exchange = self.runtime.normal
         exchange.num_threads = self._threads
         self._await_announced()
@@ -121,7 +125,7 @@ class Normal:
             )
         announced = None
         if not num_worst_tokens:
-            values, scale = x if isinstance(x, tuple) else (x, None)
+            values, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
             given = direct.Given(
                 values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert,
                 topk_idx, topk_weights,
@@ -159,7 +163,7 @@ class Normal:
         self, x: Tensor | Scaled, handle: Any, previous: EventOverlap | None, async_finish: bool
     ) -> tuple[Any, ...]:
         sent, dtypes = given_rows(x, None, None)
-        native: Handle = handle.native
+        native = native_of(handle)
         if native.num_tokens != len(sent.x):
             raise ShapeError(
                 f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {native.num_tokens}"
@@ -223,7 +227,7 @@ class Normal:
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
         self._await_announced()
-        native: Handle = handle.native  # type: ignore[attr-defined]
+        native = native_of(handle)
         self.runtime.normal.num_threads = self._threads
         whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
         if whole is not None:
@@ -240,6 +244,7 @@ class Normal:
         weights = out_weights = None
         if topk_weights is not None:
             weights = array(topk_weights, torch.float32, "topk_weights")
+            check_combine(given, native, weights)
             out_weights = np.empty((T, weights.shape[1]), np.float32)
         out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
         pending = self.runtime.normal.combine(
