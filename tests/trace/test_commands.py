@@ -93,3 +93,43 @@ def test_public_names() -> None:
         "is_recording", "merge", "record", "save", "span", "start", "stop", "summarize",
         "write_page",
     ]  # fmt: skip
+
+
+KERNEL = {"ph": "X", "name": "k", "cat": "kernel", "ts": 0, "dur": 5, "pid": 1, "tid": 1}
+BEGIN = {"ph": "B", "name": "b", "cat": "kernel", "ts": 1, "pid": 1, "tid": 1}
+END = {"ph": "E", "ts": 3, "pid": 1, "tid": 1}
+FOREIGN = {  # what other people's writers put into traces, and one sound kernel
+    "args are a list": [{**KERNEL, "args": [1]}],
+    "args are text": [{**KERNEL, "args": "x"}],
+    "a name's args are text": [{"ph": "M", "name": "thread_name", "args": "x"}, KERNEL],
+    "begin without a time": [{**BEGIN, "ts": None}, END, KERNEL],
+    "end without a time": [BEGIN, {**END, "ts": None}, KERNEL],
+    "lanes that are lists": [{**BEGIN, "pid": [1]}, {**END, "pid": [1]}, KERNEL],
+    "times as text": [{**KERNEL, "ts": "0", "dur": "5"}],
+    "times beyond reason": [{**KERNEL, "ts": 1e308, "dur": 1e308}, KERNEL],
+    "times that are none": [{**KERNEL, "ts": float("nan")}, {**KERNEL, "dur": {}}, KERNEL],
+}
+
+
+@pytest.mark.parametrize("events", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_events_are_left_out_not_stumbled_over(
+    events: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "t.json", tmp_path / "out.json"
+    file.write_text(json.dumps({"traceEvents": events}))
+    assert run("summary", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["span_us"] == 5
+    for command in (("overlap", file), ("html", file, out), ("cut", file, out, "--to", 4)):
+        assert run(*command) == 0
+    assert run("merge", file, file, "-o", out) == 0
+    assert run("check", file) in (0, 1)
+
+
+def test_a_trace_without_work_says_what_would_be_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps([{**KERNEL, "cat": "mine"}]))
+    for command in ("summary", "overlap"):
+        assert run(command, file) == 0
+        assert "no work in this trace" in capsys.readouterr().out

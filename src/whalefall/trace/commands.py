@@ -24,6 +24,11 @@ RulesFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+NO_WORK = (
+    "no work in this trace: no event with a duration is of category compute, communication, "
+    + ", ".join(sorted(rules_.WORK))
+)
+
 
 @app.callback()
 def main() -> None:
@@ -56,6 +61,9 @@ def summary(
     found = summarize(file, _rules(rules))
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
+        return
+    if not found.streams:
+        typer.echo(NO_WORK)
         return
     typer.echo(f"span {_milliseconds(found.span_us)}")
     for stream in found.streams:
@@ -97,6 +105,8 @@ def overlap(file: File, rules: RulesFile = None, as_json: AsJson = False) -> Non
         devices = [asdict(device) for device in found.devices]
         typer.echo(json.dumps({"overlap_ratio": found.overlap_ratio, "devices": devices}))
         return
+    if not found.devices:
+        typer.echo(NO_WORK)
     for device in found.devices:
         typer.echo(f"device {device.device}")
         _print_overlap(device.compute_us, device.communication_us, device.overlapped_us)

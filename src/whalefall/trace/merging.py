@@ -13,7 +13,7 @@ from typing import Any
 
 from whalefall.errors import ConfigError
 from whalefall.trace import chrome
-from whalefall.trace.reader import TraceFile
+from whalefall.trace.reader import TraceFile, as_time
 
 __all__ = ["clock_offset", "cut", "merge"]
 
@@ -81,8 +81,8 @@ def _shifted(files: Sequence[TraceFile], shifts_us: Sequence[float]) -> Iterator
             if key not in own:
                 own[key] = f"{pid} (file {number})" if key in taken else pid
             event["pid"] = own[key]
-            if "ts" in event:
-                event["ts"] = event["ts"] + shift
+            if (at := as_time(event.get("ts"))) is not None:
+                event["ts"] = at + shift
             yield event
         taken.update(own)
 
@@ -98,12 +98,13 @@ def cut(path: str | Path, output: str | Path, from_us: float, to_us: float) -> i
     if not from_us < to_us:
         raise ConfigError(f"trace.cut: from {from_us} to {to_us} us holds nothing")
     file = TraceFile(path)
-    first = min((e["ts"] for e in file if e.get("ph") in ("X", "B", "i", "I")), default=0.0)
+    times = (as_time(e.get("ts")) for e in file if e.get("ph") in ("X", "B", "i", "I"))
+    first = min((at for at in times if at is not None), default=0.0)
 
     def kept() -> Iterator[dict[str, Any]]:
         for event in file:
-            start = event.get("ts", 0.0) - first
-            inside = start < to_us and start + event.get("dur", 0.0) >= from_us
+            start = (as_time(event.get("ts")) or 0.0) - first
+            inside = start < to_us and start + (as_time(event.get("dur")) or 0.0) >= from_us
             if event.get("ph") == "M" or inside:
                 yield event
 

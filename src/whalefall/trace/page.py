@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from whalefall.trace.reader import TraceFile
+from whalefall.trace.reader import TraceFile, args_of
 from whalefall.trace.rules import Rules
 from whalefall.trace.summary import Summary, completed, summarize
 
@@ -51,8 +51,7 @@ def write_page(path: str | Path, output: str | Path, rules: Rules | None = None)
         key = (str(event.get("pid")), str(event.get("tid")))
         category, name = str(event.get("cat", "")), str(event.get("name", ""))
         kind = rules.kind(category, name)
-        start, took = float(event.get("ts", 0.0)), float(event.get("dur", 0.0))
-        lanes.setdefault(key, _Lane()).add(start, took, name, kind)
+        lanes.setdefault(key, _Lane()).add(event["ts"], event["dur"], name, kind)
     data = _data(lanes, names)
     text = _html(source.name, summarize(source, rules), data)
     target = Path(output)
@@ -67,7 +66,7 @@ def _named(file: TraceFile, names: dict[tuple[str, str, str], str]) -> Any:
     for event in file:
         if event.get("ph") == "M" and event.get("name") in ("process_name", "thread_name"):
             key = (str(event["name"]), str(event.get("pid")), str(event.get("tid")))
-            names[key] = str((event.get("args") or {}).get("name", ""))
+            names[key] = str(args_of(event).get("name", ""))
         yield event
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from whalefall.errors import CorruptError, LimitError, MissingError
 
-__all__ = ["TraceFile"]
+__all__ = ["TraceFile", "args_of", "as_time"]
 
 CHUNK = 1 << 20
 LARGEST = 1 << 26  # characters of one event or header entry
@@ -183,3 +183,18 @@ class _Text:
             if not self.more(size):
                 raise CorruptError(f"trace: {self.path} ends early; it was cut off or half-written")
             size *= 2
+
+
+def as_time(value: Any) -> float | None:
+    """A time as a number; None for what is none, or lies beyond ±10¹⁸ µs (`check` reports it)."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if -1e18 < found < 1e18 else None
+
+
+def args_of(event: dict[str, Any]) -> dict[str, Any]:
+    """What an event says of itself; nothing where that is no object."""
+    args = event.get("args")
+    return args if isinstance(args, dict) else {}

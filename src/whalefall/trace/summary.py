@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.trace.intervals import Collector, gaps, intersection_length, length, union
-from whalefall.trace.reader import TraceFile
+from whalefall.trace.reader import TraceFile, args_of, as_time
 from whalefall.trace.rules import DEVICE, Rules
 
 __all__ = ["Kernel", "Overlap", "Stream", "Summary", "completed", "summarize"]
@@ -107,19 +107,29 @@ class _Lanes:
 
 
 def completed(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Events with a duration: complete ones as they are, begin and end joined into one."""
-    open_: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    """Events with a duration: complete ones, and begin and end joined into one.
+
+    `ts` and `dur` of what comes are numbers; events without a time are left out.
+    """
+    open_: dict[tuple[str, str], list[tuple[float, dict[str, Any]]]] = {}
     for event in events:
         phase = event.get("ph")
+        if phase not in ("X", "B", "E"):
+            continue
+        at = as_time(event.get("ts"))
+        if at is None:
+            continue
         if phase == "X":
-            yield event
-        elif phase == "B":
-            open_.setdefault((event.get("pid"), event.get("tid")), []).append(event)
-        elif phase == "E":
-            stack = open_.get((event.get("pid"), event.get("tid")))
-            if stack:
-                begin = stack.pop()
-                yield {**begin, "ph": "X", "dur": float(event["ts"]) - float(begin["ts"])}
+            took = as_time(event.get("dur", 0.0))
+            if took is not None:
+                yield {**event, "ts": at, "dur": took}
+            continue
+        stack = open_.setdefault((str(event.get("pid")), str(event.get("tid"))), [])
+        if phase == "B":
+            stack.append((at, event))
+        elif stack:
+            began, begin = stack.pop()
+            yield {**begin, "ph": "X", "ts": began, "dur": at - began}
 
 
 def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None = None) -> Summary:
@@ -138,16 +148,13 @@ def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None
     steps: dict[str, list[float]] = {}
     for event in completed(events):
         name, category = str(event.get("name", "")), str(event.get("cat", ""))
-        try:
-            start, took = float(event["ts"]), float(event.get("dur", 0.0))
-        except (KeyError, TypeError, ValueError):
-            continue  # `check` reports these
+        start, took = event["ts"], event["dur"]
         if name[:1] in "PSs" and _STEP.match(name):
             steps.setdefault(re.sub(r"\d+$", "", name), []).append(took)
             continue
         lane = f"{event.get('pid')}/{event.get('tid')}"
         kind = rules.kind(category, name)
-        args = event.get("args") or {}
+        args = args_of(event)
         if category in DEVICE:
             where = str(args.get("device", event.get("pid")))
             device.add(lane, where, kind, name, start, max(took, 0.0))
