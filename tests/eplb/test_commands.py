@@ -70,3 +70,11 @@ def test_an_unreadable_file_is_one_line_and_exit_code_2(
 def test_a_missing_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "none.npy", "--replicas", 4, "--gpus", 2) == 2
     assert "no file" in capsys.readouterr().err
+
+
+def test_an_empty_file_of_loads_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "loads.csv").write_text("\n")
+    with pytest.raises(SystemExit) as left:
+        main(["eplb", "plan", str(tmp_path / "loads.csv"), "--replicas", "4", "--gpus", "2"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "the file is empty" in said and said.count("\n") == 1

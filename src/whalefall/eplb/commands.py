@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,10 @@ def read_array(path: Path, what: str) -> npt.NDArray[Any]:
             if isinstance(found, dict):
                 found = found.get("weight", found.get("phy2log"))
             return np.array(found, dtype=np.float64)
-        return np.loadtxt(path, delimiter=",", ndmin=2)
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError("the file is empty")
+        return np.loadtxt(io.StringIO(text), delimiter=",", ndmin=2)
     except (ValueError, TypeError, OSError, EOFError) as error:
         wanted = "rows of equal length, one a layer: .npy, .json or .csv"
         raise CorruptError(f"eplb: cannot read the {what} in {path}: {error}; {wanted}") from None
