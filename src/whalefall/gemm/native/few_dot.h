@@ -30,7 +30,11 @@ struct HalfDecoder;
 template <>
 struct HalfDecoder<kFp8> {
   Fp8Decoder decode;
-  void operator()(const uint8_t* p, halves& a, halves& b) const { decode(load_halves(p), a, b); }
+  void operator()(const uint8_t* p, halves& a, halves& b) const {
+    halves codes = load_halves(p);
+    asm("" : "+v"(codes));  // loaded once: g++ would load them anew for each table
+    decode(codes, a, b);
+  }
 };
 template <>
 struct HalfDecoder<kBf16> {
@@ -136,7 +140,11 @@ __attribute__((noinline)) void dots(const Strip& strip, const uint16_t* const* x
     const uint8_t* ahead = n * bytes < strip.turn ? strip.ahead : strip.after;
     ahead = ahead ? ahead + n * bytes - (n * bytes < strip.turn ? 0 : strip.turn) : w[0];
     for (int64_t b = 0; b < blocks; ++b) {
-      vf acc[R][M] = {};
+      vf acc[R][M];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[r][m] = fresh_zero();
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         for (int i = 0; i < R * kBytes; ++i, ahead += 64) prefetch_l1(ahead);
