@@ -165,12 +165,33 @@ def test_combinations_that_are_not_supported_say_so() -> None:
         refused(client, "tool_choice names 'x', there is weather", tools=[TOOL],
                 tool_choice={"type": "function", "function": {"name": "x"}})  # fmt: skip
         refused(client, "wanted none, auto, required", tools=[TOOL], tool_choice="sometimes")
+        for allowed, words in (
+            ({"mode": "auto", "tools": []}, "wants a mode"),
+            ({"mode": "none", "tools": [named("weather")]}, "wants a mode"),
+            ("weather", "wants a mode"),
+            ({"mode": "auto", "tools": ["weather"]}, "wanted none, auto, required"),
+            ({"mode": "auto", "tools": [named("x")]}, "allows 'x', there is weather"),
+        ):
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
+            refused(client, words, tools=[TOOL], tool_choice=choice)
         refused(client, "tools[0] wants", tools=[{"type": "function"}])
         refused(client, "tools[0] wants", tools=[{"type": "code_interpreter"}])
         refused(client, "has no schema", response_format={"type": "json_schema"})
         refused(client, "structured_outputs.xml", structured_outputs={"xml": "a"})
     with served(echo("deepseek_v31")) as server, server.client() as client:
         refused(client, "ignore_eos", guided_choice=["a"], ignore_eos=True)
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_only_allowed_tools_are_shown() -> None:
+    with served(echo("deepseek_v31")) as server, server.client() as client:
+        allowed = {"mode": "auto", "tools": [named("news")]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        ask(client, "hello", tools=[TOOL, OTHER], tool_choice=choice)
+        assert server.engine.tokenizer.shown["tools"] == [OTHER]
 
 
 TEMPLATES = {
@@ -228,6 +249,20 @@ def test_a_call_is_made_where_one_is_required(server: Running) -> None:
             assert required["finish_reason"] == "tool_calls"
             assert required["message"]["tool_calls"][0]["function"]["name"] == "weather"
             assert required["message"]["content"] is None
+
+
+def test_a_function_without_parameters_gets_none(server: Running) -> None:
+    with server.client() as client:
+        allowed = {"mode": "required", "tools": [named("stop")]}
+        one_of_two = {"type": "allowed_tools", "allowed_tools": allowed}
+        for choice in (named("stop"), one_of_two):
+            for seed in range(3):
+                made = ask(client, "stop!", tools=[TOOL, named("stop")], tool_choice=choice,
+                           max_tokens=200, seed=seed,
+                           parallel_tool_calls=False)["choices"][0]  # fmt: skip
+                (call,) = made["message"]["tool_calls"]
+                assert call["function"]["name"] == "stop"
+                assert json.loads(call["function"]["arguments"]) == {}
 
 
 def test_forms_of_answers(server: Running) -> None:

@@ -123,12 +123,15 @@ def chat_form(request: ChatRequest, tokenizer: Tokenizer) -> ChatForm:
     Raises: ApiError 400.
     """
     structured = asked_form(request)
-    named = _named(request.tool_choice)
-    wanted = request.tool_choice not in (None, "none", "auto")
-    functions = _functions(request.tools or [])
+    shown, choice = request.tools or [], request.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        shown, choice = _allowed(shown, choice)
+    named = _named(choice)
+    wanted = choice not in (None, "none", "auto")
+    functions = _functions(shown)
     if wanted and not functions:
         raise ApiError(400, "tool_choice asks for a call, but there are no tools", "tool_choice")
-    if not functions or request.tool_choice == "none":
+    if not functions or choice == "none":
         think = thinks(tokenizer)
         return ChatForm(None, None, structured, lambda: Splitter(think=think), "stop", False)
     dialect = tool_format(tokenizer)
@@ -160,13 +163,36 @@ def chat_form(request: ChatRequest, tokenizer: Tokenizer) -> ChatForm:
     special = [tag for tag in tags if (i := tokenizer.id_of(tag)) is not None
                and tokenizer.is_special(i)]  # fmt: skip
     return ChatForm(
-        tools=list(request.tools or ()),
+        tools=list(shown),
         dialect=dialect,
         structured=structured,
         splitter=splitter,
         calls_end_as="stop" if named is not None else "tool_calls",
         keep_special=bool(special),
     )
+
+
+def _allowed(
+    tools: list[dict[str, Any]], choice: dict[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """The tools that an `allowed_tools` choice leaves (no others are shown), and its mode."""
+    inner = choice.get("allowed_tools", choice)
+    mode = inner.get("mode") if isinstance(inner, dict) else None
+    given = inner.get("tools") if isinstance(inner, dict) else None
+    if mode not in ("auto", "required") or not isinstance(given, list) or not given:
+        raise ApiError(
+            400,
+            "tool_choice.allowed_tools wants a mode, auto or required, and tools",
+            "tool_choice",
+        )
+    names = [_named(each) for each in given]
+    there = {f["name"]: tool for f, tool in zip(_functions(tools), tools, strict=True)}
+    for name in names:
+        if name not in there:
+            raise ApiError(
+                400, f"tool_choice allows {name!r}, there is {', '.join(there)}", "tool_choice"
+            )
+    return [tool for name, tool in there.items() if name in names], str(mode)
 
 
 def _named(choice: Any) -> str | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["tool_grammar"]
 
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
 
 def tool_grammar(
     form: ToolFormat, tools: list[dict[str, Any]], several: bool, tokenizer: Tokenizer
@@ -33,7 +35,11 @@ def tool_grammar(
         f"call: {' | '.join(calls)}",
     ]
     for name, tool in zip(calls, tools, strict=True):
-        schema = tool.get("parameters") or {"type": "object"}
+        schema = tool.get("parameters")
+        if schema is None:
+            schema = NO_PARAMETERS
+        elif not schema:
+            schema = {"type": "object"}
         header = f"{literal(form.open)} {literal(form.before)}"
         if form.numbered:
             header += f" {literal('functions.' + tool['name'] + ':')} /[0-9]{1, 2}/"
