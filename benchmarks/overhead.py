@@ -93,10 +93,11 @@ async def measure(model: Path, rounds: int, tokens: int) -> dict[str, list[float
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path.home() / ".cache/whalefall/bench/mid")
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(prog="whalefall bench overhead", description=__doc__)
+    mid = Path.home() / ".cache/whalefall/bench/mid"
+    parser.add_argument("--model", type=Path, default=mid, help=f"a checkpoint ({mid})")
+    parser.add_argument("--tokens", type=int, default=96, help="of an answer (96)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each contender (7)")
     arguments = parser.parse_args()
     rows = []
     for name, model, tokens in (

@@ -81,7 +81,7 @@ def measure(
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="whalefall bench prefix", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "whalefall" / "bench")
     parser.add_argument("--model", type=Path, help="a checkpoint (default: the mid shape)")
     parser.add_argument("--tokens", type=int, default=4096)

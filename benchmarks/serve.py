@@ -145,10 +145,11 @@ def _target(case: str, peer: str) -> float | None:
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "whalefall" / "bench")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int)
+    parser = argparse.ArgumentParser(prog="whalefall bench serve", description=__doc__)
+    cache = Path.home() / ".cache" / "whalefall" / "bench"
+    parser.add_argument("--work", type=Path, default=cache, help=f"checkpoint, GGUF ({cache})")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, three engines")
+    parser.add_argument("--rounds", type=int, help="turns of each engine")
     parser.add_argument("--engines", help="comma-separated, of those in peers/engines.py")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def mid_rows(model: Path, rounds: int) -> list[Row]:
 
 def main() -> None:
     """Measure and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="whalefall bench speculation", description=__doc__)
     parser.add_argument("--prose", type=Path)
     parser.add_argument("--mid", type=Path, help="the mid shape with an MTP layer; made if missing")
     parser.add_argument("--rounds", type=int, default=7)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def whalefall(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "whalefall", *args]
@@ -71,3 +73,18 @@ def test_help_of_every_command_and_subcommand_works() -> None:
             waiting += [(child, (*path, name)) for name, child in below.items()]
     assert failed == []
     assert seen > 40
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--help",), ["Measure a room", "{room}"]),
+        (("plan", "--help"), ["usage: whalefall bench plan"]),
+        (("serve", "--help"), ["--concurrency", "usage: whalefall bench serve", "--engines"]),
+        (("serve", "--url", "http://x", "--help"), ["--concurrency"]),
+    ],
+)
+def test_help_after_a_room_is_the_rooms(args: tuple[str, ...], words: list[str]) -> None:
+    done = whalefall("bench", *args)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in words), done.stdout

@@ -25,7 +25,17 @@ def checkout() -> Path:
     return root
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+HELP = ("--help", "-h")
+
+
+# `--help` is no option of ours: after a room it is the room's.
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
 def bench(
     context: typer.Context,
     room: Annotated[
@@ -36,13 +46,16 @@ def bench(
 
     `whalefall bench serve --url URL` drives any OpenAI-compatible server (--url URL --help).
     """
-    if room == "serve" and any(arg.split("=")[0] == "--url" for arg in context.args):
-        from whalefall.cli.bench_serve import app as load  # needs no checkout
-
-        typer.main.get_command(load).main(
-            args=list(context.args), prog_name="whalefall bench serve", standalone_mode=False
-        )
+    if room in HELP:
+        typer.echo(context.get_help())
         return
+    if room == "serve" and any(arg.split("=")[0] == "--url" for arg in context.args):
+        drive_server(context.args)
+        return
+    if room == "serve" and set(context.args) & set(HELP):
+        typer.echo("With --url, of any server:\n")
+        drive_server(["--help"])
+        typer.echo("Without --url, of this checkout against its peers:\n")
     root = checkout()
     if room == "table":
         from whalefall.testing.benchmark import write_page
@@ -56,3 +69,12 @@ def bench(
         sys.argv = [f"whalefall bench {name}", *context.args]
         sys.path.insert(0, str(root))
         runpy.run_path(str(root / "benchmarks" / f"{name}.py"), run_name="__main__")
+
+
+def drive_server(args: list[str]) -> None:
+    """`bench serve --url …`; needs no checkout."""
+    from whalefall.cli.bench_serve import app as load
+
+    typer.main.get_command(load).main(
+        args=args, prog_name="whalefall bench serve", standalone_mode=False
+    )
