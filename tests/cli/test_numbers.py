@@ -73,6 +73,10 @@ def test_a_number_that_makes_no_sense_is_one_line(
         (["plan", "pipeline", "--weight", "3"], "a weight part within the backward"),
         (["plan", "pipeline", "--overlapped", "0.5"], "wanted at least 0.667"),
         (["plan", "pipeline", "--svg", "."], "is a folder, wanted a file"),
+        (["bench", "serve", "--url", "http://x", "--words", "0"], "--words is 0, wanted 1 to"),
+        (["bench", "serve", "--url", "http://x", "--requests", "-1"], "--requests is -1"),
+        (["bench", "serve", "--url", "http://x", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["bench", "serve", "--url", "http://x", "--concurrency", "1,99999"], "up to 4096"),
         (["plan", "capacity", "--model", "x.json", "--prefill", "9" * 30 + "x8"], "x.json"),
     ],
 )

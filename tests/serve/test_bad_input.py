@@ -85,6 +85,14 @@ def test_malformed_json_is_a_400(client: httpx.Client, body: bytes) -> None:
     error(client.post("/v1/chat/completions", content=body, headers=headers), 400)
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_json_under_another_name_is_told_the_right_one(client: httpx.Client, kind: str) -> None:
+    body = b'{"messages": [{"role": "user", "content": "hello"}]}'
+    headers = {"Content-Type": kind} if kind else {}
+    failure = error(client.post("/v1/chat/completions", content=body, headers=headers), 400)
+    assert failure["message"] == f"Content-Type is {kind or 'missing'}, wanted application/json"
+
+
 def test_a_prompt_longer_than_the_context_says_both_numbers(client: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": "x" * 65}]}
     failure = error(client.post("/v1/chat/completions", json=body), 400)

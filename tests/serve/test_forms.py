@@ -132,6 +132,29 @@ def test_reasoning_under_both_names_and_counted() -> None:
         assert (unended["content"], unended["reasoning"]) == (None, "hm<think>")
 
 
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"thinking": {"type": "enabled"}}, True),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, False),
+    ],
+)
+def test_reasoning_is_asked_of_the_template_under_each_familys_name(
+    fields: dict[str, Any], wanted: bool
+) -> None:
+    with served(echo("glm")) as server, server.client() as client:
+        ask(client, "hello", **fields)
+        shown = server.engine.tokenizer.shown
+        assert shown["thinking"] is shown["enable_thinking"] is wanted
+    with served(EchoEngine()) as server, server.client() as client:  # knows no reasoning
+        if wanted:
+            refused(client, "knows no reasoning", **fields)
+        elif len(fields) == 1:
+            ask(client, "hello", **fields)
+
+
 def test_tools_and_earlier_calls_reach_the_template() -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [

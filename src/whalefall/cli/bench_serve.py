@@ -11,8 +11,11 @@ import typer
 
 from whalefall import env
 from whalefall.errors import ConfigError
+from whalefall.plan.ranges import within
 
 __all__ = ["app"]
+
+MAX_CLIENTS = 4096
 
 app = typer.Typer(add_completion=False)
 
@@ -22,10 +25,15 @@ def sweep(
     url: Annotated[str, typer.Option(help="the server, http://HOST:PORT")],
     concurrency: Annotated[str, typer.Option(help="clients at a time, a list")] = "1,2,4,8",
     requests: Annotated[
-        int | None, typer.Option(help="requests of each (default: 4 a client, at least 8)")
+        int | None,
+        typer.Option(
+            callback=within(1, 1e9), help="requests of each (default: 4 a client, at least 8)"
+        ),
     ] = None,
-    words: Annotated[int, typer.Option(help="words of a prompt")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="tokens of an answer, at most")] = 64,
+    words: Annotated[int, typer.Option(callback=within(1, 1e7), help="words of a prompt")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(callback=within(1, 1e9), help="tokens of an answer, at most")
+    ] = 64,
     ignore_eos: Annotated[
         bool, typer.Option(help="answers of exactly --max-tokens (vLLM's and our field)")
     ] = False,
@@ -41,8 +49,10 @@ def sweep(
         counts = [int(part) for part in concurrency.split(",")]
     except ValueError:
         counts = [0]
-    if min(counts) < 1:
-        raise ConfigError(f"bench serve: --concurrency is {concurrency!r}, wanted 1,2,4,…")
+    if not 1 <= min(counts) <= max(counts) <= MAX_CLIENTS:
+        raise ConfigError(
+            f"bench serve: --concurrency is {concurrency!r}, wanted 1,2,4,… up to {MAX_CLIENTS}"
+        )
     server = Server(url, api_key or env.get("WHALEFALL_API_KEY") or "", model_name)
     warmup = server.ask("hello", 2)
     if warmup.error:

@@ -216,8 +216,12 @@ def add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        kind = request.headers.get("content-type", "")
+        if isinstance(first.get("input"), bytes) and "json" not in kind:
+            message = f"Content-Type is {kind or 'missing'}, wanted application/json"
+            return JSONResponse(error_body(400, message), 400)
         place = [str(part) for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid":
             place, message = [], f"the body is not JSON: {first['ctx']['error']}"

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from whalefall.errors import WhalefallError
-from whalefall.serve.dialects import tool_format
+from whalefall.serve.dialects import thinks, tool_format
 from whalefall.serve.failures import ApiError
 from whalefall.serve.protocol import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
@@ -80,14 +80,31 @@ def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     """Keyword arguments for the chat template, `thinking` from any of the ways to ask for it."""
     options = dict(request.chat_template_kwargs or {})
     if isinstance(request, ChatRequest):
+        wanted = None
         if request.thinking is not None:
-            options.setdefault("thinking", request.thinking.get("type") == "enabled")
+            wanted = request.thinking.get("type") == "enabled"
+        elif request.reasoning_effort is not None:
+            wanted = request.reasoning_effort != "none"
+        if wanted is not None:
+            for name in ("thinking", "enable_thinking"):  # DeepSeek's name, GLM's
+                options.setdefault(name, wanted)
         if request.reasoning_effort is not None:
-            options.setdefault("thinking", request.reasoning_effort != "none")
             options.setdefault("reasoning_effort", request.reasoning_effort)
     for name in ("messages", "tools", "add_generation_prompt"):
         options.pop(name, None)
     return options
+
+
+def refuse_reasoning(tokenizer: Tokenizer, request: ChatRequest) -> None:
+    """400 where reasoning is asked of a model whose template knows none."""
+    source = getattr(tokenizer, "template_source", "")
+    if thinks(tokenizer) or "thinking" in source or "reasoning_effort" in source:
+        return
+    for field, off in (("reasoning_effort", "none"), ("thinking", {"type": "disabled"})):
+        if getattr(request, field) not in (None, off):
+            raise ApiError(
+                400, f"{field}: this model's chat template knows no reasoning; leave it out", field
+            )
 
 
 def chat_prompt(
@@ -96,6 +113,8 @@ def chat_prompt(
     tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """The token ids of a chat request's prompt; `tools`: those that it shows."""
+    if isinstance(request, ChatRequest):
+        refuse_reasoning(tokenizer, request)
     add = request.add_generation_prompt
     dialect = tool_format(tokenizer)
     messages = message_texts(request.messages or [])
