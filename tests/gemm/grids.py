@@ -27,6 +27,7 @@ NK = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (40
 FP32_NK = ((256, 7168), (129280, 7168))  # BF16 operands, fp32 results
 GROUPED_NK = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
 LIMIT = {"fp8": 1e-3, "ue8m0": 1e-3, "fp4": 1e-2, "bf16": 1e-5}
+CUBLASLT_LIMIT = 6e-7  # but where bf16 is added to
 MAX_M = 4096  # rows of a masked group
 
 
@@ -223,8 +224,8 @@ def grouped_operands(
 
 
 def check(d: Any, a: Operand, b: Operand, limit: float, c: Any = None) -> None:
-    """A block of `d` is the product of the values before the casts, within the original's limit;
-    and, times signs, all of it is the product of the codes."""
+    """A block of `d` is the product of the values before the casts, rounded as `d` is, within the
+    original's limit; and, times signs, all of it is the product of the codes."""
     rng = np.random.default_rng(0)
     m, n = d.shape
     if m == 0:
@@ -235,7 +236,7 @@ def check(d: Any, a: Operand, b: Operand, limit: float, c: Any = None) -> None:
     block = np.ix_(rows, columns)
     if c is not None:
         wanted += c[block].astype(np.float64)
-    found = diff(d[block].astype(np.float64), wanted)
+    found = diff(d[block], wanted.astype(d.dtype))
     assert found < limit, f"diff {found:.2g}, wanted below {limit:g}"
 
     signs = rng.choice([-1.0, 1.0], n)
