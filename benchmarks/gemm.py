@@ -138,7 +138,7 @@ def torch_rows(memory: Any) -> list[Row]:
             contenders[name] = lambda t=tensors, i=inputs[name]: [
                 torch.nn.functional.linear(i, w) for w in t
             ]
-        took = interleave(contenders, rounds=7)
+        took = interleave(contenders, rounds=7, settle_s=0.015)
         mine = len(weights) * n * k * 2 * m / took["ours"].median_s / 1e9
         for name, target in (("fp32", 3.0), ("bf16", 1.6)):
             theirs = 3 * n * k * 2 * m / took[name].median_s / 1e9
