@@ -5,6 +5,7 @@ In full, about an hour on two cores; `-k avx512bf16`, `-k test_dense` and the li
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -228,6 +229,7 @@ def test_k_grouped(case: KGrouped, level: str) -> None:
             assert (d[g] == c[g]).all()
 
 
+@functools.lru_cache(maxsize=1)
 def k_operands(case: KGrouped, ks: tuple[int, ...]) -> tuple[list[Operand], list[Operand]]:
     """Each group's A and B as [rows, k], tokens' scales."""
     rng = np.random.default_rng(case.m + case.n)
