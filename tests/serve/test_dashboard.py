@@ -17,11 +17,11 @@ import pytest
 from tests.model.forms import FORMS
 from tests.serve.conftest import Running, served
 from tests.serve.fake import EchoEngine
-from whalefall import eplb
 from whalefall.model import load_config
 from whalefall.model.expert_parallel import even_placement
 from whalefall.model.synth import synth
 from whalefall.serve import Settings
+from whalefall.serve.core import ExpertBalance, ExpertRule
 from whalefall.serve.dashboard import _experts, _narrow, _rank_loads
 from whalefall.serve.history import History
 from whalefall.serve.metrics import Metrics
@@ -82,15 +82,14 @@ def test_a_heat_map_of_many_experts_is_drawn_with_some_taken_together() -> None:
 def test_ranks_of_units_are_shown_before_and_after_balancing(tmp_path: Path) -> None:
     model = load_config(synth(tmp_path, FORMS["v3"]))
     placement = even_placement(model, 2)
-    average = eplb.MovingAverage(len(placement.logcnt), model.num_experts, 8)
-    weight = np.ones((2, model.num_experts))
+    weight = np.full((2, model.num_experts), 1000.0)
     first = placement.phy2log[:, : placement.phy2log.shape[1] // 2]  # the first rank's
-    np.put_along_axis(weight, first, 3.0, axis=1)
-    average.update(weight)
-    better = eplb.rebalance(weight, placement.phy2log.shape[1], 1, 1, 2)
-    balance = SimpleNamespace(placement=better, average=average, ranks=2)
+    np.put_along_axis(weight, first, 3000.0, axis=1)
+    balance = ExpertBalance(placement, ExpertRule(balance=0.99, max_moves=100))
+    assert _rank_loads(balance) == []  # nothing was seen
+    balance.look(weight, 0.0)
     engine = SimpleNamespace(model=model, experts=SimpleNamespace(units={"decode-0": balance}))
-    (_, before), (_, now) = _rank_loads(engine, balance)
+    (_, before), (_, now) = _rank_loads(balance)
     np.testing.assert_allclose(before[:, 0] / before[:, 1], 3)
     np.testing.assert_allclose(now[:, 0], now[:, 1])
     text = _experts(engine, np.zeros((3, 8)))

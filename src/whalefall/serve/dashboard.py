@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whalefall import charts
+from whalefall.serve.core import ExpertBalance
 from whalefall.serve.history import History, Point
 from whalefall.serve.metrics import Metrics
 
@@ -133,7 +134,7 @@ def _experts(engine: Any, load: np.ndarray) -> str:
 
     maps = []
     for name, balance in list(getattr(getattr(engine, "experts", None), "units", {}).items()):
-        for title, loads in _rank_loads(engine, balance):
+        for title, loads in _rank_loads(balance):
             maps.append((f"{name}: {title}", heat_map(loads, "", "rank")))
     routed = load[load.any(axis=1)]
     if routed.size:
@@ -150,18 +151,15 @@ def _experts(engine: Any, load: np.ndarray) -> str:
     return f"<h2>Expert load</h2>{shown}"
 
 
-def _rank_loads(engine: Any, balance: Any) -> list[tuple[str, np.ndarray]]:
-    """[layers, ranks] loads under the even placement and under the present one."""
+def _rank_loads(balance: ExpertBalance) -> list[tuple[str, np.ndarray]]:
+    """[layers, ranks] loads under the first placement and under the present one."""
     from whalefall import eplb
-    from whalefall.model.expert_parallel import even_placement
 
-    weight = balance.average.loads()
+    weight = balance.weight
     if not np.any(weight):
         return []
-    redundant = balance.placement.phy2log.shape[1] - engine.model.num_experts
-    even = even_placement(engine.model, balance.ranks, max(0, redundant))
     found = []
-    for title, placement in (("before balancing", even), ("now", balance.placement)):
+    for title, placement in (("before balancing", balance.start), ("now", balance.placement)):
         loads = eplb.gpu_loads(weight, placement.phy2log, placement.num_gpus)
         found.append((f"load of each rank, {title}", np.asarray(loads, np.float64)))
     return found

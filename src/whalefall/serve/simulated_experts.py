@@ -121,8 +121,7 @@ class SimulatedExperts:
         self, spec: ExpertsSpec, ranks: int, choices: Choices, figures: ExpertFigures
     ) -> None:
         self.choices, self.figures = choices, figures
-        self.even = spec.even(ranks)
-        self.balance = ExpertBalance(self.even, spec.rule)
+        self.balance = ExpertBalance(spec.even(ranks), spec.rule)
         self.tokens = np.zeros(len(choices.taste))
 
     def see(self, topic: int, tokens: float) -> None:
@@ -135,6 +134,6 @@ class SimulatedExperts:
         judged, version, moves = b.judged, b.version, b.moves
         b.look(np.tensordot(self.tokens, self.choices.taste, 1), now_s)
         if b.judged > judged:
-            self.figures.add(imbalance(b.weight, self.even), b.now)
+            self.figures.add(imbalance(b.weight, b.start), b.now)
         self.figures.moves += b.moves - moves
         self.figures.placements += b.version - version

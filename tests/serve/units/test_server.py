@@ -20,6 +20,7 @@ from tests.serve.conftest import served
 from tests.serve.units.conftest import units
 from tests.serve.units.test_units import kill_one
 from whalefall.serve import Settings
+from whalefall.serve.core import ExpertRule
 
 pytestmark = pytest.mark.ranks
 PROMPT = [5 + 3 * i % 240 for i in range(200)]
@@ -82,6 +83,23 @@ def test_metrics_show_each_rank_and_no_prompt_token_on_decode(model) -> None:
     }
     assert re.search(r'whalefall_overlap_ratio\{unit="decode-1"\} 0\.', metrics)
     assert 'whalefall_units{kind="decode"} 1.0' in metrics
+
+
+def test_the_dashboard_shows_the_ranks_loads(model) -> None:
+    rule = ExpertRule(interval_s=0.05, min_selections=0.1)
+    with (
+        units(model, "1x1", "1x2", experts=rule) as gateway,
+        served(gateway, Settings("tiny")) as running,
+        httpx.Client(base_url=running.url, timeout=90) as client,
+    ):
+        client.post("/v1/completions", json=body(n=4))
+        deadline = time.monotonic() + 30
+        while not gateway.experts.units["decode-1"].judged and time.monotonic() < deadline:
+            time.sleep(0.05)
+        page = client.get("/dashboard/charts")
+    assert page.status_code == 200
+    assert "decode-1: load of each rank, before balancing" in page.text
+    assert "decode-1: load of each rank, now" in page.text
 
 
 def test_a_flood_gets_429_and_the_rest_its_answers(model) -> None:

@@ -55,6 +55,7 @@ class ExpertBalance:
         placement: where they are at first.
         rule: settings.
     Attributes:
+        start: the placement at first.
         placement: in force.
         judged: looks that saw enough to judge.
         version: placements made.
@@ -64,7 +65,8 @@ class ExpertBalance:
     """
 
     def __init__(self, placement: eplb.Placement, rule: ExpertRule) -> None:
-        self.placement, self.rule = placement, rule
+        self.start = self.placement = placement
+        self.rule = rule
         self.judged = self.version = self.moves = 0
         self.now = self.before = self.after = 0.0
         layers, experts = placement.logcnt.shape
