@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="whalefall bench ep")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     quick = parser.parse_args().quick
-    rounds, prefill = (3, 512) if quick else (7, 2048)
+    rounds, prefill = (3, 512) if quick else (7, 4096)
     rows: list[Row] = []
     for size in (2,) if quick else (2, 4, 8):
         rows += against_gloo(size, 128, rounds, "decode")

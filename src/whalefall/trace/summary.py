@@ -122,7 +122,8 @@ def completed(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if phase == "X":
             took = as_time(event.get("dur", 0.0))
             if took is not None:
-                yield {**event, "ts": at, "dur": took}
+                sound = event["ts"] is at and event.get("dur") is took  # no copy where none is due
+                yield event if sound else {**event, "ts": at, "dur": took}
             continue
         stack = open_.setdefault((str(event.get("pid")), str(event.get("tid"))), [])
         if phase == "B":
