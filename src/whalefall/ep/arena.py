@@ -59,19 +59,28 @@ class Recent:
 
     def take(self, nbytes: int) -> Part | None:
         """A free piece of at least so many bytes, and not far more."""
+        part = self.free(nbytes)
+        return None if part is None else Part(part.offset, part.nbytes, part.memory[:])
+
+    def free(self, nbytes: int) -> Part | None:
+        """The same without a holder: it stays free until a view of its memory is made."""
         for part in self._parts:
             if nbytes <= part.nbytes <= 2 * nbytes + HUGE_BYTES and _holders(part) == _NOBODY:
-                return Part(part.offset, part.nbytes, part.memory[:])
+                return part
         return None
 
     def add(self, part: Part) -> Part:
         """Remember a new piece; the same piece for its first user."""
+        self.keep(part)
+        return Part(part.offset, part.nbytes, part.memory[:])
+
+    def keep(self, part: Part) -> None:
+        """Remember a new piece."""
         self._parts.insert(0, part)
         while len(self._parts) > RECENT_PARTS or (
             len(self._parts) > 1 and sum(p.nbytes for p in self._parts) > RECENT_BYTES
         ):
             self._parts.pop()
-        return Part(part.offset, part.nbytes, part.memory[:])
 
     def clear(self) -> None:
         """Forget all pieces."""

@@ -139,7 +139,7 @@ class Combining:
     ) -> None:
         with trace.span("ep.combine", "communication", tokens=call.tokens):
             status = self.lib.wf_ep_combine(
-                self.fabric.pointer, ctypes.addressof(call), pointer(handle.heads),
+                self.fabric.pointer, ctypes.addressof(call), handle.heads_at,
                 handle.want.num_experts, ticks, most,
             )  # fmt: skip
             self.fabric.check(status, "combine")

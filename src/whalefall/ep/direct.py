@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,6 @@ MISCOUNTED = (
     "Buffer.dispatch: num_tokens_per_rank does not count is_token_in_rank; get_dispatch_layout "
     "makes both"
 )
-MARGIN = 1.25  # memory offered, over what the rank's own tokens need elsewhere
 
 
 @dataclass(slots=True)
@@ -45,14 +44,14 @@ class Announced:
         handle: for the way back.
         piece: where x (then scales, from the next 64 bytes) will be; None: somebody's piece is too
             small, and rows go through slots.
-        per_expert: [El] int32, rows of each local expert, rounded up to the alignment.
+        per_expert: [El] rows of each local expert, rounded up to the alignment.
     """
 
     call: DispatchCall
     said: Announcement
     handle: Handle
     piece: Part | None
-    per_expert: np.ndarray
+    per_expert: list[int]
 
 
 class Direct(Combining):
@@ -80,30 +79,34 @@ class Direct(Combining):
             what the tokens come to; RankFailure.
         """
         R, E, at = self.size, handle.want.num_experts, ctypes.addressof(call)
-        counts, n = (per_expert, E) if call.per_selection else (per_rank, R)
-        assert self.fabric.shared is not None
-        # How much will come nobody knows yet; probably as much as goes, or as came before.
-        sent = self.lib.wf_ep_room(at, counts, n)
-        piece = self.fabric.shared.take(max(int(sent * MARGIN), self._needed))
-        number = self.counts.next_number()
+        piece = self._offer(call, R)
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
-        length = len(HEADER_FIELDS) + R + 1 + E
-        told = np.empty(R * length + E // R, np.int32)
+        number, length = self.counts.next_number(), len(HEADER_FIELDS) + R + 1 + E
+        told = _ints(R * length + E // R)()
+        handle.heads_at = ctypes.addressof(told)
         said = Announcement(
-            per_rank, per_expert, E, room // STEP, room_at // STEP, number,
-            pointer(told), None, alignment,
+            per_rank, per_expert, E, room // STEP, room_at // STEP, number, handle.heads_at, None,
+            alignment,
         )  # fmt: skip
         status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
         if status == KMISCOUNTED:
             self.counts.take_back(number)
             raise ShapeError(MISCOUNTED)
-        handle.heads = told[: R * length].reshape(R, length)
+        handle.told = told
         if status == KDISAGREE:
             self.counts.check_agreement(handle.heads)
         self.fabric.check(status, "counts")
         handle.num_rows, handle.most_tokens = said.rows, said.most_tokens
         self._needed = max(int(said.bytes * 1.1), self._needed * 7 // 8)
         return Announced(call, said, handle, piece if said.fits else None, told[R * length :])
+
+    def _offer(self, call: DispatchCall, ranks: int) -> Part | None:
+        """Memory for what comes; how much that is nobody knows yet: as much as may go, or came."""
+        each = call.top_k if call.per_selection else min(call.top_k or ranks, ranks)
+        row = call.x_bytes + call.scale_bytes + 12 * call.top_k + 16
+        nbytes = max(call.tokens * each * row + 512, self._needed)
+        assert self.fabric.shared is not None
+        return self.fabric.shared.offer(nbytes)
 
     def write(self, announced: Announced, *keep: Any) -> Callable[[], None]:
         """The data phase of a dispatch whose `call` points to the results.
@@ -133,3 +136,8 @@ class Direct(Combining):
                 self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(announced.said)
             )
             self.fabric.check(status, "dispatch")
+
+
+@cache
+def _ints(count: int) -> Any:
+    return ctypes.c_int32 * count

@@ -72,7 +72,7 @@ class Exchange(Direct):
         received = self.allocate(rows, handle.want, handle.num_rows, piece)
         received.handle = handle
         if handle.want.num_experts:
-            received.per_expert = announced.per_expert.astype(np.int64)
+            received.per_expert = np.array(announced.per_expert, np.int64)
         call.recv_x, call.recv_scale = pointer(received.x), pointer(received.scale)
         call.recv_idx = pointer(received.topk_idx)
         call.recv_weights = pointer(received.topk_weights)
@@ -95,7 +95,7 @@ class Exchange(Direct):
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
         said = Announcement(
             None, None, handle.want.num_experts, room // STEP, room_at // STEP,
-            self.counts.next_number(), pointer(handle.heads), pointer(offers),
+            self.counts.next_number(), handle.heads_at, pointer(offers),
         )  # fmt: skip
         done = self.counts.collected_later(said.count)
         self.lib.wf_ep_offer(self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(said))

@@ -81,7 +81,7 @@ class Handle:
         in_rank: [T, R] bool, this rank's tokens: an array, or a tensor.
         topk_idx: [T, K] int64, this rank's, per selection only.
     Attributes:
-        heads: [R, fields + R + H + E] int32, all ranks' headers.
+        heads_at: address of `heads`.
         num_rows: N, rows that this rank received.
         most_tokens: of a rank.
         token: [N] int32, the source's token of each row.
@@ -90,7 +90,8 @@ class Handle:
         forward: for each source of another host that this rank serves: tokens, masks, ids.
     """
 
-    heads: np.ndarray
+    heads_at: int
+    told: Any  # heads, as the native side has filled them
     num_rows: int
     most_tokens: int
     token: np.ndarray
@@ -107,7 +108,7 @@ class Handle:
 
     def fill(self, heads: np.ndarray) -> None:
         """Take the counts from all ranks' headers."""
-        self.heads = heads
+        self.heads, self.heads_at = heads, pointer(heads) or 0
         self.num_rows, self.most_tokens = int(self.order_start[-1]), int(self.tokens.max(initial=0))
         self.make_lists()
 
@@ -124,6 +125,13 @@ class Handle:
             self.forward[source] = (
                 np.empty(n, np.int32), np.empty(n, np.uint64), np.empty((n, want.top_k), np.int32),
             )  # fmt: skip
+
+    @cached_property
+    def heads(self) -> np.ndarray:
+        """[R, fields + R + H + E] int32, all ranks' headers."""
+        R = self.topology.num_ranks
+        length = len(HEADER_FIELDS) + R + len(self.topology.hosts) + self.want.num_experts
+        return np.frombuffer(self.told, np.int32, R * length).reshape(R, length)
 
     @property
     def in_rank(self) -> np.ndarray:

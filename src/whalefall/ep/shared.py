@@ -35,7 +35,7 @@ class SharedArena:
         self._region, self._first, self.nbytes = region, offset, nbytes
         self._base = np.frombuffer(region.view, np.uint8, nbytes, offset).ctypes.data
         self._holes = [(0, nbytes)]  # by offset, never touching each other
-        self._recent = Recent()
+        self._recent, self._offers = Recent(), Recent()
         self._reserved = 0  # below this the host's memory is ours
         self._lock = threading.Lock()
         # A finalizer may run anywhere, also inside `take`: it only notes what came back.
@@ -43,24 +43,40 @@ class SharedArena:
 
     def take(self, nbytes: int) -> Part | None:
         """A piece of at least so many bytes; None where neither space nor memory is left."""
-        nbytes = -(-max(nbytes, 1) // STEP) * STEP
         with self._lock:
             if part := self._recent.take(nbytes):
                 return part
-            self._gather()
-            i = next((i for i, (_, room) in enumerate(self._holes) if room >= nbytes), None)
-            if i is None or not self._reserve(self._holes[i][0] + nbytes):
-                return None
-            offset, room = self._holes[i]
-            self._holes[i : i + 1] = [(offset + nbytes, room - nbytes)] if room > nbytes else []
-            memory = np.frombuffer(self._region.view, np.uint8, nbytes, self._first + offset)
-            weakref.finalize(memory, self._returned.append, (offset, nbytes)).atexit = False
-            return self._recent.add(Part(offset, nbytes, memory))
+            new = self._new(nbytes)
+            return None if new is None else self._recent.add(new)
+
+    def offer(self, nbytes: int) -> Part | None:
+        """A piece that neighbours may fill; it stays free until a view of its memory is made.
+
+        So it is offered again where nothing came of it.
+        """
+        with self._lock:
+            part = self._offers.free(nbytes)
+            if part is None and (part := self._new(nbytes)):
+                self._offers.keep(part)
+            return part
+
+    def _new(self, nbytes: int) -> Part | None:
+        nbytes = -(-max(nbytes, 1) // STEP) * STEP
+        self._gather()
+        i = next((i for i, (_, room) in enumerate(self._holes) if room >= nbytes), None)
+        if i is None or not self._reserve(self._holes[i][0] + nbytes):
+            return None
+        offset, room = self._holes[i]
+        self._holes[i : i + 1] = [(offset + nbytes, room - nbytes)] if room > nbytes else []
+        memory = np.frombuffer(self._region.view, np.uint8, nbytes, self._first + offset)
+        weakref.finalize(memory, self._returned.append, (offset, nbytes)).atexit = False
+        return Part(offset, nbytes, memory)
 
     def clear(self) -> None:
         """Let go of pieces that nobody uses; the region can be closed then."""
         with self._lock:
             self._recent.clear()
+            self._offers.clear()
 
     def find(self, address: int, nbytes: int) -> int:
         """The offset of memory at this address, −1 if it is not all in here."""

@@ -42,7 +42,32 @@ class Given(NamedTuple):
     topk_weights: Tensor | None
 
 
-def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
+class Known(NamedTuple):
+    """Layout tensors that `get_dispatch_layout` made, and where they lay; they need no check."""
+
+    in_rank: Tensor
+    per_rank: Tensor
+    per_expert: Tensor
+    at: tuple[int, int, int]
+    tokens: int
+
+    @classmethod
+    def of(cls, in_rank: Tensor, per_rank: Tensor, per_expert: Tensor) -> Known:
+        """These tensors, as they lie now."""
+        at = in_rank.data_ptr(), per_rank.data_ptr(), per_expert.data_ptr()
+        return cls(in_rank, per_rank, per_expert, at, len(in_rank))
+
+    def are(self, given: Given) -> bool:
+        """Whether these tensors were given, still where they were."""
+        _, _, in_rank, per_rank, per_expert, _, _ = given
+        return (
+            in_rank is self.in_rank and per_rank is self.per_rank
+            and per_expert is self.per_expert
+            and (in_rank.data_ptr(), per_rank.data_ptr(), per_expert.data_ptr()) == self.at
+        )  # fmt: skip
+
+
+def announce(engine: Engine, given: Given, alignment: int, known: Known | None) -> Announced | None:
     """Announce a dispatch; None, before anything is said, where a tensor does not lie as it must.
 
     Raises: ShapeError if the ranks disagree; RankFailure.
@@ -52,10 +77,15 @@ def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
     if not exchange.is_direct or not _has_rows(x):
         return None
     T, R, K, scale_bytes = len(x), exchange.size, 0, 0
-    if not (_is(in_rank, torch.bool, (T, R)) and _is(per_rank, INT32, (R,))):
-        return None
-    if not _is(per_expert, INT32, (E,)):
-        return None
+    if known is not None and known.tokens == T and known.are(given):
+        layout_at = known.at
+    else:
+        if not (_is(in_rank, torch.bool, (T, R)) and _is(per_rank, INT32, (R,))):
+            return None
+        if not _is(per_expert, INT32, (E,)):
+            return None
+        engine.check_experts(E)
+        layout_at = in_rank.data_ptr(), per_rank.data_ptr(), per_expert.data_ptr()
     if scale is not None:
         if scale.dim() != 2 or not _is(scale, scale.dtype, (T, scale.shape[1])):
             return None
@@ -66,14 +96,13 @@ def announce(engine: Engine, given: Given, alignment: int) -> Announced | None:
             return None
     elif idx is not None or weights is not None:
         return None
-    engine.check_experts(E)
     item = x.element_size()
     call = DispatchCall(
-        x.data_ptr(), _at(scale), _at(idx), _at(weights), in_rank.data_ptr(), x.stride(0) * item,
+        x.data_ptr(), _at(scale), _at(idx), _at(weights), layout_at[0], x.stride(0) * item,
         x.shape[1] * item, scale_bytes, K, T, 0, 0, 0, E // R,
     )  # fmt: skip
     handle = Handle(Want(E, K), engine.rank, engine.topology, in_rank, None)
-    return exchange.announce(call, handle, per_rank.data_ptr(), per_expert.data_ptr(), alignment)
+    return exchange.announce(call, handle, *layout_at[1:], alignment)
 
 
 def receive(

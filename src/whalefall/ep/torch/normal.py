@@ -37,6 +37,7 @@ class Normal:
     runtime: Engine
     _threads: ClassVar[int] = 0  # 0 until someone sets it: chosen by load
     _unannounced: Event | None = None
+    _layout: direct.Known | None = None  # the last one made here
 
     def get_dispatch_layout(
         self,
@@ -58,8 +59,10 @@ class Normal:
         layout = self.runtime.layout(array(topk_idx, torch.int64, "topk_idx"), num_experts)
         hosts = tensor(layout.per_host) if len(self.runtime.topology.hosts) > 1 else None
         event = EventOverlap(EventHandle() if async_finish else None)
-        counts = tensor(layout.per_rank), hosts, tensor(layout.per_expert)
-        return (*counts, tensor(layout.in_rank), event)
+        per_rank, per_expert = tensor(layout.per_rank), tensor(layout.per_expert)
+        in_rank = tensor(layout.in_rank)
+        self._layout = direct.Known.of(in_rank, per_rank, per_expert)
+        return per_rank, hosts, per_expert, in_rank, event
 
     def dispatch(
         self,
@@ -130,12 +133,12 @@ class Normal:
                 values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert,
                 topk_idx, topk_weights,
             )  # fmt: skip
-            announced = direct.announce(self.runtime, given, expert_alignment)
+            announced = direct.announce(self.runtime, given, expert_alignment, self._layout)
             if announced is not None and announced.piece is not None:
                 *results, move = direct.receive(exchange, announced, given)
                 event = self._run(move, previous_event, async_finish)
                 made = DispatchHandle.of(partial(_known, announced.handle), 1)
-                return (*results, announced.per_expert.tolist(), made, event)
+                return (*results, announced.per_expert, made, event)
         sent, dtypes = given_rows(x, topk_idx, topk_weights)
         layout = layout_given(
             self.runtime, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
