@@ -94,8 +94,8 @@ struct ScaledOperand : Operand {
 // One block of K of a row of A, as the kernels want it.
 inline void widen_block(const uint8_t* codes, int kind, float* to) {
   for (int i = 0; i < kBlock; ++i) {
-    uint16_t half;
-    std::memcpy(&half, codes + 2 * i, 2);
+    uint16_t half = 0;  // only of halves: codes end 128 bytes earlier
+    if (kind == kBf16) std::memcpy(&half, codes + 2 * i, 2);
     to[i] = kind == kBf16 ? bf16_to_float(half) : fp8_table()[codes[i]];
   }
 }
