@@ -96,5 +96,8 @@ def test_a_traffic_file_is_read_and_checked(tmp_path) -> None:  # type: ignore[n
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_curve(path)
+    path.write_bytes(b"1 \xff\xfe")
+    with pytest.raises(ConfigError, match="is no number"):
+        read_curve(path)
     with pytest.raises(ConfigError, match="no traffic file"):
         read_curve(tmp_path / "none")

@@ -92,7 +92,7 @@ def read_curve(path: Path) -> tuple[float, ...]:
     if not path.is_file():
         raise ConfigError(f"serve simulate: no traffic file {path}")
     values = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split(), 1):
         try:
             values.append(float(line))
         except ValueError:
