@@ -117,7 +117,7 @@ def serve(
     redundant_experts: Annotated[
         int,
         typer.Option(
-            callback=within(0, 65536),
+            callback=within(0, 1024),
             help="replicas of experts that a unit holds beside one of each",
         ),
     ] = 0,
@@ -181,6 +181,8 @@ def serve(
     if prefill is not None and decode is not None:
         from whalefall.serve.units import Gateway, units_config
 
+        if trace_units is not None:
+            trace_units.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be
         config = units_config(
             prefill,
             decode,

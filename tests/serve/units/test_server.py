@@ -260,6 +260,7 @@ def test_a_server_whose_units_cannot_start_again_ends_and_says_why(model, tmp_pa
         (["--prefill", "1x1", "--decode", "3-2x1"], "--decode is '3-2x1'"),
         (["--prefill", "1x1", "--decode", "1x1", "--kv-transfer", "rdma"], "wanted shm or tcp"),
         (["--prefill", "1x1", "--decode", "1x1", "--kv", "fp8"], "rows hold 576 columns"),
+        (["--prefill", "1x1", "--decode", "1x1", "--trace-units", "/proc/none"], "/proc/none: No"),
     ],
 )
 def test_bad_layouts_get_one_line_and_status_2(options, words) -> None:
@@ -269,4 +270,4 @@ def test_bad_layouts_get_one_line_and_status_2(options, words) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(("ConfigError", "RankFailure"))
+    assert done.stderr.splitlines()[-1].startswith(("ConfigError", "RankFailure", "FileNotFound"))
