@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whalefall.ep.config import Config
+from whalefall.ep.direct import Announced
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.handle import Handle, Layout, Want
@@ -126,27 +127,35 @@ class Normal:
                 "Buffer.dispatch: is_token_in_rank, num_tokens_per_rank and num_tokens_per_expert "
                 "are needed without a handle; get_dispatch_layout gives them"
             )
+        values, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        given = direct.Given(
+            values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, topk_idx,
+            topk_weights,
+        )  # fmt: skip
         announced = None
         if not num_worst_tokens:
-            values, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-            given = direct.Given(
-                values, scale, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert,
-                topk_idx, topk_weights,
-            )  # fmt: skip
             announced = direct.announce(self.runtime, given, expert_alignment, self._layout)
             if announced is not None and announced.piece is not None:
                 *results, move = direct.receive(exchange, announced, given)
                 event = self._run(move, previous_event, async_finish)
                 made = DispatchHandle.of(partial(_known, announced.handle), 1)
                 return (*results, announced.per_expert, made, event)
-        sent, dtypes = given_rows(x, topk_idx, topk_weights)
-        layout = layout_given(
-            self.runtime, is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert, len(sent.x)
+        return self._dispatch_arrays(
+            x, given, announced, num_worst_tokens, expert_alignment, previous_event, async_finish
         )
-        want = Want(len(layout.per_expert), sent.top_k)
-        if num_worst_tokens > 0:
+
+    def _dispatch_arrays(
+        self, x: Tensor | Scaled, given: direct.Given, announced: Announced | None, worst: int,
+        alignment: int, previous: EventOverlap | None, async_finish: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        sent, dtypes = given_rows(x, given.topk_idx, given.topk_weights)
+        layout = layout_given(
+            self.runtime, given.in_rank, given.per_rank, given.per_expert, len(sent.x)
+        )
+        want, exchange = Want(len(layout.per_expert), sent.top_k), self.runtime.normal
+        if worst > 0:
             return self._dispatch_worst(
-                sent, layout, want, num_worst_tokens, dtypes, x, previous_event, async_finish
+                sent, layout, want, worst, dtypes, x, previous, async_finish
             )
         if announced is None:
             pending = exchange.dispatch(sent, layout, want)
@@ -154,8 +163,8 @@ class Normal:
             announced.handle.make_lists()
             pending = exchange.through_slots(sent, layout, want, announced.handle)
         received = pending.result
-        event = self._run(pending.run, previous_event, async_finish)
-        counts = -(-received.per_expert // expert_alignment) * expert_alignment
+        event = self._run(pending.run, previous, async_finish)
+        counts = -(-received.per_expert // alignment) * alignment
         made = DispatchHandle.of(partial(_known, received.handle), self._num_hosts)
         return (
             as_given(received, dtypes, x), tensor(received.topk_idx),
