@@ -403,6 +403,15 @@ def check_low_latency_refuses_before_it_sends(buffer: ep.Buffer) -> None:
         low_latency(buffer, x, idx, async_finish=True, return_recv_hook=True)
     with pytest.raises(ShapeError, match="multiple of 128"):
         low_latency(buffer, x[:, :100].contiguous(), idx)
+    with pytest.raises(ShapeError, match=r"x is \[1024\], wanted \[tokens, hidden\]"):
+        low_latency(buffer, x[0], idx)
+    with pytest.raises(ConfigError, match="handle is a tuple, wanted low_latency_dispatch's own"):
+        buffer.low_latency_combine(x, idx, weights, (1, 2))
+    for rank in (-1, buffer.group_size):
+        with pytest.raises(LimitError, match=f"rank_to_mask is {rank}"):
+            buffer.low_latency_update_mask_buffer(rank, True)
+    with pytest.raises(ShapeError, match=r"statistics are torch.int64 \[1\], wanted"):
+        buffer.low_latency_query_mask_buffer(torch.zeros(1, dtype=torch.int64))
     got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
     with pytest.raises(ConfigError, match="not that of the dispatch"):
         buffer.low_latency_combine(got, idx.flip(0), weights, handle)

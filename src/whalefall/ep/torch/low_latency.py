@@ -93,6 +93,8 @@ class LowLatency:
         """
         low, M = self._low, num_max_dispatch_tokens_per_rank
         _one_of(async_finish, return_recv_hook)
+        if x.dim() != 2:
+            raise ShapeError(f"low_latency_dispatch: x is {list(x.shape)}, wanted [tokens, hidden]")
         T, H = x.shape
         self._check_low_latency(T, H, M, num_experts, use_fp8, round_scale, use_ue8m0)
         idx = array(topk_idx, torch.int64, "topk_idx").copy()
@@ -165,8 +167,7 @@ class LowLatency:
         _one_of(async_finish, return_recv_hook)
         if use_logfmt:
             raise UnsupportedError("low_latency_combine: use_logfmt is not built; rows go as bf16")
-        low, (_, _, M, H, E) = self._low, handle
-        native: Handle = handle.native  # type: ignore[attr-defined]
+        low, (native, M, H, E) = self._low, _of(handle)
         El = E // self.runtime.num_ranks
         room = El * self.runtime.num_ranks * M
         if x.numel() != room * H:
@@ -204,8 +205,7 @@ class LowLatency:
 
         Fill the rows that were received, then combine with `zero_copy=True`.
         """
-        low, (_, _, M, H, E) = self._low, handle
-        native: Handle = handle.native  # type: ignore[attr-defined]
+        low, (native, M, H, E) = self._low, _of(handle)
         R, El, stride = self.runtime.num_ranks, E // self.runtime.num_ranks, H + H // 64
         head = low.slot_head_bytes(native)
         low.await_next_slot()
@@ -256,10 +256,15 @@ class LowLatency:
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Treat a rank as gone (`mask=True`), or as there again."""
+        if not 0 <= rank_to_mask < self.runtime.num_ranks:
+            raise LimitError(
+                f"Buffer: rank_to_mask is {rank_to_mask}, wanted 0 … {self.runtime.num_ranks - 1}"
+            )
         self._low.fabric.masked[rank_to_mask] = int(mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill `mask_status` [R] int32: 1 for a rank that is treated as gone."""
+        _stats(mask_status, torch.int32, self.runtime.num_ranks)
         mask_status.copy_(torch.from_numpy(self._low.fabric.masked))
 
     def low_latency_clean_mask_buffer(self) -> None:
@@ -305,6 +310,15 @@ class LowLatency:
                 f"low_latency_dispatch: {M} tokens of {H} for {E} experts need num_rdma_bytes = "
                 f"{needed}, buffer has {self.num_rdma_bytes}; get_low_latency_rdma_size_hint"
             )
+
+
+def _of(handle: Any) -> tuple[Handle, int, int, int]:
+    """The engine's handle, M, H and E of a low-latency dispatch."""
+    if not isinstance(handle, LowLatencyHandle):
+        raise ConfigError(
+            f"Buffer: handle is a {type(handle).__name__}, wanted low_latency_dispatch's own"
+        )
+    return (handle.native, *handle[2:])
 
 
 def _one_of(async_finish: bool, return_recv_hook: bool) -> None:
