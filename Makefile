@@ -19,7 +19,7 @@ test: $(VENV)/.test ## install, and run the whole suite
 	@$(PY) tests/run.py $(ARGS)
 
 test-long: $(VENV)/.test ## the grids, searches and sanitizer builds that take longer
-	@$(PY) -m pytest -q -m slow --timeout 3600 $(ARGS)
+	@OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.test ## ruff, mypy, import contracts, C++ format
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-cache

@@ -98,7 +98,7 @@ BREAKS = {
     "give each token its neighbour's table": Break(
         "mla.h", "table_(args.tables[block.token])",
         "table_(args.tables[block.token ? block.token - 1 : 0])",
-        SAMPLE, "6-4-140-9-3-True-True",
+        SAMPLE, "64-1-20-2-1-True-False",
     ),
 }  # fmt: skip
 
