@@ -128,7 +128,7 @@ MUTATIONS = [
          "member.public is not Public.SERVING:", "if False:"),
         (client.ClientCore, "_reader", "serving = chain.serving()",
          "serving = [m for m in chain.members if m.public in (0, 2)]"),
-    ), 34, "many"),
+    ), 62, "many"),
     Mutation(28, "a new sequence number for every try", (
         (client.ClientCore, "_retry_update", "        tries += 1\n",
          "        tries += 1\n        tag = self._open_tag(number)\n"),

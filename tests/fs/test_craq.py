@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+import msgspec
 import pytest
 
 from whalefall.comm import crc32c
@@ -207,6 +208,26 @@ def test_a_tail_does_not_vouch_for_what_an_earlier_tail_may_have_committed() -> 
     replica.run(watched(), yes)
     assert set(seen) == {Code.NOT_COMMITTED}
     assert craq.visible(replica.node, replica.target, read, CHUNK)[0] is Code.OK
+
+
+def test_a_tail_again_does_not_vouch_for_what_it_stored_as_a_tail_before() -> None:
+    replica = Replica(public=Public.SYNCING)
+    with pytest.raises(Refused, match="TIMED_OUT"):
+        replica.update(replica.packet(1, b"a"), b"a", silent)
+    read = Read(2, CHAIN, [(CHUNK, 0, 1)], at_tail=True)
+    assert craq.visible(replica.node, replica.target, read, CHUNK)[0] is Code.NOT_FOUND
+    members = [Member(n, n, Public.SERVING) for n in (1, 2, 3)]
+    replica.route(2, CHAIN + 1, *members)  # target 3 serves, commits it, is read ...
+    replica.route(3, CHAIN + 2, *members[:2])  # ... and dies
+    assert craq.visible(replica.node, replica.target, read, CHUNK)[0] is Code.NOT_COMMITTED
+
+
+def test_one_operation_does_not_name_two_requests() -> None:
+    replica = Replica(at=3)
+    replica.update(replica.packet(1, b"a"), b"a")
+    other = msgspec.structs.replace(replica.packet(2, b"b"), tag=Tag("c", 1, 1, 2))
+    with pytest.raises(Refused, match="names two different requests"):
+        replica.update(other, b"b")
 
 
 def test_what_was_remembered_before_recovery_is_forgotten() -> None:

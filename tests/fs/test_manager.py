@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from tests.fs.mutations import LEASE_MUTATION, broken
+from whalefall.fs.core.chains import Local
 from whalefall.fs.core.effects import Refused, Transact
 from whalefall.fs.core.manager import ROUTING_KEY, LeaseLost, Manager
-from whalefall.fs.core.messages import Heartbeat, NodeInfo, Routing
+from whalefall.fs.core.messages import Heartbeat, HeartbeatDone, NodeInfo, Routing, TargetReport
+from whalefall.fs.core.replica import Limits
 from whalefall.fs.kv import MemoryKV
+from whalefall.fs.storage import server
 
 LEASE_S = 10.0
 
@@ -95,3 +101,51 @@ def test_late_heartbeats_and_strangers_are_refused() -> None:
     manager.heartbeat(Heartbeat(info(1), 2, 0))
     with pytest.raises(Refused, match="is late"):
         manager.heartbeat(Heartbeat(info(1), 2, 0))
+
+
+def test_no_lease_is_given_under_a_chain_that_is_about_to_change() -> None:
+    store, time = MemoryKV(), Time()
+    manager = Manager("one", LEASE_S, LEASE_S, time)
+    sequence = itertools.count(1)
+
+    def beat(target: int) -> tuple[int, ...]:
+        chain = manager.routing.chains[1]
+        report = TargetReport(target, Local.UPTODATE, chain.version, 0, 0, 0, 0)
+        return manager.heartbeat(Heartbeat(info(target), next(sequence), 1, (report,))).believed
+
+    run(store, manager.campaign())
+    run(store, manager.write(manager.create_chains({1: ((1, 1), (2, 2))}, 1)))
+    assert beat(1) == (1,) and beat(2) == (2,)
+    for _ in range(3):
+        time.now += LEASE_S / 2
+        run(store, manager.campaign())
+        beat(1)
+    drop = manager.check()
+    write = next(drop)  # target 2 was silent for too long: it is out once this is on disk
+    assert isinstance(write, Transact)
+    assert beat(2) == ()  # it wakes up while the disk takes its time
+    with pytest.raises(StopIteration):
+        drop.send(store.transact(write.function))
+    assert [m.public.name for m in manager.routing.chains[1].members] == ["SERVING", "OFFLINE"]
+    assert beat(1) == (1,)
+
+
+def test_a_lease_counts_from_when_the_report_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    time, done = Time(), HeartbeatDone((1,), None)
+    monkeypatch.setattr(server.time, "monotonic", time)
+
+    def call(*_: Any) -> tuple[HeartbeatDone, bytes]:
+        time.now += 3.0  # the answer takes its time
+        return done, b""
+
+    counted: list[Any] = []
+    storage = object.__new__(server.StorageServer)
+    storage.node = SimpleNamespace(  # type: ignore[assignment]
+        heartbeat=lambda: None, heartbeat_done=lambda *told: counted.append(told)
+    )
+    storage.driver = SimpleNamespace(mutex=threading.Lock())  # type: ignore[assignment]
+    storage.managers, storage.limits = [("m", 1)], Limits()
+    storage.pool = SimpleNamespace(call=call)  # type: ignore[assignment]
+    time.now = 10.0
+    storage._heartbeat()
+    assert counted == [(10.0, done)]

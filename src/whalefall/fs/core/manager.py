@@ -79,6 +79,7 @@ class Manager:
         self.sequence: dict[int, tuple[int, int]] = {}
         self.node_heard: dict[int, float] = {}
         self.born: dict[int, float] = {}
+        self._changing: set[int] = set()  # chains whose new state is being written
         self._seen: tuple[Lease | None, float] = (None, float("-inf"))
 
     @property
@@ -156,6 +157,8 @@ class Manager:
         self.reports[report.target] = report
         if chain is None:
             return True
+        if chain.chain in self._changing:
+            return False  # it may be out already: no lease under a state that is about to end
         if report.local is not Local.OFFLINE and report.chain_version != chain.version:
             return False  # said about an older chain: no sign of life in this one
         self.heard[report.target] = Heard(self.clock(), report.local)
@@ -221,10 +224,14 @@ class Manager:
             transaction.put(ROUTING_KEY, msgspec.msgpack.encode(after))
             return True
 
-        if not (yield Transact(commit)):
-            self.resign()
-            raise LeaseLost(self.name)
-        self.routing = after
+        self._changing = {n for n, c in after.chains.items() if before.chains.get(n) != c}
+        try:
+            if not (yield Transact(commit)):
+                self.resign()
+                raise LeaseLost(self.name)
+            self.routing = after
+        finally:
+            self._changing = set()
         return after
 
     # ---- operator's changes, for `write`

@@ -44,9 +44,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
     "many": {"kinds": ["crash", "freeze"], "chunks": 8, "slow": 0.3, "slow_s": 0.6},
     "managers": {"kinds": ["manager", "manager", "crash"], "managers": 2, "chains": 2},
-    # No full disk: many outcomes would be in doubt, and the search for an order doubles with each.
     "together": {
-        "kinds": ["crash", "freeze", "cut off", "half cut", "manager", "all"],
+        "kinds": ["crash", "freeze", "cut off", "half cut", "manager", "all", "full"],
         "chunks": 6,
         "together": True,
         "clients": 2,
