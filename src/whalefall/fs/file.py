@@ -44,6 +44,7 @@ class WhalefallFile(AbstractBufferedFile):
         client = fs.client
         self.inode: Inode | None = None
         self.session = ""
+        self._owner = client.connection.client
         self._begun: deque[tuple[int, list[Future[Any]]]] = deque()
         self._failed: Exception | None = None
         self._sent = False
@@ -123,7 +124,17 @@ class WhalefallFile(AbstractBufferedFile):
             )
             raise
 
+    @property
+    def _inherited(self) -> bool:
+        """This is a forked child's copy of a file that its parent has open."""
+        return bool(self.fs.client.connection.client != self._owner)
+
     def _check(self) -> None:
+        if self._inherited and self.mode != "rb":
+            raise StorageError(
+                5, f"fs: {self.path} was opened for writing before a fork; only the process that "
+                "opened it writes it: open it here"
+            )  # fmt: skip
         if self._failed is not None:
             raise self._failed
 
@@ -161,7 +172,7 @@ class WhalefallFile(AbstractBufferedFile):
         return True
 
     def commit(self) -> None:
-        """Give the file its name."""
+        """Give the file its name, once it was closed (`autocommit` off)."""
         self._check()
         assert self.inode is not None
         self.fs.client.meta(
@@ -172,6 +183,8 @@ class WhalefallFile(AbstractBufferedFile):
 
     def discard(self) -> None:
         """Throw away what was written."""
+        if self._inherited:
+            self._check()
         assert self.inode is not None
         for _, parts in self._begun:
             wait(parts)
@@ -199,13 +212,15 @@ class WhalefallFile(AbstractBufferedFile):
         except BaseException:
             self._give_up()
             raise
-        if self.mode == "rb" and self.inode is not None:
+        if self.mode == "rb" and self.inode is not None and not self._inherited:
             with contextlib.suppress(FsError):
                 self.fs.client.close_session(self.inode, self.session)
 
     def _give_up(self) -> None:
         """End the session of a file that could not be written whole."""
         self.closed = True
+        if self._inherited:
+            return  # the session and what is on its way are the parent's
         with contextlib.suppress(WhalefallError):
             self.discard()
 

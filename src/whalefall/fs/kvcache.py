@@ -27,6 +27,7 @@ import fsspec
 
 from whalefall.comm import crc32c
 from whalefall.errors import ConfigError
+from whalefall.fs.client.forks import renew_in_children
 
 __all__ = ["KVCache"]
 
@@ -82,12 +83,17 @@ class KVCache:
         self.folder = f"{root.rstrip('/')}/{namespace}-{block_bytes}"
         self.block_bytes, self.capacity_bytes, self.ttl_s = block_bytes, capacity_bytes, ttl_s
         self.hits = self.misses = self.damaged = 0
-        self._mutex = threading.Lock()
+        self.after_fork()
+        renew_in_children(self)
         self._segments: dict[str, _Segment] = {}
         # Key → (segment, place); the least recently used first.
         self._index: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self.fs.makedirs(self.folder, exist_ok=True)
         self.refresh()
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock that no other thread holds."""
+        self._mutex = threading.Lock()
 
     # ---- reading
 

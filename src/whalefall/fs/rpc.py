@@ -254,6 +254,14 @@ class Pool:
         why = "no answer in time" if isinstance(error, BlockingIOError) else error
         return Unreachable(f"{address[0]}:{address[1]}: {why}")
 
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's connections, which go on for the parent."""
+        self._mutex = threading.Lock()
+        for channels in self._idle.values():
+            for channel in channels:
+                channel.socket.close()  # the descriptor alone: a shutdown would be the parent's
+        self._idle = {}
+
     def forget(self, address: tuple[str, int]) -> None:
         """Drop the idle connections to an address."""
         with self._mutex:

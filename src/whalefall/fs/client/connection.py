@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from whalefall.comm import crc32c
+from whalefall.fs.client.forks import renew_in_children
 from whalefall.fs.core import effects
 from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Procedure, Refused, Unreachable
@@ -35,7 +36,7 @@ LINES = 2
 
 
 class Connection:
-    """Shared by all threads of a process.
+    """Shared by all threads of a process; a forked child gets a connection of its own from it.
 
     Args:
         managers: their addresses.
@@ -48,11 +49,8 @@ class Connection:
     ) -> None:
         self.managers, self.retry_s = list(managers), retry_s
         self.pool = Pool(token)
-        self.client = uuid.uuid4().hex[:16]
-        limits = Limits(retry_s=retry_s)
-        self.core = ClientCore(self.client, limits, time.monotonic, random.randrange, crc32c)
-        self.mutex = threading.RLock()
-        self.threads = concurrent.futures.ThreadPoolExecutor(PARALLEL, "whalefall-fs")
+        self._begin(Limits(retry_s=retry_s), Routing())
+        renew_in_children(self)
         routing = self.refresh()
         if routing is None or not routing.version:
             places = ", ".join(f"{h}:{p}" for h, p in self.managers)
@@ -60,6 +58,20 @@ class Connection:
         self.core.apply_routing(routing)
         call_s = max(0.5, min(10.0, routing.lease_s))
         self.core.limits = Limits(routing.lease_s, call_s, 30.0, 0.02, retry_s)
+
+    def _begin(self, limits: Limits, routing: Routing) -> None:
+        """A client that nobody has heard of yet."""
+        self.client = uuid.uuid4().hex[:16]
+        self.core = ClientCore(
+            self.client, limits, time.monotonic, random.randrange, crc32c, routing
+        )
+        self.mutex = threading.RLock()
+        self.threads = concurrent.futures.ThreadPoolExecutor(PARALLEL, "whalefall-fs")
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child, with what the parent knew of the cluster."""
+        self.pool.after_fork()
+        self._begin(self.core.limits, self.core.routing)
 
     def refresh(self) -> Routing | None:
         """Newer routing from whichever manager is primary, or None."""

@@ -22,6 +22,7 @@ import msgspec
 from whalefall.comm import crc32c
 from whalefall.errors import ConfigError, WhalefallError
 from whalefall.fs.client.connection import Connection
+from whalefall.fs.client.forks import renew_in_children
 from whalefall.fs.core.client import Piece
 from whalefall.fs.core.effects import Unreachable
 from whalefall.fs.core.layout import chunk_id
@@ -63,7 +64,7 @@ def parse_url(url: str) -> tuple[list[tuple[str, int]], str]:
 
 
 class FileSystemClient:
-    """One process's way into a cluster; threads may share it.
+    """One process's way into a cluster; threads may share it, forked children go on with it.
 
     Args:
         managers: addresses of the cluster managers.
@@ -81,11 +82,19 @@ class FileSystemClient:
         self.gid = os.getgid() if gid is None else gid
         self.groups = tuple(os.getgroups() if groups is None else groups)
         self.retry_s = retry_s
+        self._begin()
+        renew_in_children(self)
+
+    def _begin(self) -> None:
         self._requests = itertools.count(1)
         self._open: set[tuple[int, str]] = set()
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         self._mutex = threading.Lock()
+
+    def after_fork(self) -> None:
+        """In a forked child: no request made, no file open; what is open stays the parent's."""
+        self._begin()
 
     # ---- metadata
 
