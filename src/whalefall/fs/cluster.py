@@ -19,8 +19,10 @@ from whalefall.comm import read_token
 from whalefall.errors import ConfigError
 from whalefall.fs.client.connection import Connection
 from whalefall.fs.errors import ClusterError
+from whalefall.fs.lock import FolderLock
 from whalefall.fs.tokens import publish_token
 from whalefall.launch import Group, Task
+from whalefall.ranges import require
 
 if TYPE_CHECKING:
     from whalefall.fs.client.filesystem import FileSystemClient
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["LocalCluster", "place_chains"]
 
 DEFAULT_TABLE = 1
+MAX_NODES = 999  # metadata servers are numbered from 1001, a node's targets from 1000 times it
+LEFT_S = 5.0  # what a killed parent leaves behind ends within this, or keeps us out
 
 
 def place_chains(nodes: int, replicas: int, chains: int) -> dict[int, list[list[int]]]:
@@ -39,8 +43,10 @@ def place_chains(nodes: int, replicas: int, chains: int) -> dict[int, list[list[
         replicas: of each chain, at most one a node.
         chains: how many.
     """
+    require("fs: nodes", nodes, 1, MAX_NODES)
     if not 1 <= replicas <= nodes:
         raise ConfigError(f"fs: {replicas} replicas on {nodes} nodes; wanted 1 to {nodes}")
+    require("fs: chains", chains, 1, MAX_NODES * nodes // replicas)
     placement = {}
     used = dict.fromkeys(range(1, nodes + 1), 0)
     for chain in range(1, chains + 1):
@@ -64,12 +70,14 @@ class LocalCluster:
         path: the folder; made where missing.
         nodes: storage nodes.
         replicas: of every chunk.
-        chains: of the chain table; default: one a node (at least 1).
+        chains: of the chain table; default (0 or None): one a node.
         meta: metadata servers.
         lease_s: T: a node not heard for this long is dead.
         port: of the manager; 0: the one used before in this folder, or any free one.
         scrub_s: seconds of a scrub's pass; 0: none.
         disks: storage node → its folder, where it shall not lie under `path`.
+
+    Raises: ConfigError, for a number out of its range; from `start`, if the folder is in use.
     """
 
     def __init__(
@@ -78,18 +86,34 @@ class LocalCluster:
         scrub_s: float = 0.0, reserve_bytes: int = 16 << 20, host: str = "127.0.0.1",
         disks: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
+        require("fs: metadata servers (meta)", meta, 1, 99)
+        require("fs: lease", lease_s, 0.1, 3600)
+        require("fs: port", port, 0, 65535)
+        require("fs: scrub", scrub_s, 0, 1e9)
         self.path = Path(path).absolute()
         self.nodes, self.replicas, self.num_meta = nodes, replicas, meta
         self.chains = chains or nodes
         place_chains(nodes, replicas, self.chains)
         self.lease_s, self.scrub_s, self.reserve_bytes = lease_s, scrub_s, reserve_bytes
         self.host, self.disks = host, disks or {}
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.token = read_token(self.path / "token", create=True)
-        self.port = port or self._remembered_port()
+        self.port, self.token = port, b""  # `start` finds what is missing in the folder
         self.group: Group | None = None
+        self._lock: FolderLock | None = None
         self._connection: Connection | None = None
         self._clients: list[FileSystemClient] = []
+
+    def _take(self) -> None:
+        """Make the folder ours, then read what it says.
+
+        Raises: ConfigError: another cluster runs there, or a process of one that was killed.
+        """
+        self._lock = FolderLock(self.path)
+        left = [*self.path.glob("storage-*/lock"), *self.path.glob("*.lock")]
+        left += [Path(disk) / "lock" for disk in self.disks.values()]
+        for file in left:
+            FolderLock(file.parent, file.name, LEFT_S).release()
+        self.token = read_token(self.path / "token", create=True)
+        self.port = self.port or self._remembered_port()
 
     def _remembered_port(self) -> int:
         path = self.path / "port"
@@ -144,9 +168,12 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start all processes and lay out the chains; returns when every replica serves."""
-        publish_token(self.host, self.port, self.token)
-        self.group = Group([self._task(name) for name in self.names], grace_s=5.0)
+        if self.group is not None:
+            raise ConfigError(f"fs: the cluster in {self.path} runs already; stop it first")
         try:
+            self._take()
+            publish_token(self.host, self.port, self.token)
+            self.group = Group([self._task(name) for name in self.names], grace_s=5.0)
             self._await_ready(30.0)
             self._layout()
             self.wait_healthy(60.0)
@@ -193,7 +220,7 @@ class LocalCluster:
         finally:
             pool.close()
         if not isinstance(reply, Result):
-            raise ClusterError(f"fs: {name}: {reply}")
+            raise ClusterError(f"fs: {name}: {reply.code.name}: {reply.reason}")
         return reply.value
 
     def status(self) -> dict[str, Any]:
@@ -285,6 +312,9 @@ class LocalCluster:
         if self.group is not None:
             self.group.drain()
             self.group = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __enter__(self) -> LocalCluster:
         self.start()

@@ -18,8 +18,11 @@ import msgspec
 
 from whalefall.comm import read_token
 from whalefall.fs.core.replica import Limits
+from whalefall.fs.lock import FolderLock
 
 __all__ = ["Settings", "main"]
+
+LEFT_S = 5.0  # a killed process of the same name is gone within this
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +53,15 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def addresses(texts: list[str]) -> list[tuple[str, int]]:
     """host:port texts as pairs."""
     return [(t.rpartition(":")[0], int(t.rpartition(":")[2])) for t in texts]
+
+
+def own(settings: Settings) -> FolderLock:
+    """The process's lock: a storage node's folder is its own, the others share one.
+
+    Raises: ConfigError: a process of that name serves there.
+    """
+    name = "lock" if settings.role == "storage" else f"{settings.role}-{settings.number}.lock"
+    return FolderLock(Path(settings.folder), name, LEFT_S)
 
 
 def build(settings: Settings) -> Any:
@@ -89,6 +101,7 @@ def main(argv: list[str]) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    lock = own(settings)
     server = build(settings)
     server.start()
     address = f"{server.server.host}:{server.server.port}"
@@ -103,6 +116,7 @@ def main(argv: list[str]) -> None:
     gc.set_threshold(50_000, 20, 100)
     stop.wait()
     server.stop()
+    lock.release()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import typer
 from whalefall.errors import ConfigError, MissingError
 from whalefall.pipeline.planning import Candidate, Layer, Workload, plan, uniform
 from whalefall.pipeline.schedules import theory
-from whalefall.plan.ranges import within
+from whalefall.ranges import within
 
 __all__ = ["pipeline"]
 

@@ -20,9 +20,10 @@ import msgspec
 
 from whalefall.fs.core.effects import Refused, Store
 from whalefall.fs.core.messages import ChunkMeta, Code, Kind, Remembered, Tag, Update
+from whalefall.fs.lock import FolderLock
 from whalefall.fs.storage import native_io
 from whalefall.fs.storage.journal import Batch, Journal
-from whalefall.fs.storage.records import REMEMBERED, ROW, Placed, Record, row_of, tag_row
+from whalefall.fs.storage.records import REMEMBERED, Placed, Record, record_of, row_of, tag_row
 from whalefall.fs.storage.slots import MAX_CHUNK_BYTES, Place, Slots
 
 __all__ = ["ChunkEngine"]
@@ -38,6 +39,8 @@ class ChunkEngine:
         folder: made where missing.
         step: called with the name of each point where a crash is possible (tests crash there).
         reserve_bytes: kept free for metadata: content is refused below it.
+
+    Raises: ConfigError, if somebody has it open: two would overwrite each other's chunks.
     """
 
     def __init__(
@@ -46,26 +49,29 @@ class ChunkEngine:
         step: Callable[[str], None] = lambda name: None,
         reserve_bytes: int = RESERVE_BYTES,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(folder)
         self.folder, self.step, self.reserve_bytes = folder, step, reserve_bytes
         self.bad_blocks = 0
         self._mutex = threading.Lock()
-        self._journal = Journal(folder / "meta.sqlite")
         self._records: dict[bytes, Record] = {}
         self._pendings: set[bytes] = set()
         self._files: dict[bytes, set[bytes]] = {}
         self._tags: dict[tuple[str, int], Remembered] = {}
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> None:
+        self._journal = Journal(self.folder / "meta.sqlite")
         for key, value in self._journal.chunks():
-            row = ROW.decode(value)
-            self._keep(key, Record(
-                row.committed, row.pending, row.committed_at, row.committed_crcs,
-                row.pending_at, row.pending_crcs,
-            ))  # fmt: skip
+            self._keep(key, record_of(value))
         for value in self._journal.tags():
             tag = REMEMBERED.decode(value)
             self._tags[tag.tag.client, tag.tag.channel] = tag
         places = [p for r in self._records.values() for p in (r.committed_at, r.pending_at) if p]
-        self._slots = Slots(folder, places)
+        self._slots = Slots(self.folder, places)
 
     # ---- from memory
 
@@ -370,18 +376,8 @@ class ChunkEngine:
         known = record.pending_content if pending else record.committed_content
         if known is not None:
             return known
-        place = record.pending_at if pending else record.committed_at
-        meta = record.pending if pending else record.committed
-        crcs = record.pending_crcs if pending else record.committed_crcs
-        assert place is not None and meta is not None
         with self._mutex:
-            descriptor = self._slots.file(place.size_class)
-        made = native_io.content(descriptor, place.offset, meta.length, crcs)
-        if pending:
-            record.pending_content = made
-        else:
-            record.committed_content = made
-        return made
+            return record.describe(pending, self._slots.file)
 
     def read(self, contents: list[bytes], plan: array.array[int], out: int) -> list[int]:
         """Read (offset, length)s of contents to an address, in one native call, under a pin.
@@ -397,3 +393,4 @@ class ChunkEngine:
         """Close the files; everything acknowledged is down already."""
         self._journal.close()
         self._slots.close()
+        self._lock.release()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from whalefall.fs.core.messages import ChunkMeta, Remembered
 from whalefall.fs.core.replica import Entry
+from whalefall.fs.storage import native_io
 from whalefall.fs.storage.slots import Place
 
-__all__ = ["REMEMBERED", "ROW", "Placed", "Record", "Row", "row_of", "tag_row"]
+__all__ = ["REMEMBERED", "Placed", "Record", "Row", "record_of", "row_of", "tag_row"]
 
 
 @dataclass
@@ -26,6 +28,23 @@ class Record(Entry):
     pending_crcs: bytes = b""
     committed_content: bytes | None = None
     pending_content: bytes | None = None
+
+    def describe(self, pending: bool, file: Callable[[int], int]) -> bytes:
+        """What native code needs to know of a content, made once.
+
+        Args:
+            file: a size class's descriptor.
+        """
+        place = self.pending_at if pending else self.committed_at
+        meta = self.pending if pending else self.committed
+        crcs = self.pending_crcs if pending else self.committed_crcs
+        assert place is not None and meta is not None
+        made = native_io.content(file(place.size_class), place.offset, meta.length, crcs)
+        if pending:
+            self.pending_content = made
+        else:
+            self.committed_content = made
+        return made
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,17 @@ class Row(msgspec.Struct, array_like=True):
     pending_crcs: bytes
 
 
-ROW = msgspec.msgpack.Decoder(Row)
+_ROW = msgspec.msgpack.Decoder(Row)
 REMEMBERED = msgspec.msgpack.Decoder(Remembered)
+
+
+def record_of(value: bytes) -> Record:
+    """A row as the record it was made of."""
+    row = _ROW.decode(value)
+    return Record(
+        row.committed, row.pending, row.committed_at, row.committed_crcs,
+        row.pending_at, row.pending_crcs,
+    )  # fmt: skip
 
 
 def row_of(record: Record | None) -> bytes | None:
