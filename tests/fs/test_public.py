@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,24 @@ def test_cores_have_no_clock_no_chance_no_sockets_no_threads(folder: str) -> Non
 
 
 def test_layout_is_the_same_everywhere() -> None:
-    # Recorded once: files are found again only while this does not change.
+    # Recorded once: chunks are found again only while their ids do not change.
     assert shuffled(list(range(8)), 42) == [3, 1, 6, 2, 4, 0, 7, 5]
-    assert stripe((5, 6, 7), 2, 1) == (7, 5)
+    assert stripe((5, 6, 7), 2, 1) == (6, 7)
     assert sorted(stripe((1, 2, 3), 8, 7)) == [1, 2, 3]
     assert chunk_id(258, 3).hex() == "00000000000000000102000000000003"
     assert chunk_index(chunk_id(258, 3)) == 3
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("chains", [2, 3, 4, 7, 16, 24])
+def test_files_lie_on_all_chains_alike(width: int, step: int, chains: int) -> None:
+    table = range(100, 100 + chains)
+    for files, off in ((40 * chains, 0.1), (4 * chains, 0.5)):
+        used = Counter(c for i in range(files) for c in stripe(table, width, 4096 + i * step))
+        even = files * min(width, chains) / chains
+        assert set(used) == set(table)
+        assert max(abs(n - even) for n in used.values()) <= off * even, used
 
 
 def test_urls() -> None:

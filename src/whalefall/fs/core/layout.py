@@ -12,11 +12,12 @@ from collections.abc import Sequence
 __all__ = ["chunk_id", "chunk_index", "chunk_prefix", "shuffled", "stripe"]
 
 _MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 MAX_CHUNKS = 1 << 32
 
 
 def _splitmix64(state: int) -> tuple[int, int]:
-    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = (state + _GOLDEN) & _MASK
     z = state
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -34,15 +35,19 @@ def shuffled(items: Sequence[int], seed: int) -> list[int]:
 
 
 def stripe(table: Sequence[int], width: int, number: int) -> tuple[int, ...]:
-    """The chains of a new file's stripe.
+    """The chains of a new file's stripe; the file keeps them in its inode.
+
+    The numbers of a server's files go up in steps, of two or of any other length. Multiples of the
+    golden ratio lie evenly on the circle whatever the step, so the stripes' starts do too (Knuth,
+    TAOCP 6.4).
 
     Args:
         table: all chains.
         width: how many the file is spread over.
-        number: the file's number; consecutive files begin where the one before ended.
+        number: the file's number.
     """
     width = max(1, min(width, len(table)))
-    start = number * width % len(table)
+    start = ((number * _GOLDEN & _MASK) * len(table)) >> 64
     run = [table[(start + i) % len(table)] for i in range(width)]
     return tuple(shuffled(run, number))
 
