@@ -39,6 +39,7 @@ class ChunkEngine:
         folder: made where missing.
         step: called with the name of each point where a crash is possible (tests crash there).
         reserve_bytes: kept free for metadata: content is refused below it.
+        rotten: called with each chunk whose committed content `load` finds damaged.
 
     Raises: ConfigError, if somebody has it open: two would overwrite each other's chunks.
     """
@@ -48,10 +49,11 @@ class ChunkEngine:
         folder: Path,
         step: Callable[[str], None] = lambda name: None,
         reserve_bytes: int = RESERVE_BYTES,
+        rotten: Callable[[bytes], None] = lambda chunk: None,
     ) -> None:
         self._lock = FolderLock(folder)
         self.folder, self.step, self.reserve_bytes = folder, step, reserve_bytes
-        self.bad_blocks = 0
+        self.bad_blocks, self.rotten = 0, rotten
         self._mutex = threading.Lock()
         self._records: dict[bytes, Record] = {}
         self._pendings: set[bytes] = set()
@@ -358,6 +360,8 @@ class ChunkEngine:
         finally:
             self.unpin(pin)
         if status:
+            if not pending:
+                self.rotten(chunk)
             raise Refused(Code.CORRUPT, f"chunk {chunk.hex()} does not match its checksum")
         return data
 

@@ -1,25 +1,27 @@
 """File-system room: finds bits that rotted and puts good ones in their place.
 
 Reads every chunk in the background, a little at a time; what does not match its checksum (found
-here, or by a client's read) is fetched from another replica and written to a fresh slot.
+here, by a client's read, or by a write or a recovery that needs it) is fetched from another replica
+and written to a fresh slot.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-from whalefall.fs.core.effects import Acquire, Procedure, Refused
+from whalefall.fs.core.effects import Acquire, Refused
 from whalefall.fs.core.messages import Code
 from whalefall.fs.driver import StorageDriver
 from whalefall.fs.storage.engine import ChunkEngine
 
 __all__ = ["Scrubber"]
 log = logging.getLogger("whalefall.fs")
+RETRY_S = 0.05
 Fetch = Callable[[int, bytes], tuple[Any, bytes] | None]
 
 
@@ -37,7 +39,9 @@ class Scrubber:
         self.driver, self.engines, self.fetch, self.every_s = driver, engines, fetch, every_s
         self.checked = self.damaged = self.repaired = 0
         self._bad: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
-        self._seen: set[tuple[int, bytes]] = set()
+        self._waiting: set[tuple[int, bytes]] = set()
+        self._counted: set[tuple[int, bytes]] = set()
+        self._mutex = threading.Lock()
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -52,12 +56,16 @@ class Scrubber:
         self._bad.put(None)
 
     def report(self, target: int, chunk: bytes) -> None:
-        """A chunk whose content did not match its checksum."""
-        if (target, chunk) not in self._seen:
-            self._seen.add((target, chunk))
-            self.damaged += 1
-            log.error("fs: chunk %s of target %d is damaged", chunk.hex(), target)
-            self._bad.put((target, chunk))
+        """A chunk whose committed content did not match its checksum; counted once until mended."""
+        item = (target, chunk)
+        with self._mutex:
+            if item not in self._counted:
+                self._counted.add(item)
+                self.damaged += 1
+                log.error("fs: chunk %s of target %d is damaged", chunk.hex(), target)
+            if item not in self._waiting:
+                self._waiting.add(item)
+                self._bad.put(item)
 
     def counters(self) -> dict[str, int]:
         """Chunks checked, found damaged, repaired since the start."""
@@ -76,36 +84,39 @@ class Scrubber:
             self._stop.wait(min(self.every_s, 60))
 
     def _one_pass(self, pause_s: float) -> None:
-        for target, engine in list(self.engines.items()):
+        for engine in list(self.engines.values()):
             for chunk in list(engine.entries()):
                 if self._stop.wait(pause_s):
                     return
                 self.checked += 1
-                try:
+                with contextlib.suppress(Refused):  # the engine reports what is damaged
                     engine.load(chunk, pending=False)
-                except Refused as refusal:
-                    if refusal.code is Code.CORRUPT:
-                        self.report(target, chunk)
 
     def _mend(self) -> None:
         while (item := self._bad.get()) is not None:
             if self._stop.is_set():
                 return
+            fixed = False
             try:
-                fixed = self.driver.run(self._mend_one(*item))
+                fixed = self._mend_one(*item)
             except Refused as refusal:
                 log.error("fs: could not mend chunk %s: %s", item[1].hex(), refusal)
-                fixed = False
-            self._seen.discard(item)
+            except Exception:
+                log.exception("fs: could not mend chunk %s", item[1].hex())
+            with self._mutex:
+                self._waiting.discard(item)
+                if fixed:
+                    self._counted.discard(item)
             if fixed:
                 self.repaired += 1
                 log.warning("fs: mended chunk %s of target %d", item[1].hex(), item[0])
             else:
-                time.sleep(0.05)
+                self._stop.wait(RETRY_S)
 
-    def _mend_one(self, target: int, chunk: bytes) -> Procedure[bool]:
-        state = self.driver.node.targets[target]
-        yield Acquire(target, chunk)
+    def _mend_one(self, target: int, chunk: bytes) -> bool:
+        """Under the chunk's lock alone: other nodes, and other chunks, are served meanwhile."""
+        locks = self.driver.node.targets[target].locks
+        self.driver.perform(Acquire(target, chunk))
         try:
             found = self.fetch(target, chunk)
             if found is None:
@@ -113,4 +124,5 @@ class Scrubber:
             # `mend` takes only bytes of the very length and checksum that are recorded here.
             return self.engines[target].mend(chunk, found[1])
         finally:
-            state.locks.release(chunk)
+            with self.driver.mutex:
+                locks.release(chunk)

@@ -85,8 +85,8 @@ class StorageServer:
         self.server = Server(self._handle, token, host, port)
         info = NodeInfo(number, "storage", host, self.server.port, next_boot(folder))
         self.engines = {
-            int(path.name[7:]): ChunkEngine(path, reserve_bytes=reserve_bytes)
-            for path in sorted(folder.glob("target-*"))
+            number: self._open(number)
+            for number in sorted(int(path.name[7:]) for path in folder.glob("target-*"))
         }
         self.node = StorageNode(info, dict(self.engines), limits, time.monotonic)
         self.driver = StorageDriver(self.node, self.engines, self._call)
@@ -98,6 +98,12 @@ class StorageServer:
             threading.Thread(target=loop, name=loop.__name__, daemon=True)
             for loop in (self._beat, self._work)
         ]
+
+    def _open(self, number: int) -> ChunkEngine:
+        return ChunkEngine(
+            self.folder / f"target-{number}", reserve_bytes=self.reserve_bytes,
+            rotten=lambda chunk: self.scrubber.report(number, chunk),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Serve, heartbeat, recover."""
@@ -251,7 +257,7 @@ class StorageServer:
                 return
             if public is Public.SERVING:
                 return  # the manager will see it offline; then it may be filled
-        engine = ChunkEngine(self.folder / f"target-{number}", reserve_bytes=self.reserve_bytes)
+        engine = self._open(number)
         self.engines[number] = engine
         self.node.adopt(number, engine, fresh)
 
