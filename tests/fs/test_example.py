@@ -13,6 +13,7 @@ import pytest
 
 from whalefall.cli import main
 from whalefall.fs import LocalCluster
+from whalefall.fs.profiles import PROFILES
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = """\
@@ -89,11 +90,52 @@ def test_commands_refuse_in_one_line(
         (("status", "whalefall://127.0.0.1:1"), "no token for the cluster"),
         (("cp", "a", "b"), "both are local"),
         (("drain", cluster.url, "--node", "77"), "there is no node 77"),
+        (("drain", cluster.url, "--node", "1001"), "node 1001 is no storage node (meta)"),
         (("simulate", "--seed", "1", "--profile", "x"), "no profile 'x'"),
+        (("simulate", "--seed", "1", "--count", "-3"), "--count is -3, wanted 1 to 1e+09"),
+        (("bench", cluster.url, "--size-mib", "-5"), "--size-mib is -5, wanted 1 to"),
     ):
         code, _, err = command(capsys, *args)
         assert code == 2 and words in err and "Traceback" not in err
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("port", "99999", "port is 99999, wanted 0 to 65535"),
+        ("port", "-1", "port is -1, wanted 0 to 65535"),
+        ("lease", "0", "lease is 0, wanted 0.1 to 3600"),
+        ("lease", "-1", "lease is -1, wanted 0.1 to 3600"),
+        ("lease", "nan", "lease is nan, wanted 0.1 to 3600"),
+        ("chains", "-1", "chains is -1, wanted 1 to 999"),
+        ("chains", "1000", "chains is 1000, wanted 1 to 999"),
+        ("meta", "0", "(meta) is 0, wanted 1 to 99"),
+        ("meta", "-1", "(meta) is -1, wanted 1 to 99"),
+        ("nodes", "0", "nodes is 0, wanted 1 to 999"),
+        ("nodes", "1000", "nodes is 1000, wanted 1 to 999"),
+        ("replicas", "0", "0 replicas on 3 nodes; wanted 1 to 3"),
+        ("scrub", "-1", "scrub is -1, wanted 0 to 1e+09"),
+    ],
+)
+def test_numbers_that_make_no_cluster_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    code, _, err = command(capsys, "up", str(tmp_path / "new"), f"--{option}", value)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_help_names_every_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(capsys, "simulate", "--help")[1]
+    assert all(name in words for name in PROFILES)
+
+
+def test_bench_writes_what_it_is_told_to(
+    cluster: LocalCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = command(capsys, "bench", cluster.url, "--size-mib", "33", "--json")
+    assert code == 0 and set(json.loads(out)) == {"write MiB/s", "read MiB/s", "stat/s"}
 
 
 def test_a_node_is_drained_and_let_back(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from whalefall.errors import ConfigError, MissingError
+from whalefall.fs.profiles import PROFILES
+from whalefall.ranges import within
 
 if TYPE_CHECKING:
     from whalefall.fs.fsspec import WhalefallFileSystem
@@ -227,7 +229,8 @@ def cp(
     from rich.progress import Progress
 
     progress = Progress(console=Console(stderr=True), transient=True)
-    with progress, _Shown(progress) as shown:
+    with progress:
+        shown = _shown(progress)
         if all(remote):
             fs.cp(source, target, recursive=recursive)
         elif remote[0]:
@@ -236,25 +239,17 @@ def cp(
             fs.put(source, path, recursive=recursive, callback=shown)
 
 
-class _Shown:
+def _shown(progress: Any) -> Any:
     """fsspec's progress callback, on a rich bar."""
+    from fsspec.callbacks import Callback
 
-    def __init__(self, progress: Any) -> None:
-        from fsspec.callbacks import Callback
+    bar = progress.add_task("files", total=None)
 
-        bar = progress.add_task("files", total=None)
+    class Bar(Callback):  # fsspec calls it with the number of files done
+        def call(self, *args: Any, **kwargs: Any) -> None:
+            progress.update(bar, completed=self.value, total=self.size)
 
-        class Bar(Callback):  # fsspec calls it with the number of files done
-            def call(self, *args: Any, **kwargs: Any) -> None:
-                progress.update(bar, completed=self.value, total=self.size)
-
-        self.callback = Bar()
-
-    def __enter__(self) -> Any:
-        return self.callback
-
-    def __exit__(self, *_: object) -> None:
-        return None
+    return Bar()
 
 
 @app.command()
@@ -333,7 +328,9 @@ def scrub(url: str = URL, wait: bool = typer.Option(True, help="until all is che
 @app.command()
 def bench(
     url: str = URL,
-    size_mib: int = typer.Option(256, help="bytes to write and read, in MiB"),
+    size_mib: int = typer.Option(
+        256, callback=within(1, 1 << 20), help="bytes to write and read, in MiB"
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Write, read and look up on a running cluster; what it reads was just written (cached)."""
@@ -341,13 +338,13 @@ def bench(
 
     fs, path = _client(url)
     name = f"{path.rstrip('/')}/.bench-{os.getpid()}"
-    data = os.urandom(32 << 20)
+    data = os.urandom(min(size_mib, 32) << 20)
     rows: dict[str, float] = {}
     began = time.perf_counter()
     with fs.open(name, "wb", block_size=32 << 20) as file:
-        for _ in range(max(1, size_mib // 32)):
-            file.write(data)
-    rows["write MiB/s"] = max(1, size_mib // 32) * 32 / (time.perf_counter() - began)
+        for start in range(0, size_mib, 32):
+            file.write(memoryview(data)[: (size_mib - start) << 20])
+    rows["write MiB/s"] = size_mib / (time.perf_counter() - began)
     inode = fs.client.stat(name)
     began = time.perf_counter()
     for offset in range(0, inode.length, 32 << 20):
@@ -368,12 +365,14 @@ def bench(
 @app.command()
 def simulate(
     seed: int = typer.Option(..., help="which schedule"),
-    profile: str = typer.Option("mixed", help="mixed, slow, cut, churn, many or managers"),
-    count: int = typer.Option(1, help="run so many schedules from this seed on"),
+    profile: str = typer.Option("mixed", help=", ".join(PROFILES)),
+    count: int = typer.Option(
+        1, callback=within(1, 1e9), help="run so many schedules from this seed on"
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Run the protocol on a seeded schedule of faults; one schedule prints its transcript."""
-    from whalefall.fs.simulation import PROFILES, run_schedule
+    from whalefall.fs.simulation import run_schedule
 
     if profile not in PROFILES:
         raise ConfigError(f"fs simulate: no profile {profile!r}; there are {', '.join(PROFILES)}")

@@ -208,6 +208,9 @@ class ManagerServer:
             info = routing.nodes.get(node)
         if info is None:
             raise Refused(Code.INVALID, f"there is no node {node}")
+        if info.kind != "storage":
+            what = f"node {node} is no storage node ({info.kind}): it has no targets"
+            raise Refused(Code.INVALID, what)
         asked = []
         for target, chain in mine:
             if drained and [m.target for m in chain.serving()] == [target]:

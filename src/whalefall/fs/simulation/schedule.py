@@ -9,6 +9,7 @@ from typing import Any
 
 from whalefall.fs.core.effects import Procedure, Refused, Together
 from whalefall.fs.core.messages import Code, Kind
+from whalefall.fs.profiles import PROFILES
 from whalefall.fs.simulation.history import Operation, linearizable
 from whalefall.fs.simulation.process import SimClient, SimNode
 from whalefall.fs.simulation.world import Size, Violation, World
@@ -35,31 +36,6 @@ class Outcome:
     chain_versions: int = 0
     conflicts: int = 0
     transcript: list[str] = field(default_factory=list)
-
-
-# Where a kind of trouble is rare in mixed schedules, a profile is full of it.
-PROFILES: dict[str, dict[str, Any]] = {
-    "mixed": {},
-    "slow": {"slow": 0.3, "slow_s": 2.0, "duplicate": 0.3, "kinds": ["crash", "half cut"]},
-    "cut": {"kinds": ["manager cut"], "replicas": 2, "nodes": 3, "clients": 3, "loss": 0.0},
-    "many": {"kinds": ["crash", "freeze"], "chunks": 8, "slow": 0.3, "slow_s": 0.6},
-    "managers": {"kinds": ["manager", "manager", "crash"], "managers": 2, "chains": 2},
-    "together": {
-        "kinds": ["crash", "freeze", "cut off", "half cut", "manager", "all", "full"],
-        "chunks": 6,
-        "together": True,
-        "clients": 2,
-        "retry_s": 8.0,
-        "resync_chunks": 3,
-    },
-    "churn": {
-        "kinds": ["crash", "freeze"],
-        "removes": 40,
-        "chunks": 3,
-        "loss": 0.0,
-        "resync_chunks": 1,
-    },
-}
 
 
 class Schedule:
