@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -44,9 +43,9 @@ def test_a_second_cluster_on_a_folder_is_refused_at_once(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=f"in use by pid {one.pid}"):
             LocalCluster(tmp_path, nodes=1, replicas=1).start()
     finally:
-        one.send_signal(signal.SIGINT)
+        one.kill()
         one.communicate(timeout=60)
-    with LocalCluster(tmp_path, nodes=1, replicas=1) as cluster:  # it is free again
+    with LocalCluster(tmp_path, nodes=1, replicas=1) as cluster:  # its processes end with it
         with pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"):
             LocalCluster(tmp_path, nodes=1, replicas=1).start()
         cluster.filesystem().pipe_file("/f", b"there")
