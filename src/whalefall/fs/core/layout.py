@@ -1,7 +1,7 @@
 """File-system room: which chain holds which chunk of a file.
 
-A file's stripe is a run of the chain table, shuffled by a seed of its own; chunk i lies on the
-stripe's chain i mod length. The shuffle is ours (splitmix64, Fisher-Yates): the same everywhere.
+A file's stripe is a run of the chain table, shuffled after its first by a seed of the file's own;
+chunk i lies on the stripe's chain i mod length. The shuffle is ours (splitmix64, Fisher-Yates): the same everywhere.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stripe(table: Sequence[int], width: int, number: int) -> tuple[int, ...]:
     width = max(1, min(width, len(table)))
     start = ((number * _GOLDEN & _MASK) * len(table)) >> 64
     run = [table[(start + i) % len(table)] for i in range(width)]
-    return tuple(shuffled(run, number))
+    return (run[0], *shuffled(run[1:], number))  # a small file has no other than the first
 
 
 @functools.lru_cache(1024)
