@@ -1,7 +1,8 @@
 """File-system room: which chain holds which chunk of a file.
 
 A file's stripe is a run of the chain table, shuffled after its first by a seed of the file's own;
-chunk i lies on the stripe's chain i mod length. The shuffle is ours (splitmix64, Fisher-Yates): the same everywhere.
+chunk i lies on the stripe's chain i mod length. The shuffle is ours (splitmix64, Fisher-Yates): the
+same everywhere.
 """
 
 from __future__ import annotations
