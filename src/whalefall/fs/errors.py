@@ -7,7 +7,7 @@ import os
 
 from whalefall.errors import WhalefallError
 
-__all__ = ["ClusterError", "FsError", "StorageError", "fs_error"]
+__all__ = ["ClusterError", "FsError", "Stale", "StorageError", "fs_error"]
 
 
 class FsError(WhalefallError, OSError):
@@ -34,6 +34,14 @@ class NoPermission(FsError, PermissionError):
     """The user may not do this."""
 
 
+class FileTooLarge(FsError):
+    """No file of its chunk size reaches so far."""
+
+
+class Stale(FsError):
+    """The file was removed, and its content collected, while it was read without being open."""
+
+
 class StorageError(WhalefallError, OSError):
     """Data could not be read or written; says which target, what was tried, for how long."""
 
@@ -49,6 +57,8 @@ _CLASSES: dict[int, type[FsError]] = {
     errno.EISDIR: IsADirectory,
     errno.EACCES: NoPermission,
     errno.EPERM: NoPermission,
+    errno.EFBIG: FileTooLarge,
+    errno.ESTALE: Stale,
 }
 
 

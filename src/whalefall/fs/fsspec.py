@@ -7,17 +7,20 @@ is closed.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import stat
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from fsspec.registry import register_implementation
 from fsspec.spec import AbstractFileSystem
 
 from whalefall.fs.client.filesystem import FileSystemClient, Range, parse_url
-from whalefall.fs.errors import FsError, fs_error
+from whalefall.fs.errors import ClusterError, FsError, Stale, StorageError, fs_error
 from whalefall.fs.file import WhalefallFile
+from whalefall.fs.meta.core.paths import READ
 from whalefall.fs.meta.core.records import Inode, InodeKind
 from whalefall.fs.wrapped import CompressedFile, TextFile
 
@@ -25,6 +28,8 @@ __all__ = ["WhalefallFileSystem"]
 
 _TYPES = {InodeKind.FILE: "file", InodeKind.DIRECTORY: "directory", InodeKind.SYMLINK: "link"}
 COPY_BYTES = 32 << 20
+TRIES = 3
+T = TypeVar("T")
 
 
 class WhalefallFileSystem(AbstractFileSystem):
@@ -112,6 +117,33 @@ class WhalefallFileSystem(AbstractFileSystem):
             base = path.rstrip("/")
             rows = [self._describe(f"{base}/{n}", i) for n, i in self.client.listdir(path)]
         return rows if detail else [row["name"] for row in rows]
+
+    def _type(self, path: str) -> str:
+        """Of what is at a path; "" if nothing is. Any other error is one."""
+        try:
+            return str(self.info(path)["type"])
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    def exists(self, path: str, **_: Any) -> bool:
+        """Whether something is at a path; a cluster that does not answer is an error."""
+        return bool(self._type(path))
+
+    def isfile(self, path: str) -> bool:
+        """Whether a file is at a path."""
+        return self._type(path) == "file"
+
+    def isdir(self, path: str) -> bool:
+        """Whether a directory is at a path."""
+        return self._type(path) == "directory"
+
+    def walk(
+        self, path: str, maxdepth: int | None = None, topdown: bool = True,
+        on_error: Any = "omit", **options: Any,
+    ) -> Iterator[Any]:  # fmt: skip
+        """As fsspec's; `on_error="omit"` leaves out what is refused, not what nobody answers."""
+        on_error = _only_refused if on_error == "omit" else on_error
+        yield from super().walk(path, maxdepth, topdown, on_error, **options)
 
     def created(self, path: str) -> datetime.datetime:
         """When a file's inode last changed."""
@@ -216,47 +248,90 @@ class WhalefallFileSystem(AbstractFileSystem):
         self, path: str, start: int | None = None, end: int | None = None, **_: Any
     ) -> bytes:
         """A file's bytes, or a range of them; negative positions count from its end."""
-        inode = self._file(path)
-        begin, stop = _positions(inode.length, start, end)
-        return bytes(self.client.read(inode, begin, stop - begin))
+
+        def read(inode: Inode) -> bytes:
+            begin, stop = _positions(inode.length, start, end)
+            return bytes(self.client.read(inode, begin, stop - begin))
+
+        return self._whole(path, read)
 
     def _file(self, path: str) -> Inode:
+        """A file that may be read; not held open."""
         path = self._strip_protocol(path)
-        inode = self.client.stat(path)
+        inode = self.client.stat(path, wanted=READ)
         if inode.kind is InodeKind.DIRECTORY:
             raise fs_error(21, path)
         return inode
+
+    def _whole(self, path: str, read: Callable[[Inode], T]) -> T:
+        """Read a file; if it was replaced and collected meanwhile, what has its name now."""
+        for _ in range(TRIES):
+            with contextlib.suppress(Stale):
+                return read(self._file(path))
+        inode, session = self.client.open_session("open", path=self._strip_protocol(path))
+        try:
+            return read(inode)
+        finally:
+            self.client.close_session(inode, session)
 
     def cat_ranges(
         self, paths: list[str], starts: Any, ends: Any, max_gap: int | None = None,
         on_error: str = "return", **_: Any,
     ) -> list[Any]:  # fmt: skip
-        """Ranges of many files in one batch."""
+        """Ranges of many files in one batch.
+
+        Args:
+            on_error: "raise"; or else each range that could not be read has its error in its place.
+        """
         starts = starts if isinstance(starts, list) else [starts] * len(paths)
         ends = ends if isinstance(ends, list) else [ends] * len(paths)
         if not len(paths) == len(starts) == len(ends):
             raise ValueError("cat_ranges: paths, starts and ends differ in length")
-        inodes: dict[str, Any] = {}
+        results = self._files(paths, on_error)
+        there = [i for i, inode in enumerate(results) if isinstance(inode, Inode)]
+        ranges = [_range(results[i], starts[i], ends[i]) for i in there]
+        try:
+            answers: list[Any] = list(self.client.read_each(ranges))
+        except ClusterError as error:
+            answers = [error] * len(ranges)
+        for i, wanted, got in zip(there, ranges, answers, strict=True):
+            results[i] = got if isinstance(got, Exception) else bytes(wanted.into)
+        for path in {paths[i] for i in there if isinstance(results[i], Stale)}:
+            mine = [i for i in there if paths[i] == path]
+            parts = self._anew(path, [(starts[i], ends[i]) for i in mine])
+            for i, part in zip(mine, parts, strict=True):
+                results[i] = part
+        for result in results if on_error == "raise" else ():
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def _files(self, paths: list[str], on_error: str) -> list[Any]:
+        """Each path's inode, or its error."""
+        found: dict[str, Any] = {}
+        down: ClusterError | None = None  # not asked again: each time takes `retry_s`
         for path in dict.fromkeys(paths):
             try:
-                inodes[path] = self._file(path)
-            except FsError as error:
+                found[path] = down or self._file(path)
+            except (FsError, ClusterError) as error:
                 if on_error == "raise":
                     raise
-                inodes[path] = error
-        results: list[Any] = []
-        ranges = []
-        for path, start, end in zip(paths, starts, ends, strict=True):
-            inode = inodes[path]
-            if not isinstance(inode, Inode):
-                results.append(inode)
-                continue
-            begin, stop = _positions(inode.length, start, end)
-            data = bytearray(stop - begin)
-            ranges.append(Range(inode, begin, stop - begin, data))
-            results.append(data)
-        self.client.read_ranges(ranges)
-        return [bytes(r) if isinstance(r, bytearray) else r for r in results]
+                found[path] = error
+                down = error if isinstance(error, ClusterError) else None
+        return [found[path] for path in paths]
+
+    def _anew(self, path: str, places: list[tuple[Any, Any]]) -> list[Any]:
+        """Ranges of one file, all of the same content; or the error for each."""
+
+        def read(inode: Inode) -> list[Any]:
+            ranges = [_range(inode, *place) for place in places]
+            self.client.read_ranges(ranges)
+            return [bytes(wanted.into) for wanted in ranges]
+
+        try:
+            return self._whole(path, read)
+        except (FsError, StorageError, ClusterError) as error:
+            return [error] * len(places)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         """Write a whole file."""
@@ -265,7 +340,7 @@ class WhalefallFileSystem(AbstractFileSystem):
 
     def checksum(self, path: str) -> int:
         """CRC-32C of a file's content."""
-        return self.client.checksum(self._file(path))
+        return self._whole(path, self.client.checksum)
 
     def open(
         self, path: str, mode: str = "rb", block_size: int | None = None, cache_options: Any = None,
@@ -291,6 +366,17 @@ class WhalefallFileSystem(AbstractFileSystem):
             cache_type=options.pop("cache_type", "readahead"), cache_options=cache_options,
             **options,
         )  # fmt: skip
+
+
+def _range(inode: Inode, start: int | None, end: int | None) -> Range:
+    begin, stop = _positions(inode.length, start, end)
+    return Range(inode, begin, stop - begin, bytearray(stop - begin))
+
+
+def _only_refused(error: OSError) -> None:
+    """What `walk` may leave out: a folder that may not be read, not a cluster that is not there."""
+    if not isinstance(error, FsError):
+        raise error
 
 
 def _positions(length: int, start: int | None, end: int | None) -> tuple[int, int]:

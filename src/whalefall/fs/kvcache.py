@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import struct
 import threading
@@ -28,6 +29,7 @@ import fsspec
 from whalefall.comm import crc32c
 from whalefall.errors import ConfigError
 from whalefall.fs.client.forks import renew_in_children
+from whalefall.fs.errors import ClusterError, StorageError
 
 __all__ = ["KVCache"]
 
@@ -35,6 +37,8 @@ __all__ = ["KVCache"]
 _HEADER = struct.Struct("<8sIQdI")
 _MAGIC = b"WFkv0001"
 _SUM = struct.Struct("<I")
+_UNREACHABLE = (StorageError, ClusterError)
+log = logging.getLogger("whalefall.fs")
 KEY_BYTES = 32
 _ROW_BYTES = KEY_BYTES + 4
 
@@ -83,6 +87,7 @@ class KVCache:
         self.folder = f"{root.rstrip('/')}/{namespace}-{block_bytes}"
         self.block_bytes, self.capacity_bytes, self.ttl_s = block_bytes, capacity_bytes, ttl_s
         self.hits = self.misses = self.damaged = 0
+        self._told = False
         self.after_fork()
         renew_in_children(self)
         self._segments: dict[str, _Segment] = {}
@@ -112,7 +117,11 @@ class KVCache:
             return [_key(k) in self._index for k in keys]
 
     def get_many(self, keys: Sequence[bytes | str]) -> list[bytes | None]:
-        """Blocks by key, in one batch; None for those that are not there, or do not check."""
+        """Blocks by key, in one batch; None for those that are not there, or do not check.
+
+        So is a block that no replica of its chain gives within the file system's `retry_s`: it
+        stays in the index, for when one is back.
+        """
         wanted = [_key(k) for k in keys]
         places: list[tuple[str, int] | None] = []
         with self._mutex:
@@ -125,7 +134,9 @@ class KVCache:
         there = [p for p in places if p is not None]
         starts = [self._offset(p) for p in there]
         ends = [start + self.block_bytes for start in starts]
-        found = iter(self.fs.cat_ranges([p[0] for p in there], starts, ends, on_error="return"))
+        data = self.fs.cat_ranges([p[0] for p in there], starts, ends, on_error="return")
+        self._tell([d for d in data if isinstance(d, _UNREACHABLE)])
+        found = iter(data)
         blocks: list[bytes | None] = []
         for key, place in zip(wanted, places, strict=True):
             blocks.append(None if place is None else self._checked(key, place, next(found)))
@@ -143,6 +154,15 @@ class KVCache:
         count = len(segment.keys) if segment else 0
         return _HEADER.size + count * _ROW_BYTES + place[1] * self.block_bytes
 
+    def _tell(self, errors: list[Any]) -> None:
+        """Log that blocks cannot be read, once until all that are asked for can be again."""
+        if errors and not self._told:
+            log.warning(
+                "kvcache: %s: %d blocks cannot be read and count as misses: %s",
+                self.folder, len(errors), errors[0],
+            )  # fmt: skip
+        self._told = bool(errors)
+
     def _checked(self, key: bytes, place: tuple[str, int], data: Any) -> bytes | None:
         segment = self._segments.get(place[0])
         good = (
@@ -154,6 +174,8 @@ class KVCache:
         )
         if good:
             return bytes(data)
+        if isinstance(data, _UNREACHABLE):
+            return None
         with self._mutex:
             if segment is not None and not isinstance(data, FileNotFoundError):
                 self.damaged += 1  # else another process let it go

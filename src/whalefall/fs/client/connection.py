@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import random
+import socket
 import threading
 import time
 import uuid
@@ -28,7 +29,7 @@ from whalefall.fs.errors import ClusterError, StorageError
 from whalefall.fs.meta.core.records import Inode
 from whalefall.fs.rpc import Call, Pool, Result
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "answers", "nobody"]
 T = TypeVar("T")
 PARALLEL = 16
 SHARED_BYTES = 1 << 20
@@ -53,8 +54,7 @@ class Connection:
         renew_in_children(self)
         routing = self.refresh()
         if routing is None or not routing.version:
-            places = ", ".join(f"{h}:{p}" for h, p in self.managers)
-            raise ClusterError(f"fs: no cluster manager answered at {places}; is it running?")
+            raise nobody(self.managers)
         self.core.apply_routing(routing)
         call_s = max(0.5, min(10.0, routing.lease_s))
         self.core.limits = Limits(routing.lease_s, call_s, 30.0, 0.02, retry_s)
@@ -251,6 +251,21 @@ class Connection:
         """Drop all connections."""
         self.threads.shutdown(wait=False)
         self.pool.close()
+
+
+def answers(address: tuple[str, int]) -> bool:
+    """Whether anybody takes connections there."""
+    try:
+        socket.create_connection(address, timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def nobody(managers: Sequence[tuple[str, int]]) -> ClusterError:
+    """No manager is there."""
+    places = ", ".join(f"{host}:{port}" for host, port in managers)
+    return ClusterError(f"fs: no cluster manager answered at {places}; is it running?")
 
 
 def _what(chain: int, chunk: bytes, kind: Kind) -> str:

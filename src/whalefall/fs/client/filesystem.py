@@ -13,7 +13,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,13 +21,14 @@ import msgspec
 
 from whalefall.comm import crc32c
 from whalefall.errors import ConfigError, WhalefallError
-from whalefall.fs.client.connection import Connection
+from whalefall.fs.client.connection import Connection, answers, nobody
 from whalefall.fs.client.forks import renew_in_children
-from whalefall.fs.core.client import Piece
+from whalefall.fs.client.ranges import WINDOW_BYTES, Range, check_bounds, read_each
 from whalefall.fs.core.effects import Unreachable
 from whalefall.fs.core.layout import chunk_id
 from whalefall.fs.core.messages import Failed, Kind, NodeInfo
-from whalefall.fs.errors import ClusterError, fs_error
+from whalefall.fs.errors import ClusterError, FsError, StorageError, fs_error
+from whalefall.fs.meta.core.paths import WRITE
 from whalefall.fs.meta.core.records import Inode, InodeKind
 from whalefall.fs.meta.service import Answer, Who
 from whalefall.fs.rpc import Call
@@ -35,19 +36,8 @@ from whalefall.fs.tokens import find_token
 
 __all__ = ["FileSystemClient", "Range", "parse_url"]
 
-WINDOW_BYTES = 32 << 20
-WINDOW_PIECES = 512
 BATCH_BYTES = 4 << 20
 KEEP_ALIVE_S = 60.0
-
-
-class Range(msgspec.Struct):
-    """Read `length` bytes of a file at `offset` into `into` (writable, as long)."""
-
-    inode: Inode
-    offset: int
-    length: int
-    into: Any
 
 
 def parse_url(url: str) -> tuple[list[tuple[str, int]], str]:
@@ -61,6 +51,16 @@ def parse_url(url: str) -> tuple[list[tuple[str, int]], str]:
             raise ConfigError(f"fs: got {url!r}, wanted whalefall://host:port/path")
         managers.append((host, int(port)))
     return managers, slash + path
+
+
+def _token(managers: list[tuple[str, int]], token: str | None) -> bytes:
+    """The cluster's token; where none is known, what is missing may be the cluster."""
+    try:
+        return find_token(*managers[0], token)
+    except ClusterError:
+        if not any(answers(place) for place in managers):
+            raise nobody(managers) from None
+        raise
 
 
 class FileSystemClient:
@@ -77,7 +77,7 @@ class FileSystemClient:
         self, managers: list[tuple[str, int]], token: str | None = None, uid: int | None = None,
         gid: int | None = None, groups: Sequence[int] | None = None, retry_s: float = 60.0,
     ) -> None:  # fmt: skip
-        self.connection = Connection(managers, find_token(*managers[0], token), retry_s)
+        self.connection = Connection(managers, _token(managers, token), retry_s)
         self.uid = os.getuid() if uid is None else uid
         self.gid = os.getgid() if gid is None else gid
         self.groups = tuple(os.getgroups() if groups is None else groups)
@@ -153,9 +153,9 @@ class FileSystemClient:
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
 
-    def stat(self, path: str, follow: bool = True) -> Inode:
-        """Attributes of what is at a path."""
-        return msgspec.convert(self.meta("stat", path=path, follow=follow), Inode)
+    def stat(self, path: str, follow: bool = True, wanted: int = 0) -> Inode:
+        """Attributes of what is at a path, if the mode bits allow `wanted` (4 read, 2 write)."""
+        return msgspec.convert(self.meta("stat", path=path, follow=follow, wanted=wanted), Inode)
 
     def listdir(self, path: str) -> Iterator[tuple[str, Inode]]:
         """Names and attributes of a directory, in order, a page at a time."""
@@ -216,44 +216,29 @@ class FileSystemClient:
         """A batch of reads.
 
         Returns: bytes read of each: fewer only at the end of its file.
-        Raises: StorageError.
+        Raises: StorageError; FsError (ESTALE) for a file that was removed and collected meanwhile.
         """
-        pieces: list[Piece] = []
-        got = []
-        for wanted in ranges:
-            length = max(0, min(wanted.length, wanted.inode.length - wanted.offset))
-            got.append(length)
-            pieces += self._pieces(wanted, length)
-        for window in _windows(pieces):
-            self.connection.read(window, relaxed)
-        for piece in pieces:
-            if piece.got < piece.length:  # a hole
-                hole = memoryview(piece.into)[piece.got :]
-                hole[:] = bytes(hole.nbytes)
-        return got
+        results = read_each(self.connection, self.gone, ranges, relaxed, stop=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results  # type: ignore[return-value]
 
-    def _pieces(self, wanted: Range, length: int) -> list[Piece]:
-        layout = wanted.inode.layout
-        if not length or layout is None:
-            return []
-        view = memoryview(wanted.into).cast("B")
-        size, stripe, number = layout.chunk_bytes, layout.chains, wanted.inode.id
-        index, inside = divmod(wanted.offset, size)
-        if inside + length <= size:
-            chain = stripe[index % len(stripe)]
-            return [Piece(chain, chunk_id(number, index), inside, length, view[:length])]
-        pieces, at = [], 0
-        while at < length:
-            index, inside = divmod(wanted.offset + at, size)
-            take = min(size - inside, length - at)
-            chain = stripe[index % len(stripe)]
-            pieces.append(Piece(chain, chunk_id(number, index), inside, take, view[at : at + take]))
-            at += take
-        return pieces
+    def read_each(self, ranges: Sequence[Range]) -> list[int | FsError | StorageError]:
+        """As `read_ranges`, with the error of each range that could not be read in its place."""
+        return read_each(self.connection, self.gone, ranges)
+
+    def gone(self, numbers: Iterable[int]) -> set[int]:
+        """Which of these inodes are no more: their chunks are being collected, or have been."""
+        asked = sorted(numbers)
+        if not asked:
+            return set()
+        answers = self.meta_many([("stat_inode", {"inode": number}) for number in asked])
+        return {n for n, a in zip(asked, answers, strict=True) if a.errno == errno.ENOENT}
 
     def read(self, inode: Inode, offset: int, length: int) -> bytearray:
         """Bytes of a file, fewer at its end."""
-        length = max(0, min(length, inode.length - offset))
+        length = max(0, min(length, inode.length - max(offset, 0)))
         data = bytearray(length)
         self.read_ranges([Range(inode, offset, length, data)])
         return data
@@ -261,8 +246,9 @@ class FileSystemClient:
     def write(self, inode: Inode, offset: int, data: Any) -> None:
         """Write bytes at an offset; returns when every replica has them.
 
-        The file's length follows when it is reported (`close_session`, `report_length`).
-        Raises: StorageError.
+        The file's length follows when it is reported (`close_session`, `report_length`). No
+        permission is asked for: who opened the file had it.
+        Raises: StorageError; FsError (EINVAL, EFBIG) for the offset.
         """
         for part in self.begin_write(inode, offset, data):
             part.result()
@@ -276,6 +262,7 @@ class FileSystemClient:
         layout = inode.layout
         assert layout is not None
         view = memoryview(data).cast("B")
+        check_bounds(inode, offset, view.nbytes)
         size, at = layout.chunk_bytes, 0
         batches: dict[int, list[list[tuple[Any, ...]]]] = {}
         fits = max(1, BATCH_BYTES // size)
@@ -311,7 +298,10 @@ class FileSystemClient:
 
         What was written and never reported is cut as well, so that a longer file ends in zeros.
         Not for a file that another is writing.
+        Raises: FsError: EINVAL, EFBIG for the length, EACCES; nothing was cut then. StorageError.
         """
+        check_bounds(inode, length)
+        self.meta("stat_inode", inode=inode.id, wanted=WRITE)
         self.cut(inode, length)
         return msgspec.convert(self.meta("set_length", inode=inode.id, length=length), Inode)
 
@@ -349,16 +339,3 @@ class FileSystemClient:
         """Close what is open and drop all connections."""
         self._stop.set()
         self.connection.close()
-
-
-def _windows(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    window: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if window and (size + piece.length > WINDOW_BYTES or len(window) >= WINDOW_PIECES):
-            yield window
-            window, size = [], 0
-        window.append(piece)
-        size += piece.length
-    if window:
-        yield window

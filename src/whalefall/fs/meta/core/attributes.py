@@ -40,14 +40,23 @@ def complete(t: Transaction, inode: Inode) -> Inode:
     return msgspec.structs.replace(inode, mtime=mtime, nlink=2 + children)
 
 
-def stat_path(t: Transaction, context: Context, path: str, follow: bool = True) -> Inode:
-    """Attributes of what is at a path."""
-    return complete(t, find(t, context, path, follow))
+def stat_path(
+    t: Transaction, context: Context, path: str, follow: bool = True, wanted: int = 0
+) -> Inode:
+    """Attributes of what is at a path.
+
+    Raises: MetaError(EACCES) if the mode bits do not allow `wanted` (0: nothing is asked for).
+    """
+    inode = find(t, context, path, follow)
+    check(context, inode, wanted, path)
+    return complete(t, inode)
 
 
-def stat_inode(t: Transaction, context: Context, inode: int) -> Inode:
-    """Attributes by inode number."""
-    return complete(t, load_inode(t, inode, snapshot=True))
+def stat_inode(t: Transaction, context: Context, inode: int, wanted: int = 0) -> Inode:
+    """Attributes by inode number; `wanted` as for `stat_path`."""
+    there = load_inode(t, inode, snapshot=True)
+    check(context, there, wanted, f"inode {inode}")
+    return complete(t, there)
 
 
 def list_directory(

@@ -11,6 +11,7 @@ import stat
 
 import msgspec
 
+from whalefall.fs.core.layout import MAX_CHUNKS
 from whalefall.fs.kv.interface import Transaction
 from whalefall.fs.meta.core.directories import add_entry, claim, drop_name, remove_entry
 from whalefall.fs.meta.core.paths import READ, WRITE, check, check_sticky, locate
@@ -142,8 +143,16 @@ def report_length(
 
 
 def set_length(t: Transaction, context: Context, inode: int, length: int) -> Inode:
-    """A truncation: from now on older reports are void."""
+    """A truncation: from now on older reports are void.
+
+    Raises: MetaError(EINVAL, EFBIG for the length, EACCES).
+    """
     old = load_inode(t, inode)
+    check(context, old, WRITE, f"inode {inode}")
+    most = MAX_CHUNKS * old.layout.chunk_bytes if old.layout else 0
+    if not 0 <= length <= most:
+        number = errno.EINVAL if length < 0 else errno.EFBIG
+        raise MetaError(number, f"inode {inode}", f"length {length}, wanted 0 … {most}")
     after = msgspec.structs.replace(
         old, length=length, truncate_version=old.truncate_version + 1,
         mtime=context.now, ctime=context.now,
