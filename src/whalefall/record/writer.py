@@ -7,6 +7,7 @@ when it is whole and on the disk. Source: FFRecord 1.4.0 `FileWriter`.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import tempfile
 from types import TracebackType
@@ -34,19 +35,17 @@ class FileWriter:
     Args:
         fname: path or fsspec URL ending in `.ffr`; its folder must exist.
         n: how many samples will be written.
-    Raises: ConfigError, MissingError.
+    Raises: ConfigError, DtypeError (n), MissingError.
     Source: FFRecord `FileWriter`.
     """
 
     def __init__(self, fname: Any, n: int) -> None:
         self._file: BinaryIO | None = None
         self._name = checked_name(fname)
-        if n < 0:
-            raise ConfigError(f"record: n is {n}, wanted 0 or more samples")
-        self._n = int(n)
+        self._n = _count(n)
         self._count = 0
-        self._checksums = np.zeros(n, np.uint32)
-        self._sizes = np.zeros(n, np.int64)
+        self._checksums = np.zeros(self._n, np.uint32)
+        self._sizes = np.zeros(self._n, np.int64)
         self._temporary, file = self._open_temporary()
         file.seek(PREFIX_BYTES + 12 * self._n)
         self._file = file
@@ -170,6 +169,19 @@ def checked_name(fname: Any) -> str:
     if not name.endswith(".ffr"):
         raise ConfigError(f"record: {name} does not end in .ffr, wanted a name that does")
     return name
+
+
+def _count(n: Any) -> int:
+    """How many samples an argument means."""
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise DtypeError(
+            f"record: n is {n!r}, {type(n).__name__}, wanted a whole number of samples"
+        ) from None
+    if count < 0:
+        raise ConfigError(f"record: n is {n}, wanted 0 or more samples")
+    return count
 
 
 def as_bytes(buffer: Any) -> memoryview:
