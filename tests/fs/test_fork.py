@@ -36,7 +36,11 @@ def in_children(count: int, work: Callable[[int], Any]) -> list[Any]:
     for child in children:
         child.start()
     try:
-        return [p[0].recv() if p[0].poll(WAIT_S) else "hangs" for p in pipes]
+        answers = [p[0].recv() if p[0].poll(WAIT_S) else "hangs" for p in pipes]
+        for child in children if "hangs" not in answers else ():
+            child.join(WAIT_S)
+            assert child.exitcode == 0  # nothing keeps it from ending
+        return answers
     finally:
         for child in children:
             child.kill()
