@@ -122,7 +122,7 @@ def test_a_chain_that_is_down_fails_only_what_lies_on_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LocalCluster(tmp_path, nodes=2, replicas=1, chains=3, lease_s=1.0) as cluster:
-        fs = cluster.filesystem(retry_s=2.0, stripe=1)
+        fs = cluster.filesystem(retry_s=1.5, stripe=1)
         paths = [f"/one/{i}" for i in range(6)]
         for i, path in enumerate(paths):
             fs.pipe(path, b"%d" % i * 100)
@@ -156,7 +156,11 @@ def test_a_chain_that_is_down_fails_only_what_lies_on_it(
         assert all(cache.get(key) == key.encode() * 4096 for key, cache in caches.items())
 
         cluster.kill("meta-1")
-        for ask in (fs.exists, fs.isfile, fs.isdir, fs.find, lambda p: fs.touch(p, truncate=False)):
+        asks: list[Callable[[str], Any]] = [
+            fs.exists, fs.isfile, fs.isdir, fs.find, lambda path: list(fs.walk(path)),
+            lambda path: fs.touch(path, truncate=False),
+        ]  # fmt: skip
+        for ask in asks:
             with pytest.raises(ClusterError, match="no metadata server did"):
                 ask("/one/0")
 
@@ -207,7 +211,12 @@ def test_a_failed_file_cannot_be_committed(
     assert fs.cat("/later") == b"whole"
 
 
-def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nobody_is_and_one_without_a_token(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WHALEFALL_FS_TOKEN", raising=False)
+    monkeypatch.setenv("WHALEFALL_CACHE", str(tmp_path))
+    with pytest.raises(ClusterError, match="no token for the cluster at"):
+        FileSystemClient([(cluster.host, cluster.port)])
     with pytest.raises(ClusterError, match=r"no cluster manager answered at 127\.0\.0\.1:1; is it"):
         FileSystemClient([("127.0.0.1", 1)])
