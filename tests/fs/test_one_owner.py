@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,9 +45,10 @@ def test_a_second_cluster_on_a_folder_is_refused_at_once(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=f"in use by pid {one.pid}"):
             LocalCluster(tmp_path, nodes=1, replicas=1).start()
     finally:
-        one.kill()
-        one.communicate(timeout=60)
-    with LocalCluster(tmp_path, nodes=1, replicas=1) as cluster:  # its processes end with it
+        one.send_signal(signal.SIGTERM)
+        words, _ = one.communicate(timeout=60)
+    assert one.returncode == 0 and words == "ending\n"
+    with LocalCluster(tmp_path, nodes=1, replicas=1) as cluster:  # it is free again
         with pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"):
             LocalCluster(tmp_path, nodes=1, replicas=1).start()
         cluster.filesystem().pipe_file("/f", b"there")
@@ -79,6 +82,14 @@ def test_what_a_killed_parent_left_is_waited_for_and_keeps_a_new_one_out(
             cluster.restart(name)  # a kill frees the lock
         with pytest.raises(ConfigError, match="in use by pid"):
             own(settings)
+
+
+def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be had"):
+            LocalCluster(tmp_path, port=port).start()
+    FolderLock(tmp_path).release()  # it let go of it
 
 
 def test_a_folder_frees_itself_with_its_owner(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from whalefall.cli import main
 from whalefall.fs import LocalCluster
 from whalefall.fs.core.effects import Refused
 from whalefall.fs.core.messages import Kind, Tag, Update
@@ -73,6 +74,31 @@ def test_a_recovery_that_must_copy_rot_goes_through(tmp_path: Path) -> None:
         path = next((tmp_path / f"storage-{last}").glob("target-*/slots.*"))
         assert data in path.read_bytes()
         assert fs.cat_file("/rot") == data
+
+
+@pytest.mark.ranks
+def test_a_scrub_ends_where_nothing_can_be_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whalefall.fs.commands.MEND_S", 0.5)
+    data = os.urandom(100_000)
+    with LocalCluster(tmp_path, nodes=1, replicas=1, lease_s=LEASE_S) as cluster:
+
+        def scrub() -> tuple[object, str]:
+            with pytest.raises(SystemExit) as end:
+                main(["fs", "scrub", cluster.url])
+            return end.value.code, capsys.readouterr().out
+
+        fs = cluster.filesystem(retry_s=1.0)
+        fs.pipe_file("/only", data)
+        inode = fs.client.stat("/only")
+        rot(tmp_path, data)
+        for _ in range(2):  # found once, however often it is met
+            code, words = scrub()
+            assert code == 1 and "damaged 1, repaired 0" in words
+        fs.client.write(inode, 0, data)
+        code, words = scrub()
+        assert code == 0 and "damaged 1, repaired 1" in words
 
 
 def test_an_engine_reports_committed_rot_and_nothing_else(tmp_path: Path) -> None:

@@ -113,19 +113,26 @@ class LocalCluster:
         for file in left:
             FolderLock(file.parent, file.name, LEFT_S).release()
         self.token = read_token(self.path / "token", create=True)
+        if self.port and not self._free(self.port):
+            raise ConfigError(f"fs: port {self.port} of {self.host} cannot be had; 0 means any")
         self.port = self.port or self._remembered_port()
+
+    def _free(self, port: int) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, port))
+            except OSError:
+                return False
+            return True
 
     def _remembered_port(self) -> int:
         path = self.path / "port"
         if path.exists():
             port = int(path.read_text())
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self.host, port))
-                    return port
-                except OSError:
-                    pass  # somebody took it since; clients find the new one by the new URL
+            if self._free(port):
+                return port
+            # Somebody took it since; clients find the new one by the new URL.
         with socket.socket() as probe:
             probe.bind((self.host, 0))
             port = probe.getsockname()[1]

@@ -7,6 +7,9 @@ a script would read the answer there is `--json`.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
+MEND_S = 10.0  # `scrub` waits no longer for what is damaged: it may be so on every replica
 JSON = typer.Option(False, "--json", help="machine-readable")
 URL = typer.Argument(..., help="whalefall://host:port, or whalefall://host:port/path")
 
@@ -74,6 +78,7 @@ def up(
     cluster = LocalCluster(
         folder, nodes, replicas, chains or None, meta, lease, port, scrub_s=scrub
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     began = time.monotonic()
     with cluster:
         print(
@@ -193,8 +198,6 @@ def ls(
     for row in rows:
         name = row["name"].rsplit("/", 1)[1] + ("/" if row["type"] == "directory" else "")
         if long:
-            import stat
-
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["mtime"]))
             mode = stat.filemode(row["mode"])
             print(f"{mode} {row['nlink']:3} {row['uid']:5} {row['size']:12} {when} {name}")
@@ -312,17 +315,18 @@ def scrub(url: str = URL, wait: bool = typer.Option(True, help="until all is che
     numbers = [n for n, i in connection.core.routing.nodes.items() if i.kind == "storage"]
     before = {n: connection.node(n, "counters") for n in numbers}
     wanted = {n: connection.node(n, "scrub")["checked"] for n in numbers}
-    while wait:
+    mended, end_s = True, float("inf")
+    while wait and time.monotonic() < end_s:
         after = {n: connection.node(n, "counters") for n in numbers}
-        done = {n: after[n]["checked"] - before[n]["checked"] for n in numbers}
-        mended = all(a["damaged"] == a["repaired"] for a in after.values())
-        if mended and all(done[n] >= wanted[n] for n in numbers):
-            break
+        if all(after[n]["checked"] - before[n]["checked"] >= wanted[n] for n in numbers):
+            mended = all(a["damaged"] == a["repaired"] for a in after.values())
+            end_s = 0.0 if mended else min(end_s, time.monotonic() + MEND_S)
         time.sleep(0.1)
     print(f"checking {sum(wanted.values())} chunks on {len(numbers)} nodes")
     for number in numbers:
         counters = connection.node(number, "counters")
         print(f"  node {number}: damaged {counters['damaged']}, repaired {counters['repaired']}")
+    raise typer.Exit(0 if mended else 1)
 
 
 @app.command()
@@ -334,8 +338,6 @@ def bench(
     as_json: bool = JSON,
 ) -> None:
     """Write, read and look up on a running cluster; what it reads was just written (cached)."""
-    import os
-
     fs, path = _client(url)
     name = f"{path.rstrip('/')}/.bench-{os.getpid()}"
     data = os.urandom(min(size_mib, 32) << 20)

@@ -84,6 +84,11 @@ class Scrubber:
             self._stop.wait(min(self.every_s, 60))
 
     def _one_pass(self, pause_s: float) -> None:
+        with self._mutex:  # another replica may be back, or the chunk written anew or gone
+            again = self._counted - self._waiting
+            self._waiting |= again
+        for item in again:
+            self._bad.put(item)
         for engine in list(self.engines.values()):
             for chunk in list(engine.entries()):
                 if self._stop.wait(pause_s):
@@ -118,6 +123,8 @@ class Scrubber:
         locks = self.driver.node.targets[target].locks
         self.driver.perform(Acquire(target, chunk))
         try:
+            if self._healed(target, chunk):
+                return True
             found = self.fetch(target, chunk)
             if found is None:
                 raise Refused(Code.CORRUPT, "no other replica could give it")
@@ -126,3 +133,11 @@ class Scrubber:
         finally:
             with self.driver.mutex:
                 locks.release(chunk)
+
+    def _healed(self, target: int, chunk: bytes) -> bool:
+        """Whether it was written anew, or removed, since it was reported."""
+        try:
+            self.engines[target].load(chunk, pending=False)
+        except Refused as refusal:
+            return refusal.code is Code.NOT_FOUND
+        return True
