@@ -6,14 +6,16 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from whalefall.cli import main
 from whalefall.fs import LocalCluster
 from whalefall.fs.core.effects import Refused
-from whalefall.fs.core.messages import Kind, Tag, Update
+from whalefall.fs.core.messages import Code, Kind, Tag, Update
 from whalefall.fs.storage.engine import ChunkEngine
+from whalefall.fs.storage.scrub import Scrubber
 
 LEASE_S = 1.5
 
@@ -80,7 +82,7 @@ def test_a_recovery_that_must_copy_rot_goes_through(tmp_path: Path) -> None:
 def test_a_scrub_ends_where_nothing_can_be_mended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("whalefall.fs.commands.MEND_S", 0.5)
+    monkeypatch.setattr("whalefall.fs.commands.MEND_S", 1.5)
     data = os.urandom(100_000)
     with LocalCluster(tmp_path, nodes=1, replicas=1, lease_s=LEASE_S) as cluster:
 
@@ -89,7 +91,7 @@ def test_a_scrub_ends_where_nothing_can_be_mended(
                 main(["fs", "scrub", cluster.url])
             return end.value.code, capsys.readouterr().out
 
-        fs = cluster.filesystem(retry_s=1.0)
+        fs = cluster.filesystem(retry_s=10.0)
         fs.pipe_file("/only", data)
         inode = fs.client.stat("/only")
         rot(tmp_path, data)
@@ -128,3 +130,22 @@ def test_an_engine_reports_committed_rot_and_nothing_else(tmp_path: Path) -> Non
         engine.load(chunk, True)
     assert told == []  # what is pending has no good copy to be had: the protocol decides
     engine.close()
+
+
+def test_a_chunk_counts_as_checked_once_what_it_is_like_is_known() -> None:
+    """Else a scrub that is waited for ends before its last chunk's damage is known."""
+    seen: list[int] = []
+
+    class Engine:
+        def entries(self) -> dict[bytes, None]:
+            return {b"a": None, b"b": None}
+
+        def load(self, chunk: bytes, pending: bool) -> None:
+            seen.append(scrubber.checked)
+            raise Refused(Code.CORRUPT, "rot")
+
+    engines: Any = {1: Engine()}
+    driver: Any = None
+    scrubber = Scrubber(driver, engines, lambda target, chunk: None, 0.0)
+    scrubber._one_pass(0.0)
+    assert seen == [0, 1] and scrubber.checked == 2

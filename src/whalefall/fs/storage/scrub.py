@@ -93,9 +93,9 @@ class Scrubber:
             for chunk in list(engine.entries()):
                 if self._stop.wait(pause_s):
                     return
-                self.checked += 1
                 with contextlib.suppress(Refused):  # the engine reports what is damaged
                     engine.load(chunk, pending=False)
+                self.checked += 1  # after it: whoever waits for the count sees what was found
 
     def _mend(self) -> None:
         while (item := self._bad.get()) is not None:
