@@ -170,6 +170,13 @@ def test_bad_requests_are_refused(
     assert not llm.engine.has_work()
 
 
+def test_more_context_than_the_model_knows_is_refused(folder: Path) -> None:
+    most = Engine(folder, EngineConfig(num_blocks=4)).model.max_position_embeddings
+    Engine(folder, EngineConfig(num_blocks=4, max_model_len=most))
+    with pytest.raises(ConfigError, match=f"{most + 1}, this model knows {most} positions"):
+        Engine(folder, EngineConfig(num_blocks=4, max_model_len=most + 1))
+
+
 def _break(folder: Path, how: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"

@@ -84,6 +84,9 @@ def test_the_published_revenue_in_yuan_needs_its_rate() -> None:
     assert "¥4,090,000" in done.stdout
     assert "¥4,092,088" in done.stdout  # 562,100 x 7.28
     assert command("day", "--currency", "¥").returncode == 2
+    assert "$87,072" in done.stdout  # the published cost is not converted
+    done = command("day", "--rate", "7.28")
+    assert done.returncode == 2 and "--rate 7.28 needs a --currency" in done.stderr
 
 
 def test_a_chart_is_written(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ SOURCES = {
     "deepseek_v3": "tools <｜tool▁calls▁begin｜> ```json </think>",
     "deepseek_v31": "tools <｜tool▁calls▁begin｜> </think>",
     "kimi_k2": "tools <|tool_calls_section_begin|> </think>",
-    "glm": "tools <tool_call> <arg_key> </think>",
+    "glm": "tools <tool_call> <arg_key> </think> enable_thinking",
 }
 
 
@@ -153,6 +153,11 @@ def test_reasoning_is_asked_of_the_template_under_each_familys_name(
             refused(client, "knows no reasoning", **fields)
         elif len(fields) == 1:
             ask(client, "hello", **fields)
+    engine = EchoEngine()
+    engine.tokenizer.template_source = "{{ content.split('</think>')[-1] }}"  # V3's, and ours
+    with served(engine) as server, server.client() as client:
+        if wanted:
+            refused(client, "knows no reasoning", **fields)
 
 
 def test_tools_and_earlier_calls_reach_the_template() -> None:

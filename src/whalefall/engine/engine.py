@@ -127,10 +127,12 @@ class Engine:
         self.tokenizer = _tokenizer(Path(model_path), self.model.vocab_size)
         self._speculative = self._wants_drafts()
         self.grammars = Grammars(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
+        wanted, longest = self.config.max_model_len, self.model.max_position_embeddings
+        if wanted is not None and wanted > longest:
+            raise ConfigError(f"max_model_len is {wanted}, this model knows {longest} positions")
         num_blocks = self._num_blocks()
         self.max_model_len = min(
-            self.config.max_model_len or self.model.max_position_embeddings,
-            self.model.max_position_embeddings,
+            self.config.max_model_len or longest,
             num_blocks * BLOCK_SIZE,
         )
         kv_dtype = self.config.kv_dtype

@@ -81,6 +81,8 @@ def day(
     """The published day: nodes, cost, revenue and margin; with options: what if."""
     if currency != "$" and rate == 1.0:
         raise ConfigError(f"plan day: --currency {currency} needs a --rate other than 1")
+    if currency == "$" and rate != 1.0:
+        raise ConfigError(f"plan day: --rate {rate:g} needs a --currency: one $ is one $")
     fleet = published_fleet(gpus, gpu_hour)
     if nodes is not None:
         fleet = Fleet(((0.0, nodes),), 0.0, gpus, gpu_hour)

@@ -62,11 +62,13 @@ def table_rows(report: dict[str, Any], rate: float, sign: str) -> list[tuple[str
     tokens, prices, cited = report["tokens"], report["prices"], report["cited"]
 
     def revenue(kind: str) -> tuple[str, str, str]:
-        name = f"revenue, {kind} ({tokens[kind] / 1e9:,.6g} B at ${prices[kind]:g}/M)"
+        name = f"revenue, {kind} ({tokens[kind] / 1e9:,.6g} B, list ${prices[kind]:g}/M)"
         return (name, money(report["revenue"][kind]), "")
 
     margin = report["margin"]
-    cited_revenue = money(cited["revenue"]) if rate == 1 else f"¥{cited['revenue_cny']:,.0f}"
+    # As cited, whatever is computed beside it: converted it would be a figure nobody published.
+    yuan = sign == "¥"
+    cited_revenue = f"¥{cited['revenue_cny']:,.0f}" if yuan else f"${cited['revenue']:,.0f}"
     return [
         ("nodes, average", f"{report['nodes']['average']:,.2f}", f"{cited['nodes_average']:,.2f}"),
         ("nodes, peak", f"{report['nodes']['peak']:,.0f}", f"{published.PEAK_NODES}"),
@@ -76,7 +78,7 @@ def table_rows(report: dict[str, Any], rate: float, sign: str) -> list[tuple[str
         revenue("miss"),
         revenue("output"),
         ("revenue", money(report["revenue"]["total"]), cited_revenue),
-        ("cost", money(report["cost"]), money(cited["cost"])),
+        ("cost", money(report["cost"]), f"${cited['cost']:,.0f}"),
         ("profit", money(report["profit"]), ""),
         (
             "margin (profit / cost)",

@@ -163,6 +163,11 @@ def serve(
             f"serve: --prefill is {prefill}, --decode is {decode}; wanted both, or neither for one "
             "process"
         )
+    if trace_units is not None and prefill is None:
+        raise ConfigError(
+            f"serve: --trace-units {trace_units} is for --prefill and --decode; one process "
+            "records with WHALEFALL_TRACE=FOLDER"
+        )
     options: dict[str, Any] = {
         "compute": compute,
         "kv": kv,

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from whalefall.errors import WhalefallError
-from whalefall.serve.dialects import thinks, tool_format
+from whalefall.serve.dialects import THINK, tool_format
 from whalefall.serve.failures import ApiError
 from whalefall.serve.protocol import ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
@@ -98,7 +98,8 @@ def template_options(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
 def refuse_reasoning(tokenizer: Tokenizer, request: ChatRequest) -> None:
     """400 where reasoning is asked of a model whose template knows none."""
     source = getattr(tokenizer, "template_source", "")
-    if thinks(tokenizer) or "thinking" in source or "reasoning_effort" in source:
+    # V3's strips </think> from earlier answers, and no more: what opens reasoning tells.
+    if any(word in source for word in (THINK[0], "thinking", "reasoning_effort")):
         return
     for field, off in (("reasoning_effort", "none"), ("thinking", {"type": "disabled"})):
         if getattr(request, field) not in (None, off):

@@ -256,6 +256,8 @@ def test_a_server_whose_units_cannot_start_again_ends_and_says_why(model, tmp_pa
     ("options", "words"),
     [
         (["--prefill", "1x2"], "--decode is None; wanted both"),
+        (["--trace-units", "/tmp"], "--trace-units /tmp is for --prefill and --decode"),
+        (["--max-model-len", "99999"], "99999, this model knows 4096 positions"),
         (["--prefill", "2", "--decode", "1x1"], "--prefill is '2', wanted UNITSxRANKS"),
         (["--prefill", "1x1", "--decode", "3-2x1"], "--decode is '3-2x1'"),
         (["--prefill", "1x1", "--decode", "1x1", "--kv-transfer", "rdma"], "wanted shm or tcp"),
