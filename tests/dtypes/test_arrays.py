@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from whalefall import dtypes
-from whalefall.errors import DtypeError
+from whalefall.dtypes import NUMPY_DTYPES, view
+from whalefall.errors import DtypeError, UnsupportedError
 
 
 def test_a_view_is_address_shape_strides_and_name() -> None:
@@ -55,6 +56,25 @@ def test_other_things_are_refused_by_name() -> None:
         dtypes.view([1, 2], "weights")
     with pytest.raises(DtypeError, match="dtype complex128"):
         dtypes.view(np.zeros(2, complex))
+
+
+def test_rows_that_lie_no_whole_number_of_elements_apart_are_refused() -> None:
+    buffer = np.zeros((4, 257), np.uint8)
+    rows = buffer[:, :256].view(NUMPY_DTYPES["bfloat16"])
+    with pytest.raises(UnsupportedError, match=r"x: strides of \(257, 2\) bytes"):
+        view(rows, "x")
+    field = np.zeros(4, [("v", "<f4"), ("p", "u1")])["v"]
+    with pytest.raises(UnsupportedError, match="multiples of the 4"):
+        view(field, "d")
+    assert view(rows[:1], "x").shape == (1, 128)  # one row: its distance says nothing
+    assert view(rows[:0], "x").shape == (0, 128)
+
+
+def test_an_array_without_elements_has_no_gaps() -> None:
+    wide = np.zeros((4, 8), np.float32)[:, :4]
+    assert not view(wide).contiguous and view(wide[:0]).contiguous
+    assert view(np.zeros((0, 3, 32), np.float32)).contiguous
+    assert view(np.zeros((3, 0, 32), np.float32)).contiguous
 
 
 def test_importing_the_rooms_imports_no_torch() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,21 @@ def test_the_same_arrays_are_found_and_others_are_not() -> None:
     assert memo.find((y, x), "rest") is None
     assert memo.find((x, y), "other") is None
     assert memo.find((x, y), ["unhashable"]) is None
+    memo.keep((x, y), ["unhashable"], "value")  # not remembered, nor an error
+
+
+def test_a_memory_mapped_array_is_an_array(tmp_path: Path) -> None:
+    memo = CallMemo()
+    weight = np.memmap(tmp_path / "w", np.float32, "w+", shape=(4, 8))
+    memo.keep((weight,), None, 1)
+    assert memo.find((weight,), None) == 1
+    x, d = np.ones((2, 8), np.float32).astype(ml_dtypes.bfloat16), np.zeros((2, 4), np.float32)
+    weight[:] = 1
+    kept = np.memmap(tmp_path / "b", ml_dtypes.bfloat16, "w+", shape=(4, 8))
+    kept[:] = weight
+    for _ in range(2):
+        gemm.bf16_gemm_nt(x, kept, d)
+        assert (d == 8).all()
 
 
 def test_an_array_whose_shape_changed_in_place_is_another() -> None:

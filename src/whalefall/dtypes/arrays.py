@@ -49,7 +49,9 @@ class View(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie row by row without gaps."""
+        """Whether the elements lie row by row without gaps; where there are none, they do."""
+        if 0 in self.shape:
+            return True
         expected = 1
         for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if length != 1 and stride != expected:
@@ -72,6 +74,8 @@ def view(array: Any, name: str = "array") -> View:
             raise DtypeError(f"{name}: dtype {array.dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
         size = array.itemsize
         strides = tuple([s // size for s in array.strides])
+        if size > 1 and any(s % size for s in array.strides):
+            strides = _whole_strides(array, name)
         return View(array.__array_interface__["data"][0], array.shape, strides, dtype)
     if hasattr(array, "data_ptr") and hasattr(array, "stride"):
         if array.device.type != "cpu":
@@ -84,6 +88,17 @@ def view(array: Any, name: str = "array") -> View:
     raise DtypeError(
         f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
     )
+
+
+def _whole_strides(array: np.ndarray[Any, Any], name: str) -> tuple[int, ...]:
+    """Strides in elements of an array that may have some that are no whole number of them."""
+    steps = [s if n > 1 else 0 for s, n in zip(array.strides, array.shape, strict=True)]
+    if array.size and any(s % array.itemsize for s in steps):
+        raise UnsupportedError(
+            f"{name}: strides of {array.strides} bytes, wanted multiples of the {array.itemsize} "
+            f"of {array.dtype}; pass a copy (np.ascontiguousarray)"
+        )
+    return tuple(s // array.itemsize for s in steps)
 
 
 def empty_at(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], int]:

@@ -7,6 +7,7 @@ references are held. A kept struct belongs to one thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Hashable
@@ -24,13 +25,13 @@ def _place(array: Any) -> tuple[Any, ...] | None:
 
     numpy refuses to move an array that has weak references.
     """
-    if type(array) is np.ndarray:
+    if isinstance(array, np.ndarray):
         return None
     return (array.data_ptr(), array.stride(), array.device)
 
 
 def _strides(array: Any) -> Any:
-    return array.strides if type(array) is np.ndarray else None
+    return array.strides if isinstance(array, np.ndarray) else None
 
 
 class CallMemo(threading.local):
@@ -56,8 +57,9 @@ class CallMemo(threading.local):
         return entry[1]
 
     def keep(self, arrays: tuple[Any, ...], rest: Hashable, value: Any) -> None:
-        """Remember `value`, which must not hold the arrays."""
+        """Remember `value`, which must not hold the arrays; not with a `rest` without a hash."""
         if len(self._calls) >= _MOST:
             self._calls.clear()
         kept = [(weakref.ref(a), a.shape, a.dtype, _strides(a), _place(a)) for a in arrays]
-        self._calls[(*map(id, arrays), rest)] = (kept, value)
+        with contextlib.suppress(TypeError):
+            self._calls[(*map(id, arrays), rest)] = (kept, value)
