@@ -109,6 +109,62 @@ def test_best_split_never_loses_and_shares_sum_to_one() -> None:
     assert (best.share >= 0).all()
 
 
+def lightest(weight: np.ndarray, phy2log: np.ndarray, gpus: int) -> float:
+    """The smallest largest load under any shares: what some GPUs must hold, over their number."""
+    homes = [
+        sum(1 << gpu for gpu, held in enumerate(phy2log.reshape(gpus, -1)) if expert in held)
+        for expert in range(len(weight))
+    ]
+    return max(
+        sum(float(w) for w, home in zip(weight, homes, strict=True) if home & ~some == 0)
+        / some.bit_count()
+        for some in range(1, 1 << gpus)
+    )
+
+
+def small_case(random: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Loads of one layer and sizes; global or on two nodes, an expert often twice on a GPU."""
+    nodes = int(random.integers(1, 3))
+    groups, gpus = nodes * int(random.integers(1, 3)), nodes * int(random.integers(1, 4))
+    experts = groups * int(random.integers(1, 4))
+    replicas = gpus * int(-(-experts // gpus) + random.integers(0, 3))
+    loads = [
+        random.integers(0, 20, (1, experts)),
+        random.zipf(1.3, (1, experts)).clip(max=10000),
+        10.0 ** random.integers(-20, 20, (1, experts)),
+    ][random.integers(3)]
+    return loads.astype(np.float32), (replicas, groups, nodes, gpus)
+
+
+def test_best_split_is_the_lightest_there_is_on_thousands_of_small_cases() -> None:
+    random = np.random.default_rng(5)
+    twice = 0
+    for _ in range(3000):
+        loads, sizes = small_case(random)
+        equal = eplb.rebalance(loads, *sizes)
+        best = eplb.rebalance(loads, *sizes, split="best")
+        rows = best.phy2log.reshape(sizes[3], -1).tolist()
+        twice += any(len(set(row)) < len(row) for row in rows)
+        assert best.load[0] <= equal.load[0], (loads, sizes)
+        assert best.load[0] <= lightest(loads[0], best.phy2log[0], sizes[3]) * (1 + 1e-6)
+        sums = np.bincount(best.phy2log[0], best.share[0])
+        np.testing.assert_allclose(sums, 1)
+        found = eplb.gpu_loads(loads, best.phy2log, sizes[3], best.share).max()
+        assert found == pytest.approx(best.load[0], rel=1e-6)
+    assert twice > 500
+
+
+@pytest.mark.parametrize(
+    ("loads", "sizes"),
+    [([0, 1, 4, 2], (6, 1, 1, 2)), ([97, 4, 49, 1, 1, 65, 615, 40], (20, 4, 2, 4))],
+)
+def test_best_split_counts_an_expert_twice_on_a_gpu_once(
+    loads: list[int], sizes: tuple[int, int, int, int]
+) -> None:
+    best = eplb.rebalance([loads], *sizes, split="best")
+    assert best.load[0] <= eplb.rebalance([loads], *sizes).load[0]
+
+
 def test_best_split_is_optimal_where_the_answer_is_known() -> None:
     # expert 0 on both GPUs levels them: 10 + 6 = 16, 8 a GPU
     loads = np.array([[6.0, 7.0, 3.0]])

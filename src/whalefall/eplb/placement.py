@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.eplb import cpu, published
-from whalefall.eplb.arguments import check_loads, check_previous, check_shape
+from whalefall.eplb.arguments import Shape, check_loads, check_previous, check_shape
 from whalefall.eplb.moving import or_anew
 from whalefall.errors import ConfigError, MissingError
 
@@ -141,11 +141,24 @@ def rebalance(
     log2phy, logcnt = invert(phy2log_LP, shape.experts)
     share = 1 / np.take_along_axis(logcnt, phy2log_LP, axis=1)
     if split == "best":
-        share, load = cpu.split(loads_LE, shape, phy2log_LP)
+        share, load = best_split(loads_LE, shape, phy2log_LP, share, load)
     mean = loads_LE.sum(axis=1, dtype=np.float64) / shape.gpus
     return Placement(
         phy2log_LP, log2phy, logcnt, share, load, result.bound, mean, moves, shape.gpus, shape.nodes
     )
+
+
+def best_split(
+    loads_LE: npt.NDArray[np.float32],
+    shape: Shape,
+    phy2log_LP: Ints,
+    equal_LP: Floats,
+    load: Floats,
+) -> tuple[Floats, Floats]:
+    """The best shares and the loads they make; the equal ones where nothing is gained by others."""
+    share_LP, lighter = cpu.split(loads_LE, shape, phy2log_LP)
+    gains = lighter < load
+    return np.where(gains[:, None], share_LP, equal_LP), np.where(gains, lighter, load)
 
 
 def invert(phy2log_LP: Ints, num_experts: int) -> tuple[Ints, Ints]:
