@@ -107,6 +107,8 @@ FOREIGN = {  # what other people's writers put into traces, and one sound kernel
     "lanes that are lists": [{**BEGIN, "pid": [1]}, {**END, "pid": [1]}, KERNEL],
     "times as text": [{**KERNEL, "ts": "0", "dur": "5"}],
     "times beyond reason": [{**KERNEL, "ts": 1e308, "dur": 1e308}, KERNEL],
+    "an end before its begin": [{**BEGIN, "ts": 9}, END, KERNEL],
+    "a negative duration": [{**KERNEL, "name": "gone", "ts": 100, "dur": -3}, KERNEL],
     "times that are none": [{**KERNEL, "ts": float("nan")}, {**KERNEL, "dur": {}}, KERNEL],
 }
 
@@ -118,11 +120,44 @@ def test_foreign_events_are_left_out_not_stumbled_over(
     file, out = tmp_path / "t.json", tmp_path / "out.json"
     file.write_text(json.dumps({"traceEvents": events}))
     assert run("summary", file, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["span_us"] == 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["span_us"] == 5
+    assert all(kernel["total_us"] > 0 for kernel in found["kernels"])
     for command in (("overlap", file), ("html", file, out), ("cut", file, out, "--to", 4)):
         assert run(*command) == 0
     assert run("merge", file, file, "-o", out) == 0
     assert run("check", file) in (0, 1)
+
+
+UNSOUND = {  # JSON of the time, of the duration, and the kind of fault
+    "time NaN": ("NaN", "5", "time out of range"),
+    "time 1e999": ("1e999", "5", "time out of range"),
+    "time 1e300": ("1e300", "5", "time out of range"),
+    "duration NaN": ("0", "NaN", "duration out of range"),
+    "duration of 401 digits": ("0", "1" + "0" * 400, "duration out of range"),
+    "time of 5000 digits": ("1" * 5000, "5", "damaged"),
+    "duration negative": ("0", "-5", "negative duration"),
+}
+
+
+@pytest.mark.parametrize(("at", "took", "kind"), UNSOUND.values(), ids=UNSOUND)
+def test_check_counts_what_summary_leaves_out(
+    at: str, took: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "t.json"
+    event = json.dumps({**KERNEL, "ts": "AT", "dur": "TOOK"})
+    file.write_text(f"[{event}]".replace('"AT"', at).replace('"TOOK"', took))
+    assert run("check", file, "--json") == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["kind"], problem["count"]) == (kind, 1)
+    assert len(problem["example"]) < 400
+    code = run("summary", file, "--json")
+    said = capsys.readouterr()
+    if kind == "damaged":
+        assert code == 2
+        assert said.err.count("\n") == 1
+    else:
+        assert json.loads(said.out)["kernels"] == []
 
 
 def test_a_trace_without_work_says_what_would_be_work(

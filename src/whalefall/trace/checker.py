@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from whalefall.errors import CorruptError, LimitError
-from whalefall.trace.reader import TraceFile
+from whalefall.trace.reader import TraceFile, as_time
 
 __all__ = ["Problem", "Report", "check"]
 
 PHASES = frozenset("BEXiICbnesTtfMPNODSFpvRc()")
 TIMED = frozenset("BEXiIC")
+SHOWN = 100  # characters of a value in a report
 
 
 @dataclass
@@ -59,7 +60,7 @@ def check(path: str | Path) -> Report:
         report.note("no closing bracket", f"after event {report.events}")
     for lane, stack in open_.items():
         for begin in stack:
-            report.note("begin without end", f"{begin.get('name')!r} on {'/'.join(lane)}")
+            report.note("begin without end", f"{_shown(begin.get('name'))} on {'/'.join(lane)}")
     if not report.events and not report.problems:
         report.note("no events", report.path)
     return report
@@ -68,24 +69,19 @@ def check(path: str | Path) -> Report:
 def _check_event(
     report: Report, event: dict[str, Any], open_: dict[tuple[str, str], list[dict[str, Any]]]
 ) -> None:
-    where = f"event {report.events} ({event.get('name')!r})"
+    where = f"event {report.events} ({_shown(event.get('name'))})"
     phase = event.get("ph")
     if not isinstance(phase, str) or phase not in PHASES:
-        report.note("unknown phase", f"{where}: ph is {phase!r}")
+        report.note("unknown phase", f"{where}: ph is {_shown(phase)}")
         return
-    if phase in TIMED and not _is_number(event.get("ts")):
-        report.note("no time", f"{where}: ts is {event.get('ts')!r}")
+    if phase in TIMED and not _is_sound(report, event, "ts", where):
         return
     if phase in "XBM" and not isinstance(event.get("name"), str):
         report.note("no name", where)
     if phase in "XBE" and ("pid" not in event or "tid" not in event):
         report.note("no lane", f"{where}: pid or tid is missing")
-    if phase == "X":
-        took = event.get("dur")
-        if not _is_number(took):
-            report.note("no duration", f"{where}: dur is {took!r}")
-        elif float(took or 0.0) < 0:
-            report.note("negative duration", f"{where}: dur is {took}")
+    if phase == "X" and _is_sound(report, event, "dur", where) and event["dur"] < 0:
+        report.note("negative duration", f"{where}: dur is {_shown(event['dur'])}")
     lane = (str(event.get("pid")), str(event.get("tid")))
     if phase == "B":
         open_.setdefault(lane, []).append(event)
@@ -99,10 +95,27 @@ def _close(report: Report, end: dict[str, Any], where: str, stack: list[dict[str
         return
     begin = stack.pop()
     if end.get("name") not in (None, begin.get("name")):
-        report.note("begin and end differ", f"{where} ends {begin.get('name')!r}")
-    if _is_number(begin.get("ts")) and end["ts"] < begin["ts"]:
+        report.note("begin and end differ", f"{where} ends {_shown(begin.get('name'))}")
+    if end["ts"] < begin["ts"]:
         report.note("negative duration", f"{where} ends before it begins")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_sound(report: Report, event: dict[str, Any], key: str, where: str) -> bool:
+    """Whether `key` holds a number that a time can be; a fault where not."""
+    value, what = event.get(key), "time" if key == "ts" else "duration"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        report.note(f"no {what}", f"{where}: {key} is {_shown(value)}")
+    elif as_time(value) is None:
+        report.note(
+            f"{what} out of range",
+            f"{where}: {key} is {_shown(value)}; wanted microseconds within ±1e18",
+        )
+    else:
+        return True
+    return False
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"

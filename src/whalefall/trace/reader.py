@@ -168,6 +168,10 @@ class _Text:
                 # broken in the middle of what was read: reading on would not mend it
                 if error.pos < len(self.text) - 64 and '"' not in error.msg and size > CHUNK:
                     raise CorruptError(f"trace: {self.path} is no JSON: {error.msg}") from None
+            except ValueError as error:  # an integer of more digits than Python reads
+                raise CorruptError(
+                    f"trace: {self.path} has a number too long to be one: {str(error).split(';')[0]}"
+                ) from None
             except RecursionError:
                 raise CorruptError(f"trace: {self.path} nests too deeply to be a trace") from None
             else:

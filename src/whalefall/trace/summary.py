@@ -109,7 +109,8 @@ class _Lanes:
 def completed(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Events with a duration: complete ones, and begin and end joined into one.
 
-    `ts` and `dur` of what comes are numbers; events without a time are left out.
+    `ts` and `dur` of what comes are numbers, `dur` not negative; events without a time, or that end
+    before they begin, are left out (`check` reports them).
     """
     open_: dict[tuple[str, str], list[tuple[float, dict[str, Any]]]] = {}
     for event in events:
@@ -121,7 +122,7 @@ def completed(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             continue
         if phase == "X":
             took = as_time(event.get("dur", 0.0))
-            if took is not None:
+            if took is not None and took >= 0:
                 sound = event["ts"] is at and event.get("dur") is took  # no copy where none is due
                 yield event if sound else {**event, "ts": at, "dur": took}
             continue
@@ -130,7 +131,8 @@ def completed(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             stack.append((at, event))
         elif stack:
             began, begin = stack.pop()
-            yield {**begin, "ph": "X", "ts": began, "dur": at - began}
+            if at >= began:
+                yield {**begin, "ph": "X", "ts": began, "dur": at - began}
 
 
 def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None = None) -> Summary:
@@ -158,10 +160,10 @@ def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None
         args = args_of(event)
         if category in DEVICE:
             where = str(args.get("device", event.get("pid")))
-            device.add(lane, where, kind, name, start, max(took, 0.0))
+            device.add(lane, where, kind, name, start, took)
         elif category in ("compute", "communication", "cpu_op"):
             where = str(args.get("device", event.get("pid")))
-            host.add(lane, where, kind, name, start, max(took, 0.0))
+            host.add(lane, where, kind, name, start, took)
     return _conclude(device if device.spans else host, steps)
 
 
