@@ -98,6 +98,22 @@ def test_damaged_and_lost_files_are_computed_again(model, tmp_path, caplog) -> N
     assert answer(served, PROMPT[::-1])[1] == 0
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_cut_files_are_counted_said_and_written_again(model, tmp_path, caplog, known) -> None:
+    right, _ = answer(llm(model, tmp_path))
+    served = llm(model, tmp_path) if known else None
+    for path in tmp_path.rglob("*.kv"):
+        path.write_bytes(b"7 bytes")
+    served = served or llm(model, tmp_path)
+    assert answer(served) == (right, 0)
+    assert served.engine.stats().disk_failures == (4 if known else 1)
+    assert caplog.text.count("a block is damaged") == 1
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
+    again = llm(model, tmp_path)
+    assert answer(again) == (right, 256)
+    assert again.engine.stats().disk_failures == 0
+
+
 def test_a_full_disk_fails_no_request_and_leaves_no_half_file(model, tmp_path, monkeypatch) -> None:
     served = llm(model, tmp_path)
     right, _ = answer(llm(model))

@@ -80,12 +80,60 @@ def test_torn_and_changed_blocks_are_never_returned(tmp_path: Path) -> None:
     (path,) = tmp_path.rglob("*.kv")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert KVCache(tmp_path, BLOCK).get_many(list(blocks(1, 2))) == [
-        next(iter(blocks(1).values())), None,
-    ]  # fmt: skip
-    for damaged in (whole[:-1], whole[:40], b"", b"x" * len(whole)):
+    for order in ((1, 2), (2, 1)):
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        cache = KVCache(tmp_path, BLOCK)
+        wanted = [blocks(1).get(key) for key in blocks(*order)]
+        assert cache.get_many(list(blocks(*order))) == wanted
+        assert cache.damaged == 1 and not path.exists()
+    for damaged in (whole[:-1], whole[:40], whole[: len(whole) // 2], b"7 bytes", b"",
+                    b"x" * len(whole), whole[:50] + b"x" + whole[51:]):  # fmt: skip
         path.write_bytes(damaged)
-        assert KVCache(tmp_path, BLOCK).get_many(list(blocks(1, 2))) == [None, None]
+        cache = KVCache(tmp_path, BLOCK)
+        assert cache.get_many(list(blocks(1, 2))) == [None, None]
+        assert cache.damaged == 1 and not path.exists()
+        assert cache.put_many(blocks(1, 2)) == 2
+        (path,) = tmp_path.rglob("*.kv")
+        assert KVCache(tmp_path, BLOCK).get_many(list(blocks(1, 2))) == list(blocks(1, 2).values())
+
+
+def test_a_file_cut_while_it_is_known_goes_and_is_written_again(tmp_path: Path) -> None:
+    cache = KVCache(tmp_path, BLOCK)
+    cache.put_many(blocks(1, 2))
+    (path,) = tmp_path.rglob("*.kv")
+    path.write_bytes(path.read_bytes()[: BLOCK + 500])
+    assert cache.get_many(list(blocks(2, 1))) == [None, *blocks(1).values()]
+    assert cache.damaged == 1 and len(cache) == 0 and not path.exists()
+    assert cache.put_many(blocks(1, 2)) == 2
+
+
+def test_a_whole_file_of_another_format_is_left_alone(tmp_path: Path) -> None:
+    KVCache(tmp_path, BLOCK).put_many(blocks(1))
+    (path,) = tmp_path.rglob("*.kv")
+    path.write_bytes(b"WFkv0002" + path.read_bytes()[8:])
+    cache = KVCache(tmp_path, BLOCK)
+    assert cache.get_many(list(blocks(1))) == [None]
+    assert cache.damaged == 0 and path.exists()
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_that_cannot_be_removed_is_counted_once(tmp_path, monkeypatch, cut) -> None:
+    cache = KVCache(tmp_path, BLOCK)
+    cache.put_many(blocks(1))
+    (path,) = tmp_path.rglob("*.kv")
+    whole = path.read_bytes()
+    path.write_bytes(b"7 bytes" if cut else whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(cache.fs), "rm_file", refuse)
+    cache = KVCache(tmp_path, BLOCK)
+    for _ in range(2):
+        assert cache.get_many(list(blocks(1))) == [None]
+        assert cache.refresh() == 0 and cache.damaged == 1
+    assert cache.put_many(blocks(1)) == 1
+    assert cache.get_many(list(blocks(1))) == list(blocks(1).values())
 
 
 def test_wrong_sizes_and_names_are_refused(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ class DiskPrefix:
         self._kept: queue.Queue[dict[bytes | str, np.ndarray]] = queue.Queue(QUEUE)
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
         self._writer.start()
+        self._count_damaged()
 
     # ---- reading
 
@@ -122,6 +123,7 @@ class DiskPrefix:
                 with self._mutex:
                     self._refreshed_s = time.monotonic()
                     self._store.refresh()
+                self._count_damaged()
                 count = self._leading(hashes)
             if not count:
                 return {}

@@ -2,7 +2,8 @@
 
 In: a cluster's URL or a local folder, block size, namespace. Out: blocks by hash, many at a time.
 A block is written whole with its checksum and key, and believed only if both match: torn or stale
-blocks are never returned. Blocks leave by age (TTL) and, the least recently used first, by size.
+blocks are never returned, and a damaged file is removed. Blocks leave by age (TTL) and, the least
+recently used first, by size.
 
 Blocks lie in segment files, one for each `put_many`; the index is rebuilt from their headers, so
 several processes may share a namespace: each sees what the others wrote after `refresh`.
@@ -35,7 +36,8 @@ __all__ = ["KVCache"]
 
 # magic, blocks, block bytes, seconds since 1970, CRC-32C of the table
 _HEADER = struct.Struct("<8sIQdI")
-_MAGIC = b"WFkv0001"
+_KIND = b"WFkv"
+_MAGIC = _KIND + b"0001"
 _SUM = struct.Struct("<I")
 _UNREACHABLE = (StorageError, ClusterError)
 log = logging.getLogger("whalefall.fs")
@@ -88,6 +90,7 @@ class KVCache:
         self.block_bytes, self.capacity_bytes, self.ttl_s = block_bytes, capacity_bytes, ttl_s
         self.hits = self.misses = self.damaged = 0
         self._told = False
+        self._stuck: set[str] = set()  # damaged files that could not be removed
         self.after_fork()
         renew_in_children(self)
         self._segments: dict[str, _Segment] = {}
@@ -123,23 +126,35 @@ class KVCache:
         stays in the index, for when one is back.
         """
         wanted = [_key(k) for k in keys]
-        places: list[tuple[str, int] | None] = []
+        places: list[tuple[_Segment, int] | None] = []
         with self._mutex:
             self._expire()
             for key in wanted:
                 place = self._index.get(key)
                 if place is not None:
                     self._index.move_to_end(key)
-                places.append(place)
+                places.append(place and (self._segments[place[0]], place[1]))
         there = [p for p in places if p is not None]
         starts = [self._offset(p) for p in there]
         ends = [start + self.block_bytes for start in starts]
-        data = self.fs.cat_ranges([p[0] for p in there], starts, ends, on_error="return")
+        data = self.fs.cat_ranges([p[0].path for p in there], starts, ends, on_error="return")
         self._tell([d for d in data if isinstance(d, _UNREACHABLE)])
         found = iter(data)
         blocks: list[bytes | None] = []
-        for key, place in zip(wanted, places, strict=True):
-            blocks.append(None if place is None else self._checked(key, place, next(found)))
+        bad: list[tuple[bytes, _Segment, Any]] = []
+        for key, where in zip(wanted, places, strict=True):
+            blocks.append(None)
+            if where is None:
+                continue
+            raw = next(found)
+            if self._is_good(key, where, raw):
+                blocks[-1] = bytes(raw)
+            else:
+                bad.append((key, where[0], raw))
+        # After all were checked: a damaged block takes its file along.
+        with self._mutex:
+            for key, segment, raw in bad:
+                self._heed_bad(key, segment, raw)
         hits = sum(block is not None for block in blocks)
         self.hits += hits
         self.misses += len(blocks) - hits
@@ -149,10 +164,8 @@ class KVCache:
         """One block, or None."""
         return self.get_many([key])[0]
 
-    def _offset(self, place: tuple[str, int]) -> int:
-        segment = self._segments.get(place[0])
-        count = len(segment.keys) if segment else 0
-        return _HEADER.size + count * _ROW_BYTES + place[1] * self.block_bytes
+    def _offset(self, place: tuple[_Segment, int]) -> int:
+        return _HEADER.size + len(place[0].keys) * _ROW_BYTES + place[1] * self.block_bytes
 
     def _tell(self, errors: list[Any]) -> None:
         """Log that blocks cannot be read, once until all that are asked for can be again."""
@@ -163,24 +176,26 @@ class KVCache:
             )  # fmt: skip
         self._told = bool(errors)
 
-    def _checked(self, key: bytes, place: tuple[str, int], data: Any) -> bytes | None:
-        segment = self._segments.get(place[0])
-        good = (
-            segment is not None
-            and isinstance(data, bytes)
+    def _is_good(self, key: bytes, place: tuple[_Segment, int], data: Any) -> bool:
+        segment, number = place
+        return (
+            isinstance(data, bytes)
             and len(data) == self.block_bytes
-            and segment.keys[place[1]] == key
-            and crc32c(data) == segment.sums[place[1]]
+            and segment.keys[number] == key
+            and crc32c(data) == segment.sums[number]
         )
-        if good:
-            return bytes(data)
+
+    def _heed_bad(self, key: bytes, segment: _Segment, data: Any) -> None:
+        """Forget a block that did not check; where its file was read, the file goes as a whole."""
         if isinstance(data, _UNREACHABLE):
-            return None
-        with self._mutex:
-            if segment is not None and not isinstance(data, FileNotFoundError):
-                self.damaged += 1  # else another process let it go
+            return
+        if not isinstance(data, FileNotFoundError):
+            self.damaged += 1  # else another process let it go
+        if isinstance(data, bytes):
+            self._forget(segment)
+            self._remove_damaged(segment.path)
+        elif self._index.get(key, ("", 0))[0] == segment.path:
             self._drop(key)
-        return None
 
     # ---- writing
 
@@ -261,22 +276,39 @@ class KVCache:
         except FileNotFoundError:
             return  # another process was faster
 
+    def _remove_damaged(self, path: str) -> None:
+        try:
+            self.fs.rm_file(path)
+        except FileNotFoundError:
+            return
+        except (OSError, *_UNREACHABLE):  # a folder that we may only read, say
+            self._stuck.add(path)
+
+    def _forget(self, segment: _Segment) -> None:
+        """Take a file out of the index; the file itself is not touched."""
+        for key in segment.keys:
+            if self._index.get(key, ("", 0))[0] == segment.path:
+                del self._index[key]
+        self._segments.pop(segment.path, None)
+
+    def _drop_file(self, segment: _Segment) -> None:
+        """Forget all blocks of a file; with the last one it goes."""
+        for key in segment.keys:
+            if self._index.get(key, ("", 0))[0] == segment.path:
+                self._drop(key)
+
     def _expire(self) -> None:
         if not self.ttl_s:
             return
         limit = time.time() - self.ttl_s
         for segment in [s for s in self._segments.values() if s.written < limit]:
-            for key in segment.keys:
-                if self._index.get(key, ("", 0))[0] == segment.path:
-                    self._drop(key)
+            self._drop_file(segment)
 
     def _evict(self) -> None:
         while self.capacity_bytes and self.used_bytes > self.capacity_bytes:
             # A file goes as a whole with its least recently used block: the disk must shrink too.
             path, _ = next(iter(self._index.values()))
-            for key in self._segments[path].keys:
-                if self._index.get(key, ("", 0))[0] == path:
-                    self._drop(key)
+            self._drop_file(self._segments[path])
 
     # ---- the index
 
@@ -285,11 +317,9 @@ class KVCache:
         names = {n for n in self.fs.ls(self.folder, detail=False) if str(n).endswith(".kv")}
         with self._mutex:
             for path in [p for p in self._segments if p not in names]:
-                for key in self._segments[path].keys:
-                    if self._index.get(key, ("", 0))[0] == path:
-                        del self._index[key]
-                del self._segments[path]
-            unknown = sorted(names - set(self._segments))
+                self._forget(self._segments[path])
+            self._stuck &= names
+            unknown = sorted(names - set(self._segments) - self._stuck)
         for path in unknown:
             segment = self._read_header(path)
             if segment is not None:
@@ -310,25 +340,37 @@ class KVCache:
             self._remove(segment)
 
     def _read_header(self, path: str) -> _Segment | None:
+        """A file's table; None for one that is gone, of another format, or damaged (it goes)."""
         try:
             head = self.fs.cat_file(path, 0, _HEADER.size)
-            if len(head) < _HEADER.size:
+            size = self.fs.info(path)["size"]
+            if len(head) < _HEADER.size or head[: len(_KIND)] != _KIND:
+                self._found_damaged(path)
                 return None
             magic, count, block_bytes, written, total = _HEADER.unpack(head)
-            size = self.fs.info(path)["size"]
+            if magic != _MAGIC:
+                return None
             table_bytes = count * _ROW_BYTES
-            whole = _HEADER.size + table_bytes + count * block_bytes
-            if magic != _MAGIC or block_bytes != self.block_bytes or size != whole:
+            if size != _HEADER.size + table_bytes + count * block_bytes:
+                self._found_damaged(path)
+                return None
+            if block_bytes != self.block_bytes:
                 return None
             table = self.fs.cat_file(path, _HEADER.size, _HEADER.size + table_bytes)
         except FileNotFoundError:
             return None
         if crc32c(table) != total:
+            self._found_damaged(path)
             return None
         rows = [table[i : i + _ROW_BYTES] for i in range(0, table_bytes, _ROW_BYTES)]
         keys = [row[:KEY_BYTES] for row in rows]
         sums = [_SUM.unpack(row[KEY_BYTES:])[0] for row in rows]
         return _Segment(path, keys, sums, written, 0)
+
+    def _found_damaged(self, path: str) -> None:
+        with self._mutex:
+            self.damaged += 1
+            self._remove_damaged(path)
 
 
 def _key(name: bytes | str) -> bytes:
