@@ -98,6 +98,8 @@ class Member:
         with words:
             for line in words:
                 self.lines.append(line.decode(errors="replace").rstrip())
+                if self.task.heard is not None:
+                    self.task.heard(self.task.name, self.lines[-1])
 
     def exit(self) -> Exit | None:
         """How it ended, or None while it runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Task:
         log: a file to which stdout and stderr are appended; None: stdout is ours, and of stderr
             the last lines are kept for the report.
         path: folders put first on the module search path.
+        heard: called with (name, line) for each line of stderr, in a thread; only without `log`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     prefix: tuple[str, ...] = ()
     log: Path | None = None
     path: tuple[str, ...] = ()
+    heard: Callable[[str, str], None] | None = None
 
     def __post_init__(self) -> None:
         if not _TARGET.fullmatch(self.target):

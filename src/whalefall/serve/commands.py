@@ -183,6 +183,7 @@ def serve(
     }
     server = listen(host, port)
     signal.signal(signal.SIGTERM, leave)  # while uvicorn does not heed it
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if prefill is not None and decode is not None:
         from whalefall.serve.units import Gateway, units_config
 
@@ -238,7 +239,6 @@ def run(server: socket.socket, engine: object, settings: Settings) -> None:
     from whalefall.serve.app import create_app
     from whalefall.serve.draining import DrainingServer
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # The engine's thread comes back from a step to its next one while the event loop runs Python.
     sys.setswitchinterval(SWITCH_S)
     warn_of_tokenizer(engine)

@@ -145,7 +145,7 @@ def test_a_prefix_survives_a_restart_of_all_units(model, tmp_path) -> None:
     assert [cached for _, cached in found] == [0, 192]
 
 
-def test_a_damaged_block_is_on_the_page_of_metrics(model, tmp_path) -> None:
+def test_a_damaged_block_is_on_the_page_of_metrics_and_in_the_log(model, tmp_path, caplog) -> None:
     answers = []
     for failures in ("0.0", "1.0"):
         with (
@@ -164,6 +164,10 @@ def test_a_damaged_block_is_on_the_page_of_metrics(model, tmp_path) -> None:
             data[-1000] ^= 1
             path.write_bytes(data)
     assert answers[0] == answers[1]
+    said = [r.getMessage() for r in caplog.records if r.name == "whalefall.engine"]
+    assert [line.partition(" failed")[0] for line in said] == [
+        "prefill-0 rank 0: kv cache: reading"
+    ]
 
 
 def wait_for_files(folder) -> None:

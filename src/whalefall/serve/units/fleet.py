@@ -15,6 +15,7 @@ from whalefall import comm, launch
 from whalefall.errors import RankFailure
 from whalefall.serve.core import Kind
 from whalefall.serve.units.layout import UnitsConfig
+from whalefall.serve.units.words import pass_on
 
 __all__ = ["Fleet", "Unit"]
 
@@ -112,6 +113,7 @@ class Fleet:
                     "threads": self._threads(),
                     "trace_folder": self.config.trace,
                 },
+                heard=pass_on,
             )
             for rank in range(layout.ranks)
         ]

@@ -25,6 +25,7 @@ from whalefall.engine.unit_engine import UnitEngine
 from whalefall.errors import MissingError, WhalefallError
 from whalefall.serve.units import messages as m
 from whalefall.serve.units.handover import Outbox, fetch
+from whalefall.serve.units.words import speak
 
 __all__ = ["main"]
 
@@ -51,6 +52,7 @@ def main(
         trace_folder: where to write a trace at the end, if anywhere.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's: the gateway tells us
+    speak()
     jit.set_num_threads(threads)
     if trace_folder:
         trace.start(f"{unit} rank {rank}", rank=rank)
