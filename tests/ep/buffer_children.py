@@ -206,6 +206,59 @@ def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:
     assert nothing is None and none.shape == x.shape
 
 
+def spread(kind: str, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch of a rank whose tokens spread in this way."""
+    tokens = {"last is empty": 9 * (rank < size - 1), "first is empty": 9 * (rank > 0)}
+    x, idx, weights = batch(rank, 0 if kind == "nobody has any" else tokens.get(kind, 5 + rank))
+    if kind == "all to one expert":
+        idx[:] = -1
+        idx[:, 2] = E - 1
+    if kind == "nobody sends":
+        idx[:] = -1
+    return x, idx, weights
+
+
+SPREADS = [
+    "at random", "last is empty", "first is empty", "all to one expert", "nobody sends",
+    "nobody has any",
+]  # fmt: skip
+
+
+def check_empty_ranks_and_empty_receivers_take_part(buffer: ep.Buffer) -> None:
+    rank, size = buffer.rank, buffer.group_size
+    El = E // size
+    for kind in SPREADS:
+        every = [spread(kind, s, size) for s in range(size)]
+        x, idx, weights = every[rank]
+        rows = [
+            x[t] for x, ids, _ in every for t in range(len(x))
+            if any(e // El == rank for e in ids[t].tolist() if e >= 0)
+        ]  # fmt: skip
+        got, _, ws, counts, handle, _ = dispatch(buffer, x, idx, weights)
+        assert torch.equal(got, torch.stack(rows) if rows else x[:0]), kind
+        assert sum(counts) == sum(int((ids // El == rank).sum()) for _, ids, _ in every), kind
+        for own in (got, got.clone()):  # read where they are, and staged
+            back, back_weights, _ = buffer.combine(own, handle, topk_weights=ws)
+            times = torch.tensor([[len(r)] for r in copies(idx, size)]).view(-1, 1)
+            assert torch.equal(back, (x.float() * times).to(BF16)), kind
+            wanted = torch.where(idx >= 0, weights, torch.zeros(()))
+            assert torch.equal(back_weights, wanted), kind
+        again, *_ = buffer.dispatch(x * 2, handle=handle)
+        assert torch.equal(again, got * 2), kind
+        if kind != "nobody has any":
+            worst, _, _, _, _, _ = dispatch(buffer, x, idx, weights, num_worst_tokens=M * size)
+            assert torch.equal(worst[: len(got)], got), kind
+
+
+def check_gradients_reach_ranks_through_an_empty_receiver(buffer: ep.Buffer) -> None:
+    x, idx, weights = spread("all to one expert", buffer.rank, buffer.group_size)
+    x, weights = x.requires_grad_(), weights.requires_grad_()
+    got, _, ws, _, _ = differentiable_dispatch(buffer, x, idx, weights, E)
+    (ws.sum() * 3 + got.float().sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(weights.grad, 3.0 * (idx >= 0))
+
+
 def check_asynchronous_calls_finish_with_their_events(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     previous = buffer.capture()

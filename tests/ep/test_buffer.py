@@ -18,7 +18,7 @@ CHECKS = [
     for node in ast.parse((HERE / "buffer_children.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
-GROUPS = [(2, 2), (4, 2)]  # ranks, ranks a host
+GROUPS = [(2, 2), (4, 2), (4, 4)]  # ranks, ranks a host
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,12 @@ __all__ = [
     "Announcement",
     "CombineCall",
 ]
-__all__ += ["DispatchCall", "GroupView", "library", "pointer"]
+__all__ += ["NOWHERE", "DispatchCall", "GroupView", "library", "pointer"]
 
 KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
 KDISAGREE, KMISCOUNTED = -2_000_003, -2_000_004
+_nothing = ctypes.create_string_buffer(64)
+NOWHERE = ctypes.addressof(_nothing)  # of what was given and has no elements
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -126,5 +128,5 @@ def library() -> jit.Library:
 
 
 def pointer(array: np.ndarray | None) -> int | None:
-    """Where an array begins; None stays None."""
-    return None if array is None else int(array.__array_interface__["data"][0])
+    """Where an array begins, never 0; None stays None."""
+    return None if array is None else int(array.__array_interface__["data"][0]) or NOWHERE

@@ -19,7 +19,9 @@ def rows(t: torch.Tensor, name: str) -> np.ndarray:
     if t.dim() != 2:
         raise ShapeError(f"ep: {name} is {list(t.shape)}, wanted [tokens, hidden]")
     t = t.detach()
-    if t.stride(1) != 1:
+    if not t.numel():  # may have any strides, which views of other types refuse
+        t = torch.empty(t.shape, dtype=t.dtype)
+    elif t.stride(1) != 1:
         t = t.contiguous()
     return np.asarray(t.view(torch.uint8).numpy())
 
@@ -58,6 +60,8 @@ def tensor(a: np.ndarray | None, dtype: torch.dtype | None = None) -> Any:
     """An array as a tensor over the same memory; bytes [N, row bytes] are seen as `dtype`."""
     if a is None:
         return None
+    if dtype is not None and not a.size:
+        return torch.empty((*a.shape[:-1], a.shape[-1] // dtype.itemsize), dtype=dtype)
     t = torch.from_numpy(a)
     return t if dtype is None else t.view(dtype)
 

@@ -33,12 +33,14 @@ class _Dispatch(torch.autograd.Function):
         )
         ctx.buffer, ctx.handle = buffer, handle
         ctx.mark_non_differentiable(recv_idx)
+        ctx.save_for_backward(recv_idx)
         return recv_x, recv_idx, recv_weights, counts, handle
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, _idx: Any, grad_weights: Tensor, *_: Any) -> Any:
+        (recv_idx,) = ctx.saved_tensors  # where it is −1 the weight is 0, whatever was sent
         back, back_weights, _ = ctx.buffer.combine(
-            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights.contiguous()
+            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights.masked_fill(recv_idx < 0, 0)
         )
         return None, back, None, back_weights, None
 

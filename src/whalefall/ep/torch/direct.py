@@ -20,7 +20,7 @@ from whalefall.ep.combining import Combining
 from whalefall.ep.direct import Announced, Direct
 from whalefall.ep.engine import Engine
 from whalefall.ep.handle import Handle, Want
-from whalefall.ep.library import CombineCall, DispatchCall
+from whalefall.ep.library import NOWHERE, CombineCall, DispatchCall
 
 __all__ = ["Given", "announce", "combine", "receive"]
 
@@ -164,7 +164,8 @@ def _is(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 
 def _at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+    # torch has no address for a tensor without elements, and null says that nothing was given
+    return None if t is None else t.data_ptr() or NOWHERE
 
 
 def _over(memory: Any, like: Tensor, rows: int, begin: int) -> Tensor:
