@@ -209,6 +209,45 @@ def test_packed_rows_are_refused_where_they_make_no_sense() -> None:
         quantize_rows(np.zeros(128, np.float32))
 
 
+def plain_experts(rng: np.random.Generator, dtype: Any) -> gemm.ExpertWeights:
+    return gemm.ExpertWeights(*(rng.standard_normal((128, 128)).astype(dtype) for _ in range(3)))
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_any_negative_index_is_none_and_none_wraps_to_an_expert(form: Any) -> None:
+    rng = np.random.default_rng(6)
+    experts = [plain_experts(rng, BF16) for _ in range(2)]
+    x = rng.standard_normal((6, 128)).astype(np.float32)
+    idx = np.array([[-(2**32)], [1], [-(2**32) + 1], [-(2**31) - 1], [-(2**63)], [-1]])
+    rows = gemm.fused_experts(x, experts, idx, form)
+    assert (rows[1] != 0).any()
+    assert (rows[[0, 2, 3, 4, 5]] == 0).all()
+    for wrong in (2, 2**31, 2**32, 2**63 - 1):
+        with pytest.raises(ShapeError, match=f"topk_idx holds {wrong}, wanted less than 2 experts"):
+            gemm.fused_experts(x[:1], experts, np.array([[wrong]]), form)
+
+
+def test_weights_of_mixed_dtypes_are_refused_where_their_rows_are_prepared_together() -> None:
+    rng = np.random.default_rng(7)
+    x, idx = rng.standard_normal((2, 128)).astype(np.float32), np.array([[0], [1]])
+    codes, scale, exact = fp8_weight(rng, 128, 128)
+    fp8 = gemm.ExpertWeights(codes, codes, codes, scale, scale, scale)
+    bf16 = plain_experts(rng, BF16)
+    half = gemm.ExpertWeights(codes, bf16.w3, codes, scale, None, scale)
+    down = fp8._replace(w2=bf16.w2, w2_scale=None)
+    with pytest.raises(DtypeError, match=r"expert 1: w1, w3, w2 are bfloat16, b.*as of expert 0"):
+        gemm.fused_experts(x, [fp8, bf16], idx, "few")
+    with pytest.raises(DtypeError, match="expert 0: w1, w3, w2 are float8_e4m3fn, bfloat16, float"):
+        gemm.fused_experts(x, [half, half], idx, "few")
+    with pytest.raises(DtypeError, match="expert 1: w1, w3, w2 are float8_e4m3fn, float8_e4m3fn"):
+        gemm.fused_experts(x, [fp8, down], idx, "few")
+    for form in ("few", "many"):  # w2 may be of another dtype than w1 and w3
+        rows = gemm.fused_experts(x, [down, down], idx, form, out_dtype="float32")
+        middle = x @ exact.T
+        wanted = (middle / (1 + np.exp(-middle)) * middle) @ bf16.w2.T.astype(np.float64)
+        assert np.abs(rows[:, 0] - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 def test_refusals_say_what_is_wrong() -> None:
     weight, scale, _ = fp8_weight(np.random.default_rng(5), 64, 256)
     x = np.zeros((2, 256), np.float32)

@@ -122,7 +122,7 @@ def fused_experts(
         half_activations: round fp32 activations to bf16 where the machine's bf16 dots are fast.
         out: [T, top-k, H]; None allocates in `out_dtype` (default bfloat16).
     Returns: one row per selection in top-k order; adding them up is the caller's.
-    Raises: ShapeError, DtypeError.
+    Raises: ShapeError, DtypeError; also where w1 and w3, or two experts, differ in dtype.
     """
     structs = experts if isinstance(experts, ctypes.Array) else expert_structs(experts)
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
@@ -159,6 +159,7 @@ def fused_experts(
 
 
 _OUT = ("float32", "bfloat16")
+_KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 
 def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
@@ -173,6 +174,14 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
         if shapes != [first, first, first[::-1]]:
             raise ShapeError(
                 f"expert {i}: w1, w3, w2 are {shapes}, wanted {[first, first, first[::-1]]}"
+            )
+        kinds = [w.kind for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
+        wanted = [structs[0].w1.kind, structs[0].w1.kind, structs[0].w2.kind]
+        if kinds != wanted:  # rows are prepared once, for the kind of expert 0's weights
+            got, want = ([_KIND_NAMES[kind] for kind in of] for of in (kinds, wanted))
+            raise DtypeError(
+                f"fused_experts: expert {i}: w1, w3, w2 are {', '.join(got)}, wanted "
+                f"{', '.join(want)} as of expert 0; convert them to one dtype"
             )
     return structs
 
@@ -341,4 +350,5 @@ def _numpy_int32(topk_idx: Any, idx: View, num_experts: int) -> np.ndarray[Any, 
             f"fused_experts: topk_idx holds {int(index.max())}, wanted less than {num_experts} "
             "experts"
         )
-    return index.astype(np.int32, copy=False)
+    # Any negative index means none: clamped first, because narrowing would wrap -2**32 to 0.
+    return np.maximum(index, -1).astype(np.int32, copy=False)
