@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from whalefall import eplb
-from whalefall.errors import ConfigError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 SIZES = (72, 4, 2, 8)
 
@@ -81,6 +81,15 @@ def test_groups_stay_on_their_nodes_when_moving() -> None:
         ({"previous": "old", "balance": 1.5}, ConfigError, "balance is 1.5"),
         ({"previous": "old", "max_moves": -1}, ConfigError, "max_moves is -1"),
         ({"previous": "shuffled"}, ConfigError, "over several nodes"),
+        ({"previous": "old", "max_moves": 1.5}, DtypeError, "max_moves is 1.5; give an integer"),
+        ({"previous": "old", "max_moves": True}, DtypeError, "max_moves is True; give an integer"),
+        ({"previous": "old", "max_moves": 10**30}, LimitError, "max_moves is 10+; .* at most 2147"),
+        ({"previous": "old", "balance": "half"}, DtypeError, "balance is 'half'; give a number"),
+        ({"previous": "x"}, DtypeError, r"previous is 'x'; give phy2log \[10, 72\]"),
+        ({"previous": [[0, 1], [2]]}, ShapeError, r"previous.* no array.* give phy2log \[10, 72\]"),
+        ({"previous": [[0.5, 1, 2, 3.7]]}, DtypeError, r"previous holds 0.5; give phy2log"),
+        ({"previous": [[float("nan")]]}, DtypeError, "previous holds nan; give phy2log"),
+        ({"previous": [["a"]]}, DtypeError, "previous is of dtype <U1; give phy2log"),
         ({"split": "half"}, ConfigError, "split is 'half'"),
     ],
 )
@@ -88,11 +97,19 @@ def test_bad_previous_is_one_clear_line(change: dict, error: type[Exception], wo
     before, _ = drifted()
     old = eplb.rebalance(before, *SIZES).phy2log
     given = {"old": old, "shuffled": old[:, ::-1].copy()}
-    if isinstance(change.get("previous"), str):
+    if isinstance(change.get("previous"), str) and change["previous"] != "x":
         rolled = np.roll(old, 9, axis=1)
         change = {**change, "previous": {**given, "shuffled": rolled}[change["previous"]]}
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         eplb.rebalance(before, *SIZES, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_previous_of_whole_floats_is_kept() -> None:
+    before, _ = drifted()
+    old = eplb.rebalance(before, *SIZES).phy2log
+    kept = eplb.rebalance(before, *SIZES, previous=old.astype(float).tolist(), balance=0.5)
+    assert (kept.phy2log == old).all()
 
 
 def test_best_split_never_loses_and_shares_sum_to_one() -> None:

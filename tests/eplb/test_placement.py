@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from whalefall import eplb
 from whalefall.eplb import arguments, cpu, published
-from whalefall.errors import ConfigError, DtypeError, MissingError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, LimitError, MissingError, ShapeError
 
 # the original's README example; placement and loads as measured from the original
 EXAMPLE = np.array(
@@ -201,13 +201,19 @@ def test_torch_tensors_in_torch_tensors_out() -> None:
         ([[1.0, 2.0]], (2, 1, 1, 0), ShapeError, "num_gpus is 0"),
         ([1.0, 2.0], (2, 1, 1, 2), ShapeError, "shape \\(2,\\)"),
         ([["a", "b"]], (2, 1, 1, 2), DtypeError, "real numbers"),
+        ([[1.0, 2.0], [3.0]], (2, 1, 1, 2), ShapeError, "no array: .*give .layers, experts."),
+        ([[1.0, 2.0]], (2.0, 1, 1, 2), DtypeError, "num_replicas is 2.0; give an integer"),
+        ([[1.0, 2.0]], (2, "1", 1, 2), DtypeError, "num_groups is '1'; give an integer"),
+        ([[1.0, 2.0]], (2, 1, None, 2), DtypeError, "num_nodes is None; give an integer"),
+        ([[1.0, 2.0]], (2, 1, 1, True), DtypeError, "num_gpus is True; give an integer"),
+        ([[1.0, 2.0]], (2 * 10**30, 1, 1, 2), LimitError, "num_replicas is 20+; .* at most 2147"),
     ],
 )
 def test_bad_input_is_one_clear_line(
     loads: list, sizes: tuple[int, int, int, int], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        eplb.rebalance_experts(np.array(loads), *sizes)
+        eplb.rebalance_experts(loads, *sizes)
 
 
 def test_public_names() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
-__all__ = ["Shape", "check_loads", "check_previous", "check_shape"]
+__all__ = ["Shape", "check_loads", "check_moving", "check_previous", "check_shape"]
+
+LARGEST = 2**31 - 1  # an int of the compiled search
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def check_loads(weight: Any) -> npt.NDArray[np.float32]:
     """
     if hasattr(weight, "data_ptr"):  # a torch tensor, wherever it lives
         weight = weight.detach().float().cpu().numpy()
-    array = np.asarray(weight)
+    array = _array(weight, "loads", "[layers, experts]")
     if array.dtype.kind not in "fiub" and array.dtype.name not in ("bfloat16", "float8_e4m3fn"):
         raise DtypeError(f"eplb: loads have dtype {array.dtype}; give real numbers")
     if array.ndim != 2 or 0 in array.shape:
@@ -55,16 +57,39 @@ def check_loads(weight: Any) -> npt.NDArray[np.float32]:
     return loads
 
 
+def _array(value: Any, name: str, wanted: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:  # rows of different lengths
+        raise ShapeError(f"eplb: {name} are no array: {error}; give {wanted}") from None
+
+
+def _whole(name: str, value: Any) -> int:
+    """`value` as an int; DtypeError or LimitError where it is none, or more than 31 bits hold."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise DtypeError(f"eplb: {name} is {value!r}; give an integer")
+    if value > LARGEST:
+        raise LimitError(f"eplb: {name} is {value}; it must be at most {LARGEST}")
+    return int(value)
+
+
 def check_shape(
-    loads: npt.NDArray[np.float32], replicas: int, groups: int, nodes: int, gpus: int
-) -> Shape:
-    """The sizes, groups and nodes set to 1 in global mode; ShapeError where they do not fit."""
+    loads: npt.NDArray[np.float32], num_replicas: Any, num_groups: Any, num_nodes: Any,
+    num_gpus: Any,
+) -> Shape:  # fmt: skip
+    """The sizes, groups and nodes set to 1 in global mode.
+
+    Raises: ShapeError where they do not fit; DtypeError or LimitError for what is no size.
+    """
     experts = loads.shape[1]
-    for name, value in (
-        ("num_replicas", replicas), ("num_groups", groups), ("num_nodes", nodes), ("num_gpus", gpus)
-    ):  # fmt: skip
-        if value < 1:
+    given = {
+        "num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes,
+        "num_gpus": num_gpus,
+    }  # fmt: skip
+    for name, value in given.items():
+        if _whole(name, value) < 1:
             raise ShapeError(f"eplb: {name} is {value}; it must be at least 1")
+    replicas, groups, nodes, gpus = map(int, given.values())
     if replicas < experts:
         raise ShapeError(
             f"eplb: num_replicas is {replicas}, but there are {experts} experts; each needs a slot"
@@ -80,13 +105,46 @@ def check_shape(
     return Shape(experts, replicas, groups, nodes, gpus)
 
 
+def check_moving(balance: Any, max_moves: Any) -> tuple[float, int | None]:
+    """How far to move from a previous placement.
+
+    Raises: DtypeError, ConfigError or LimitError naming the argument.
+    """
+    if not isinstance(balance, (int, float, np.integer, np.floating)) or isinstance(balance, bool):
+        raise DtypeError(f"eplb: balance is {balance!r}; give a number above 0 and at most 1")
+    if not 0 < balance <= 1:
+        raise ConfigError(f"eplb: balance is {balance}; it must be above 0 and at most 1")
+    if max_moves is None:
+        return float(balance), None
+    if _whole("max_moves", max_moves) < 0:
+        raise ConfigError(f"eplb: max_moves is {max_moves}; it must not be negative")
+    return float(balance), int(max_moves)
+
+
+def _whole_numbers(previous: Any, wanted: str) -> npt.NDArray[np.int64]:
+    """A fresh int64 array; floats may come (JSON and CSV have no others) where they are whole."""
+    if hasattr(previous, "data_ptr"):
+        previous = previous.detach().cpu().numpy()
+    array = _array(previous, "previous's rows", wanted)
+    if array.dtype.kind not in "iuf":
+        shown = f"{previous!r}" if array.ndim == 0 else f"of dtype {array.dtype}"
+        raise DtypeError(f"eplb: previous is {shown}; give {wanted}, integers")
+    if array.dtype.kind == "f":
+        broken = array[(array != np.floor(array)) | (np.abs(array) > LARGEST)]
+        if len(broken):
+            raise DtypeError(f"eplb: previous holds {broken[0]}; give {wanted}, integers")
+    return array.astype(np.int64)
+
+
 def check_previous(previous: Any, shape: Shape, layers: int) -> npt.NDArray[np.int64]:
-    """An earlier phy2log as a fresh array; ShapeError or ConfigError where it cannot be kept."""
-    phy2log = np.array(previous, np.int64)
+    """An earlier phy2log as a fresh array.
+
+    Raises: DtypeError, ShapeError or ConfigError where it cannot be kept.
+    """
+    wanted = f"phy2log [{layers}, {shape.slots}]"
+    phy2log = _whole_numbers(previous, wanted)
     if phy2log.shape != (layers, shape.slots):
-        raise ShapeError(
-            f"eplb: previous has shape {phy2log.shape}; give phy2log [{layers}, {shape.slots}]"
-        )
+        raise ShapeError(f"eplb: previous has shape {phy2log.shape}; give {wanted}")
     if phy2log.min() < 0 or phy2log.max() >= shape.experts:
         raise ConfigError(f"eplb: previous names experts outside 0 … {shape.experts - 1}")
     for layer, row in enumerate(phy2log):

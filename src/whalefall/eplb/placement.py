@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.eplb import cpu, published
-from whalefall.eplb.arguments import Shape, check_loads, check_previous, check_shape
+from whalefall.eplb.arguments import Shape, check_loads, check_moving, check_previous, check_shape
 from whalefall.eplb.moving import or_anew
 from whalefall.errors import ConfigError, MissingError
 
@@ -80,7 +80,8 @@ def rebalance_experts(
         num_gpus: in all nodes together.
     Returns: phy2log [layers, num_replicas], log2phy [layers, experts, X] padded with −1, logcnt
         [layers, experts]; int64, CPU torch tensors if `weight` is one, numpy arrays else.
-    Raises: ShapeError for sizes that do not divide; ConfigError for negative or NaN loads.
+    Raises: ShapeError for sizes that do not divide; ConfigError for negative or NaN loads;
+        DtypeError, LimitError for sizes that are no integers, or beyond 31 bits.
     Source: EPLB `rebalance_experts`.
     """
     loads_LE = check_loads(weight)
@@ -116,22 +117,19 @@ def rebalance(
         balance: with `previous`: the aim, between 0 and 1.
         split: "equal" shares an expert's tokens evenly among its replicas, as the original does;
             "best" weighs the replicas so that the busiest GPU is as light as this placement allows.
-    Raises: ShapeError, ConfigError; MissingError without a C++ compiler.
+    Raises: ShapeError, DtypeError, ConfigError, LimitError; MissingError without a C++ compiler.
     """
     if split not in ("equal", "best"):
         raise ConfigError(f"eplb: split is {split!r}; give 'equal' or 'best'")
     loads_LE = check_loads(weight)
     shape = check_shape(loads_LE, num_replicas, num_groups, num_nodes, num_gpus)
+    balance, max_moves = check_moving(balance, max_moves)
     result = cpu.plan(loads_LE, shape, judge=True)
     phy2log_LP, load = result.phy2log, result.load
     moves = np.zeros(len(loads_LE), np.int64)
     if previous is not None:
         old = previous.phy2log if isinstance(previous, Placement) else previous
         start_LP = check_previous(old, shape, len(loads_LE))
-        if not 0 < balance <= 1:
-            raise ConfigError(f"eplb: balance is {balance}; it must be above 0 and at most 1")
-        if max_moves is not None and max_moves < 0:
-            raise ConfigError(f"eplb: max_moves is {max_moves}; it must not be negative")
         few = cpu.improve(loads_LE, shape, start_LP, balance, max_moves)
         phy2log_LP, load, moves = or_anew(
             loads_LE, shape, start_LP, few, result, balance, max_moves
