@@ -170,7 +170,7 @@ class _Text:
                     raise CorruptError(f"trace: {self.path} is no JSON: {error.msg}") from None
             except ValueError as error:  # an integer of more digits than Python reads
                 raise CorruptError(
-                    f"trace: {self.path} has a number too long to be one: {str(error).split(';')[0]}"
+                    f"trace: {self.path} has a number too long to read: {str(error).split(';')[0]}"
                 ) from None
             except RecursionError:
                 raise CorruptError(f"trace: {self.path} nests too deeply to be a trace") from None
