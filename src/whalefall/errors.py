@@ -52,4 +52,13 @@ class LimitError(WhalefallError, ValueError):
 
 
 class RankFailure(WhalefallError, RuntimeError):
-    """A process of a group died, hung or left; the message names its rank."""
+    """A process of a group died, hung or left; the message names its rank.
+
+    Attributes:
+        rank: of that process, the first where there are several; None where whoever raised it
+            knows no number.
+    """
+
+    def __init__(self, *args: object, rank: int | None = None) -> None:
+        super().__init__(*args)
+        self.rank = rank

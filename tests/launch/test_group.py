@@ -1,6 +1,7 @@
 """launch: processes start, are watched, reported and stopped, and none outlives its parent."""
 
 import os
+import pickle
 import signal
 import sys
 import time
@@ -60,6 +61,8 @@ def test_the_first_failure_is_named_with_its_last_words_and_stops_the_rest(tmp_p
     assert time.monotonic() - began < 20
     assert "ValueError: disk is on fire" in str(caught.value)
     assert "sleeper" not in str(caught.value)
+    assert caught.value.rank == 1
+    assert pickle.loads(pickle.dumps(caught.value)).rank == 1
     assert not (ready.exists() and is_alive(int(ready.read_text())))
 
 
@@ -81,8 +84,16 @@ def test_a_timeout_names_who_still_ran() -> None:
     tasks = [task("quick", "add", a=1, b=1), task("slow", "sleep", seconds=60)]
     with Group(tasks) as group:
         group.members["quick"].process.wait(20)
-        with pytest.raises(RankFailure, match=r"after 0.2 s these still ran:\nslow"):
+        with pytest.raises(RankFailure, match=r"after 0.2 s these still ran:\nslow") as caught:
             group.wait(0.2)
+    assert caught.value.rank is None
+
+
+def test_a_timeout_of_a_rank_has_its_number() -> None:
+    with Group([task("rank 12", "sleep", seconds=60)]) as group:
+        with pytest.raises(RankFailure) as caught:
+            group.wait(0.1)
+    assert caught.value.rank == 12
 
 
 def test_who_ignores_sigterm_or_is_stopped_is_killed(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def survivor(rank: int, size: int) -> str | None:
     try:
         pipe.step(*inputs, num_chunks=6, criterion=criterion, labels=labels)
     except pipeline_errors() as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__} of {getattr(error, 'rank', None)}: {error}"
     return "nothing"
 
 

@@ -90,5 +90,5 @@ def test_a_stage_with_another_shape_says_so() -> None:
 def test_a_killed_rank_is_named_by_its_neighbours() -> None:
     said = ranks.run(jobs.survivor, 3)
     assert said[1] is None
-    assert "rank 1 failed or left" in said[0]
-    assert "rank 1 failed or left" in said[2]
+    assert "RankFailure of 1: pipeline: rank 1 failed or left" in said[0]
+    assert "RankFailure of 1: pipeline: rank 1 failed or left" in said[2]

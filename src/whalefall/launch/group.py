@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import threading
@@ -167,7 +168,9 @@ class Group:
         failed = [e for e in self.exits() if e.code]
         if failed:
             # A process that was told to stop, or died of a neighbour's death, is not the culprit.
-            raise RankFailure("launch: " + "\n".join(str(e) for e in _culprits_first(failed)))
+            failed = _culprits_first(failed)
+            report = "launch: " + "\n".join(str(e) for e in failed)
+            raise RankFailure(report, rank=_rank(failed[0].name))
 
     def wait(self, timeout_s: float | None = None) -> list[Any]:
         """Wait until all have ended well; the results, in the order of the tasks.
@@ -183,7 +186,7 @@ class Group:
             while len(self.exits()) < len(self.members):
                 self.check()
                 if end is not None and time.monotonic() > end:
-                    raise RankFailure(self._late(timeout_s))
+                    raise self._late(timeout_s)
                 time.sleep(POLL_S)
             self.check()
         except BaseException:
@@ -191,13 +194,14 @@ class Group:
             raise
         return [member.value() for member in self.members.values()]
 
-    def _late(self, timeout_s: float | None) -> str:
+    def _late(self, timeout_s: float | None) -> RankFailure:
         late = [m for m in self.members.values() if m.exit() is None]
         lines = [f"launch: after {timeout_s} s these still ran:"]
         for member in late:
             lines.append(f"{member.task.name} (pid {member.process.pid})")
             lines += [f"  {line}" for line in member._last_words()]
-        return "\n".join(lines)
+        rank = _rank(late[0].task.name) if late else None
+        return RankFailure("\n".join(lines), rank=rank)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to one process by name; nothing if it has ended."""
@@ -239,6 +243,12 @@ def run(tasks: Sequence[Task], timeout_s: float | None = None) -> list[Any]:
     """
     with Group(tasks) as group:
         return group.wait(timeout_s)
+
+
+def _rank(name: str) -> int | None:
+    """The number in a task's name "rank 3"; None for tasks of other names."""
+    found = re.fullmatch(r"rank (\d+)", name)
+    return int(found[1]) if found else None
 
 
 def _culprits_first(failed: list[Exit]) -> list[Exit]:

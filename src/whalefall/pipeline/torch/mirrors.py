@@ -56,7 +56,9 @@ def _exchange(
                 work.wait()
     except RuntimeError as error:
         first = str(error).splitlines()[0]
-        raise RankFailure(f"pipeline: mirror rank {mirror} failed or left: {first}") from error
+        raise RankFailure(
+            f"pipeline: mirror rank {mirror} failed or left: {first}", rank=mirror
+        ) from error
 
 
 def _flat(module: nn.Module) -> torch.Tensor:

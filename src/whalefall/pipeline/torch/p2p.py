@@ -160,7 +160,8 @@ class Link:
             first = str(error).splitlines()[0]
             raise RankFailure(
                 f"pipeline: rank {action.peer} failed or left during {action}, seen by rank "
-                f"{self.rank}: {first}"
+                f"{self.rank}: {first}",
+                rank=action.peer,
             ) from error
 
 
