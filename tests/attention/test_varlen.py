@@ -20,7 +20,7 @@ from whalefall.attention import (
     merge_partials,
 )
 from whalefall.attention.reference import attention
-from whalefall.errors import UnsupportedError
+from whalefall.errors import ShapeError, UnsupportedError
 
 
 def starts(lengths: list[int]) -> Any:
@@ -99,6 +99,18 @@ def test_parts_merge_to_the_whole(level: str, dtype: Any) -> None:
         np.full((2, 3, 4), np.nan, np.float32), np.full((2, 3), np.inf, "f4")
     )
     assert (lonely == 0).all() and (none == np.inf).all()
+
+
+def test_append_writes_no_cache_that_is_read_only_or_shares_its_rows() -> None:
+    latent, rope = np.ones((1, 512), BF16), np.ones((1, 64), BF16)
+    slots, cache = np.zeros(1, np.int32), np.zeros((2, 4, 1, 576), BF16)
+    shared = np.lib.stride_tricks.as_strided(cache, cache.shape, (0, 1152, 1152, 2))
+    cache.flags.writeable = False
+    with pytest.raises(ShapeError, match="append_latent: cache is read-only"):
+        append_latent(latent, rope, cache, slots)
+    with pytest.raises(ShapeError, match=r"append_latent: cache has shape .*: elements share memo"):
+        append_latent(latent, rope, shared, slots)
+    assert (cache == 0).all()
 
 
 def test_append_writes_named_slots_and_skips_minus_one(level: str) -> None:

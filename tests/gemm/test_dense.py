@@ -216,6 +216,33 @@ def test_partial_overlap_is_refused() -> None:
         gemm.fp8_gemm_nt(a, b, d, c=memory[1008:1072].reshape(8, 8))
 
 
+@pytest.mark.parametrize("name", ["bf16_gemm_nt", "fp8_gemm_nt"])
+def test_a_result_is_writeable_and_each_element_its_own(name: str) -> None:
+    rng = np.random.default_rng(12)
+    a, b = fp8(rng, (8, 128))[0], fp8(rng, (8, 128), (128, 128))[0]
+    if name == "bf16_gemm_nt":
+        a, b = (pair[0].astype(np.float32).astype(BF16) for pair in (a, b))
+    call, d = getattr(gemm, name), np.zeros((8, 8), np.float32)
+    call(a, b, d)
+    d.flags.writeable = False  # a remembered call is refused, too
+    immutable = np.frombuffer(bytes(256), np.float32).reshape(8, 8)
+    for wrong in (d, immutable):
+        before = wrong.copy()
+        with pytest.raises(ShapeError, match=f"{name}: d is read-only"):
+            call(a, b, wrong)
+        assert (wrong == before).all()
+    for strides in ((0, 4), (28, 4)):
+        shared = np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), (8, 8), strides)
+        with pytest.raises(ShapeError, match=rf"{name}: d has shape .*: elements share memory"):
+            call(a, b, shared)
+    call(
+        a,
+        b,
+        np.zeros((8, 20), np.float32)[:, 3:11],
+        c=np.frombuffer(bytes(800), np.float32)[:160].reshape(8, 20)[:, :8],
+    )  # gaps are fine, and what is added may be read-only
+
+
 def test_an_emulated_single_level_is_five_times_worse() -> None:
     from whalefall.gemm.accumulation import errors_against_k
 

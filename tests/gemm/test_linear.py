@@ -248,6 +248,38 @@ def test_weights_of_mixed_dtypes_are_refused_where_their_rows_are_prepared_toget
         assert np.abs(rows[:, 0] - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+def test_a_result_is_writeable_and_its_memory_its_own() -> None:
+    rng = np.random.default_rng(8)
+    w = rng.standard_normal((64, 64)).astype(BF16)
+    x, out = np.ones((4, 64), np.float32), np.zeros((4, 64), np.float32)
+    gemm.linear(x, w, out=out)
+    before = out.copy()
+    out.flags.writeable = False
+    x[:] = 2
+    with pytest.raises(ShapeError, match=r"linear: out is read-only, wanted an array that may be"):
+        gemm.linear(x, w, out=out)
+    assert (out == before).all()
+    strided = np.lib.stride_tricks.as_strided
+    for strides in ((0, 4), (252, 4)):
+        shared = strided(np.zeros(256, np.float32), (4, 64), strides)
+        with pytest.raises(ShapeError, match=r"linear: out has shape \[4, 64\] and strides.*share"):
+            gemm.linear(x, w, out=shared)
+    square = rng.standard_normal((64, 64)).astype(np.float32)
+    for given in ((square, w), (np.ones((64, 64), np.float32), square)):
+        with pytest.raises(ShapeError, match=r"linear: out .* overlaps an input"):
+            gemm.linear(*given, out=square)
+    experts, idx = [gemm.ExpertWeights(w, w, w)], np.zeros((4, 1), np.int32)
+    with pytest.raises(ShapeError, match=r"fused_experts: out .* overlaps an input"):
+        gemm.fused_experts(x, experts, idx, out=x[:, None])
+    whole = np.ones(4 * 64, np.float32)
+    with pytest.raises(ShapeError, match=r"fused_experts: out .* overlaps an input"):
+        gemm.fused_experts(
+            x, experts, idx, topk_weights=whole[:4, None], out=whole.reshape(4, 1, 64)
+        )
+    with pytest.raises(ShapeError, match=r"fused_experts: out is read-only"):
+        gemm.fused_experts(x, experts, idx, out=out[:, None])
+
+
 def test_refusals_say_what_is_wrong() -> None:
     weight, scale, _ = fp8_weight(np.random.default_rng(5), 64, 256)
     x = np.zeros((2, 256), np.float32)

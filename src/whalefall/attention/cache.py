@@ -14,6 +14,7 @@ import numpy as np
 from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, AppendArgs, append_entry
 from whalefall.attention.operands import cache_operand, int32_operand, query_operand
 from whalefall.dtypes import e4m3_to_float
+from whalefall.dtypes.written import written
 from whalefall.errors import ShapeError
 
 __all__ = ["append_latent", "dequantize_kv_cache"]
@@ -50,6 +51,7 @@ def append_latent(
         )
     if is_fp8_kvcache and left.shape[1] != _LATENT:
         raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {_LATENT} in FP8")
+    written(cache, f"{_HERE}: cache")
     pages, kind, kv_heads = cache_operand(_HERE, "cache", cache, is_fp8_kvcache, width)
     if kv_heads != 1:
         raise ShapeError(f"{_HERE}: cache has {kv_heads} kv heads, wanted 1")

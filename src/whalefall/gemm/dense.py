@@ -13,6 +13,7 @@ import numpy as np
 
 from whalefall import jit
 from whalefall.dtypes import CallMemo, as_numpy, view
+from whalefall.dtypes.written import may_write
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Prepared, Product, prepare
 from whalefall.gemm.operands import (
@@ -111,7 +112,7 @@ def _fp8(
     if isinstance(a, tuple) and isinstance(b, tuple):
         given = (*a, *b, d) if c is None else (*a, *b, d, c)
         known = _MEMO.find(given, rest)
-        if known is not None:
+        if known is not None and may_write(d):
             known()
             return
     check_dims(where, compiled_dims)
@@ -251,7 +252,7 @@ def _bf16(
     given = (a, b, d) if c is None else (a, b, d, c)
     rest = (where, compiled_dims, jit.best_level())
     known = _MEMO.find(given, rest)
-    if known is not None:
+    if known is not None and may_write(d):
         known()
         return
     check_dims(where, compiled_dims)

@@ -16,6 +16,7 @@ import numpy as np
 
 from whalefall import jit
 from whalefall.dtypes import CallMemo, View, empty_like, view
+from whalefall.dtypes.written import may_write, written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.native_calls import (
     ACTIVATIONS,
@@ -30,6 +31,7 @@ from whalefall.gemm.native_calls import (
     Weight,
     library,
 )
+from whalefall.gemm.operands import refuse_overlap
 
 __all__ = [
     "ExpertWeights",
@@ -130,12 +132,13 @@ def fused_experts(
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
     if out is None:
         out = empty_like(x, (tokens, topk, hidden), out_dtype or "bfloat16")
-    rows = view(out, "fused_experts: out")
+    rows = written(out, "fused_experts: out")
     if rows.shape != (tokens, topk, hidden) or not rows.contiguous or rows.dtype not in _OUT:
         raise ShapeError(
             f"fused_experts: out is {rows.dtype} {list(rows.shape)}, wanted contiguous float32 or "
             f"bfloat16 {[tokens, topk, hidden]}"
         )
+    refuse_overlap("fused_experts", rows, (x_view, idx), "out")
     call = ExpertsCall()
     call.experts, call.num_experts = ctypes.addressof(structs), len(structs)
     call.topk_idx, call.tokens, call.topk = index.ctypes.data, tokens, topk
@@ -148,6 +151,7 @@ def fused_experts(
                 f"fused_experts: topk_weights is {factors.dtype} {list(factors.shape)}, wanted "
                 f"contiguous float32 {[tokens, topk]}"
             )
+        refuse_overlap("fused_experts", rows, (factors,), "out")
         call.rows.factor = factors.address
     mean = tokens * topk / max(1, len(structs))
     call.form = _form(form, mean, "fused_experts")
@@ -237,7 +241,7 @@ def _run_linear(
     given = (x, weight[0], out) if weight[1] is None else (x, *weight, out)
     rest = (name, form, quantize, jit.best_level())
     known = None if out is None else _MEMO.find(given, rest)
-    if known is not None:
+    if known is not None and may_write(out):
         known[0](known[1])
         return out
     call = LinearCall()
@@ -253,12 +257,14 @@ def _run_linear(
         raise DtypeError(f"{name}: x is {seen.dtype}, wanted float32 or bfloat16")
     if out is None:
         out = empty_like(x, (seen.shape[0], rows), out_dtype or seen.dtype)
-    y = view(out, f"{name}: out")
+    y = written(out, f"{name}: out")
     if y.shape != (seen.shape[0], rows) or y.dtype not in _OUT or _gaps(y):
         raise ShapeError(
             f"{name}: out is {y.dtype} {list(y.shape)} with strides {list(y.strides)}, wanted "
             f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N"
         )
+    inputs = [view(array) for array in (x, *weight) if array is not None]
+    refuse_overlap(name, y, tuple(inputs), "out")
     call.x = _input(seen)
     call.y = Output(y.address, y.strides[0], None, None, KINDS[y.dtype], 0)
     call.count = seen.shape[0]

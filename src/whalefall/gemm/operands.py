@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
+from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Layout
 
@@ -187,8 +188,8 @@ def bf16_operand(
 
 
 def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
-    """A result of `shape` in float32 or bfloat16, stride 1 along its last axis."""
-    v = view(array, f"{where}: {name}")
+    """A result (or what is added to it) in float32 or bfloat16, stride 1 along its last axis."""
+    v = written(array, f"{where}: {name}") if name == "d" else view(array, f"{where}: {name}")
     if v.shape != shape:
         raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {list(shape)}")
     if v.dtype not in ("float32", "bfloat16"):
@@ -225,15 +226,16 @@ def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Tar
     return to, add
 
 
-def refuse_overlap(where: str, d: View, others: tuple[View, ...]) -> None:
+def refuse_overlap(where: str, d: View, others: tuple[View, ...], name: str = "d") -> None:
     """ShapeError where the result's memory meets an input's."""
     low, high = _extent(d)
+    own = " (c may be d itself)" if name == "d" else ""
     for other in others:
         start, end = _extent(other)
         if low < end and start < high:
             raise ShapeError(
-                f"{where}: d (bytes {low:#x} to {high:#x}) overlaps an input ({start:#x} to "
-                f"{end:#x}); give it memory of its own (c may be d itself)"
+                f"{where}: {name} (bytes {low:#x} to {high:#x}) overlaps an input ({start:#x} to "
+                f"{end:#x}); give it memory of its own{own}"
             )
 
 
