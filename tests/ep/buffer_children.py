@@ -1,7 +1,9 @@
 """What the processes of the Buffer tests run: named checks, judged by plain torch on all inputs."""
 
+import gc
 import os
 import signal
+import threading
 import time
 import traceback
 
@@ -613,3 +615,69 @@ def go_on_without_a_rank(folder: str, rank: int, size: int) -> list:
     buffer.low_latency_query_mask_buffer(status)
     results.append(status.tolist())
     return results
+
+
+def drop_under_way(folder: str, rank: int, size: int) -> list:
+    """A buffer that nobody holds any more, while an async call and then a hook are under way."""
+    group, same = join(folder, rank, size), []
+    x, idx, weights = batch(rank)
+    for way in ("async", "hook"):
+        hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
+        buffer = ep.Buffer(group, 1 << 20, hint, low_latency_mode=True)
+        wanted, *_, handle, _ = dispatch(buffer, x, idx, weights)
+        count = low_latency(buffer, x, idx, use_fp8=False)[1]
+        dist.barrier()
+        if rank:
+            time.sleep(0.3)
+        if way == "async":
+            got, *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
+            finish = event.current_stream_wait
+        else:
+            again = low_latency(buffer, x, idx, use_fp8=False, return_recv_hook=True)
+            got, wanted, finish = again[1], count, again[-1]
+            del again
+        del buffer
+        gc.collect()
+        finish()
+        same.append(torch.equal(got, wanted))
+        finish = event = None
+        gc.collect()
+        time.sleep(0.2)
+        same.append([t.name for t in threading.enumerate() if t.name == "ep"])
+    return same
+
+
+def use_after_destroy(folder: str, rank: int, size: int) -> list[str]:
+    """What every call says of a destroyed buffer."""
+    group = join(folder, rank, size)
+    hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
+    buffer = ep.Buffer(group, 1 << 20, hint, low_latency_mode=True, explicitly_destroy=True)
+    x, idx, weights = batch(rank)
+    got, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    layout = buffer.get_dispatch_layout(idx, E)
+    *_, hook = low_latency(buffer, x, idx, use_fp8=False, return_recv_hook=True)
+    runtime, rows = buffer.runtime, torch.ones(3, 8).numpy()
+    dist.barrier()
+    buffer.destroy()
+    calls = [
+        lambda: dispatch(buffer, x, idx, weights),
+        lambda: buffer.dispatch(
+            x, None, *layout[:2], layout[3], layout[2], idx, weights, async_finish=True
+        ),
+        lambda: buffer.dispatch(x, handle=handle),
+        lambda: buffer.combine(got, handle),
+        lambda: buffer.combine(got.clone(), handle, async_finish=True),
+        lambda: low_latency(buffer, x, idx),
+        hook,
+        lambda: buffer.get_local_buffer_tensor(torch.uint8),
+        lambda: runtime.dispatch_selections(rows, idx[:3].numpy(), E),
+        runtime.barrier,
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("nothing")
+        except ConfigError as error:
+            said.append(str(error))
+    return said

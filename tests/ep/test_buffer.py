@@ -55,6 +55,19 @@ def test_with_shrink_the_others_go_on_without_a_dead_rank(start, tmp_path) -> No
             assert member.value() == [whole, whole, gone, gone, [1, 0, 0, 0]]
 
 
+@pytest.mark.ranks
+def test_what_is_under_way_outlives_the_buffer_and_then_its_thread_ends(start, tmp_path) -> None:
+    tasks = start("drop_under_way", 2, module="buffer_children", folder=str(tmp_path))
+    assert launch.run(tasks, 60) == [[True, [], True, []]] * 2
+
+
+@pytest.mark.ranks
+def test_a_destroyed_buffer_says_so(start, tmp_path) -> None:
+    tasks = start("use_after_destroy", 2, module="buffer_children", folder=str(tmp_path))
+    said = ["ep: the Buffer (or engine) is destroyed; make a new one"] * 10
+    assert launch.run(tasks, 60) == [said] * 2
+
+
 SIGNATURES = json.loads((HERE / "signatures.json").read_text())
 SKIPPED = ("internode_dispatch", "internode_combine")
 METHODS = [

@@ -9,12 +9,14 @@ from pathlib import Path
 import msgspec
 
 from whalefall import comm, env
-from whalefall.ep.fabric import Fabric
+from whalefall.ep.combining import Combining
+from whalefall.ep.fabric import Fabric, Lock
 from whalefall.ep.group import Group
 from whalefall.ep.links import HostLinks
+from whalefall.ep.worker import Worker
 from whalefall.errors import ConfigError
 
-__all__ = ["host_name", "open_links"]
+__all__ = ["close_all", "host_name", "open_links"]
 
 
 class _Where(msgspec.Struct):
@@ -66,3 +68,13 @@ def open_links(group: Group, fabric: Fabric) -> HostLinks:
         thread.join()
     group.all_gather(b"")
     return HostLinks(fabric, up, down)
+
+
+def close_all(worker: Worker, normal: Combining, low: Combining | None, lock: Lock) -> None:
+    """Leave the group, once what is under way has ended."""
+    worker.close()  # at the interpreter's end something may be under way
+    for exchange in (normal, low):
+        if exchange is not None:
+            exchange.links.close()
+            exchange.fabric.close()
+    lock.close()

@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 import secrets
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from whalefall import comm, env
 from whalefall.ep.arena import Arena
-from whalefall.ep.connect import host_name, open_links
+from whalefall.ep.connect import close_all, host_name, open_links
 from whalefall.ep.counts import mailbox_bytes
 from whalefall.ep.exchange import Exchange
-from whalefall.ep.fabric import Fabric, Lock, Plan
+from whalefall.ep.fabric import CLOSED, Fabric, Lock, Plan
 from whalefall.ep.group import Group
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
@@ -39,7 +41,7 @@ from whalefall.ep.rows import (
     result,
 )
 from whalefall.ep.topology import Topology
-from whalefall.ep.worker import Event, Worker
+from whalefall.ep.worker import Event, Worker, holding
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 __all__ = ["Engine"]
@@ -127,7 +129,9 @@ class Engine:
             plan = Plan(f"{name}-l", 2, slot_bytes, chunk, mailbox, self.timeout_s, shrink)
             self.low_latency = self._open(plan, one_tick=True)
         self._lock.region.unlink()
-        self._finalizer = weakref.finalize(self, _close, self.normal, self.low_latency, self._lock)
+        self._finalizer = weakref.finalize(
+            self, close_all, self.worker, self.normal, self.low_latency, self._lock
+        )
 
     def _open(self, plan: Plan, one_tick: bool) -> Exchange:
         fabric = Fabric(
@@ -204,7 +208,7 @@ class Engine:
         """`dispatch_selections` in the communication thread: `x` of the result is there once the
         event is done; counts are known at once, so it returns when every rank has called it."""
         pending = self._selections(x, topk_idx, num_experts)
-        return pending.result, self.submit(pending)
+        return pending.result, self.submit(pending.run)
 
     def _selections(self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int) -> Pending:
         check_rows(x, topk_idx, self.hidden, "dispatch_selections")
@@ -242,7 +246,7 @@ class Engine:
         """`combine_selections` in the communication thread; the result is there once the event is
         done."""
         out, pending = self._sums(rows, handle, topk_weights, None)
-        return out, self.submit(pending)
+        return out, self.submit(pending.run)
 
     def _sums(
         self,
@@ -322,11 +326,8 @@ class Engine:
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
         out_weights = None if weights is None else np.empty((T, weights.shape[1]), np.float32)
         self.worker.drain()
-        pending = self.normal.combine(
-            contiguous_rows(rows), handle, out, row_weights=weights, out_weights=out_weights,
-            bias=bias,
-        )  # fmt: skip
-        pending.run()
+        given = contiguous_rows(rows)
+        self.normal.combine(given, handle, out, weights, None, out_weights, bias).run()
         return out, out_weights
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -342,9 +343,18 @@ class Engine:
 
     # ---- the rest
 
-    def submit(self, pending: Pending) -> Event:
-        """Run a pending data phase in the communication thread."""
-        return self.worker.submit(pending.run)
+    def submit(self, call: Callable[[], None]) -> Event:
+        """Run a data phase in the communication thread."""
+        return self.worker.submit(self.held(call))
+
+    def held(self, call: Callable[[], None]) -> Callable[[], None]:
+        """`call`, which keeps the engine and so the memory that it works in."""
+        return partial(holding, call, self)
+
+    def check_open(self) -> None:
+        """Raise ConfigError once the engine is closed."""
+        if self._closed:
+            raise ConfigError(CLOSED)
 
     def barrier(self) -> None:
         """Return when every rank has called it.
@@ -359,38 +369,27 @@ class Engine:
         Raises: RankFailure naming the rank that failed.
         """
         self.worker.drain()
-        empty = Layout.nothing(self.num_ranks, len(self.topology.hosts))
-        counts = self.normal.counts
+        counts, hosts = self.normal.counts, len(self.topology.hosts)
+        empty = Layout.nothing(self.num_ranks, hosts)
         heads = counts.collect(counts.post({"kind": 2, "tokens": number}, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
 
     @property
     def bytes_sent_to_other_hosts(self) -> int:
         """Counted at the sockets."""
-        low = self.low_latency.links.bytes_sent if self.low_latency else 0
-        return self.normal.links.bytes_sent + low
+        exchanges = (e for e in (self.normal, self.low_latency) if e is not None)
+        return sum(e.links.bytes_sent for e in exchanges)
 
     def close(self) -> None:
         """Leave the group: to the others this rank is gone. Safe to repeat."""
-        if not self._closed:
-            self._closed = True
-            self.worker.drain()
-            self.worker.close()
-            self._finalizer()
+        self._closed = True
+        self._finalizer()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _close(normal: Exchange, low: Exchange | None, lock: Lock) -> None:
-    for exchange in (normal, low):
-        if exchange is not None:
-            exchange.links.close()
-            exchange.fabric.close()
-    lock.close()
 
 
 def _run(pending: Pending) -> Received:

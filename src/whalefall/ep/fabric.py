@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -24,11 +25,12 @@ from whalefall.comm.library import address
 from whalefall.ep.library import KDEAD, KNOMEMORY, KNOROOM, KSILENT, GroupView
 from whalefall.ep.shared import SharedArena
 from whalefall.ep.topology import Topology
-from whalefall.errors import LimitError, RankFailure
+from whalefall.errors import ConfigError, LimitError, RankFailure
 
-__all__ = ["Fabric", "Lock", "Plan"]
+__all__ = ["CLOSED", "Fabric", "Lock", "Plan"]
 
 PAGE = 4096
+CLOSED = "ep: the Buffer (or engine) is destroyed; make a new one"
 MAILBOXES = 8
 # Looking again and again pays where every rank has a core of its own; there for some 0.4 ms, since
 # to be woken takes longer than most waits of a small collective. With more ranks than cores a rank
@@ -233,4 +235,10 @@ class Fabric:
         for region in self._regions.values():
             with contextlib.suppress(BufferError):  # a caller still looks at a buffer
                 region.close()
-        self._regions.clear()
+        # From here on the native side would touch memory that is gone.
+        del self._regions, self.shared, self.pointer
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("_regions", "shared", "pointer"):
+            raise ConfigError(CLOSED)
+        raise AttributeError(name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Event", "Worker"]
+__all__ = ["Event", "Worker", "holding"]
 
 
 class Event:
@@ -66,10 +66,11 @@ class Worker:
             self._last._flag.wait()
 
     def close(self) -> None:
-        """End the thread after what was submitted."""
+        """End the thread after what was submitted; also from a finalizer that runs in it."""
         if self._thread is not None:
             self._calls.put(None)
-            self._thread.join()
+            if self._thread is not threading.current_thread():
+                self._thread.join()
             self._thread = None
 
     def _run(self) -> None:
@@ -83,3 +84,8 @@ class Worker:
             except BaseException as error:
                 event.finish(error)
             del call, event, item
+
+
+def holding(call: Callable[[], None], _: object) -> None:
+    """`call()`; a partial of it keeps alive what the call works in."""
+    call()

@@ -43,6 +43,7 @@ class LowLatency:
 
     @property
     def _low(self) -> Exchange:
+        self.runtime.check_open()
         if self.runtime.low_latency is None:
             raise ConfigError("Buffer: made without low_latency_mode=True and num_rdma_bytes")
         return self.runtime.low_latency
@@ -281,11 +282,11 @@ class LowLatency:
             receive()
 
         if async_finish:
-            return EventOverlap(EventHandle(self.runtime.worker.submit(both))), None
+            return EventOverlap(EventHandle(self.runtime.submit(both))), None
         self.runtime.worker.drain()
         if split:
             send()
-            return EventOverlap(), receive
+            return EventOverlap(), self.runtime.held(receive)
         both()
         return EventOverlap(), None
 

@@ -297,6 +297,7 @@ class Normal:
         return len(self.runtime.topology.hosts)
 
     def _before(self, previous: EventOverlap | None, async_finish: bool, on_comm: bool) -> None:
+        self.runtime.check_open()
         if on_comm and not (previous is not None and async_finish):
             raise ConfigError(
                 "Buffer: allocate_on_comm_stream needs previous_event and async_finish=True"
@@ -317,7 +318,7 @@ class Normal:
             call()
 
         if async_finish:
-            return EventOverlap(EventHandle(self.runtime.worker.submit(after_previous)))
+            return EventOverlap(EventHandle(self.runtime.submit(after_previous)))
         self.runtime.worker.drain()
         after_previous()
         return EventOverlap()
