@@ -66,9 +66,14 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"k_cache": np.zeros((8, 16, 96), BF16)}, ShapeError, r"wanted \[blocks, page, kv heads"),
     ({"k_cache": np.zeros((8, 16, 1, 96), np.uint8)}, DtypeError, "uint8 and is_fp8_kvcache is Fa"),
     ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True; wanted one of"),
-    ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted 1 to 96"),
+    ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted a whole number of 1 to 96"),
     ({"head_dim_v": 0}, ConfigError, "head_dim_v is 0"),
-    ({"softmax_scale": True}, ConfigError, "softmax_scale is True, wanted a number"),
+    ({"head_dim_v": 64.0}, ConfigError, r"head_dim_v is 64\.0, wanted a whole number"),
+    ({"head_dim_v": "64"}, ConfigError, "head_dim_v is '64', wanted a whole number"),
+    ({"head_dim_v": None}, ConfigError, "head_dim_v is None, wanted a whole number"),
+    ({"softmax_scale": "x"}, ConfigError, "softmax_scale is 'x', wanted a finite number or None"),
+    ({"softmax_scale": np.nan}, ConfigError, "softmax_scale is nan, wanted a finite number or No"),
+    ({"softmax_scale": True}, ConfigError, "softmax_scale is True, wanted a finite"),
     ({"block_table": np.zeros((2, 3), np.int64)}, DtypeError, "block_table is int64, wanted int32"),
     ({"block_table": np.zeros((3, 3), np.int32)}, ShapeError, r"has shape \[3, 3\], wanted \[2"),
     ({"block_table": np.full((2, 3), 8, np.int32)}, ShapeError, r"block_table\[0, 0\] is 8, wante"),
@@ -91,6 +96,35 @@ def test_decode_refuses(change: dict[str, Any], error: type[WhalefallError], wor
         decode(**change)
     assert str(caught.value).startswith("flash_mla_with_kvcache: ")
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_may_be_numpys() -> None:
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal((2, 1, 4, 96)).astype(BF16)
+    cache = rng.standard_normal((8, 16, 1, 96)).astype(BF16)
+    ours = decode(q=q, k_cache=cache, head_dim_v=np.int64(64), softmax_scale=np.float32(0.125))
+    plain = decode(q=q.copy(), k_cache=cache, softmax_scale=0.125)
+    assert ours[0].tobytes() == plain[0].tobytes() and ours[1].tobytes() == plain[1].tobytes()
+
+
+@pytest.mark.parametrize("scale", ["a", True, np.inf, pytest.param(10**400, id="huge"), [1.0]])
+def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
+    q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)
+    with pytest.raises(
+        ConfigError, match=r"^flash_attn_varlen_func: softmax_scale is .*number or N"
+    ):
+        attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, softmax_scale=scale)
+    for given in (scale, None):
+        with pytest.raises(
+            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number$"
+        ):
+            attention.flash_mla_sparse_fwd(q, q[:, :1], np.zeros((4, 1, 1), np.int32), given, 16)
+    with pytest.raises(
+        ConfigError, match=r"^flash_mla_sparse_fwd: d_v is None, wanted a whole num"
+    ):
+        attention.flash_mla_sparse_fwd(q, q[:, :1], np.zeros((4, 1, 1), np.int32), 1.0, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"head_dim_qk is None, wanted a whole number"):
+        attention.flash_attn_varlen_qkvpacked_func(q, cu, 4, None)  # type: ignore[arg-type]
 
 
 def test_the_others_refuse() -> None:

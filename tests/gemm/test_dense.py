@@ -192,6 +192,9 @@ def test_torch_tensors_give_the_same_bits() -> None:
         (lambda v: {"recipe": (1, 64, 128)}, ConfigError, "wanted rows 1 or 128"),
         (lambda v: {"recipe_a": (1, 128)}, ConfigError, "recipe_a and recipe_b together"),
         (lambda v: {"compiled_dims": "xy"}, ConfigError, "wanted letters of 'mnk'"),
+        (lambda v: {"compiled_dims": None}, ConfigError, "compiled_dims=None, wanted letters"),
+        (lambda v: {"recipe": 5}, ConfigError, "recipe=5, wanted"),
+        (lambda v: {"recipe_a": 5, "recipe_b": 6}, ConfigError, "recipe_a=5, wanted"),
         (lambda v: {"a": (v["a"][0].astype(np.float32), v["a"][1])}, DtypeError, "a is float32"),
     ],
 )
@@ -201,6 +204,43 @@ def test_refusals_say_what_is_wrong(change: Any, error_type: Any, words: str) ->
     values: dict[str, Any] = {"a": a, "b": b, "d": np.zeros((4, 5), np.float32)}
     with pytest.raises(error_type, match=words):
         gemm.fp8_gemm_nt(**(values | change(values)))
+
+
+def test_turned_operands_are_refused_by_their_axes() -> None:
+    one, two = np.zeros(8, BF16).astype("float8_e4m3fn"), np.ones((1, 8), np.float32)
+    d = np.zeros((8, 8), np.float32)
+    for pair, words in (
+        ((one, two), r"a has shape \[8\], wanted 2 axes"),
+        ((one[None], two[0]), r"scale of a has shape \[8\], wanted 2 axes"),
+    ):
+        with pytest.raises(ShapeError, match=rf"fp8_gemm_tn: {words}"):
+            gemm.fp8_gemm_tn(pair, pair, d)
+    with pytest.raises(DtypeError, match="fp8_gemm_tn: a: a NoneType, wanted a numpy array"):
+        gemm.fp8_gemm_tn((None, two), (one, two), d)
+    with pytest.raises(ShapeError, match=r"bf16_gemm_tn: a has shape \[8\], wanted 2 axes"):
+        gemm.bf16_gemm_tn(np.zeros(8, BF16), np.zeros((1, 8), BF16), d)
+
+
+@pytest.mark.parametrize("name", ["set_num_sms", "set_tc_util"])
+@pytest.mark.parametrize("value", ["x", None, 1.5, 10**6, 2**32, -1])
+def test_settings_take_whole_numbers_in_range(name: str, value: Any) -> None:
+    before = gemm.get_num_sms()
+    with pytest.raises(ConfigError, match=f"{name}: got {value!r}, wanted 0"):
+        getattr(gemm, name)(value)
+    assert gemm.get_num_sms() == before
+    for other in ("set_mk_alignment_for_contiguous_layout", "set_block_size_multiple_of"):
+        with pytest.raises(ConfigError, match=f"{other}: got 'x', wanted 1"):
+            getattr(gemm, other)("x")
+
+
+@pytest.mark.parametrize("splits", [None, (1, 2), (8, "x", 0), 3])
+def test_head_splits_are_three_whole_numbers(splits: Any) -> None:
+    rng = np.random.default_rng(9)
+    a, b = fp8(rng, (4, 128))[0], fp8(rng, (8, 128), (128, 128))[0]
+    with pytest.raises(
+        ConfigError, match=r"skip_head_mid: head_splits=.*wanted \(left, mid, right"
+    ):
+        gemm.fp8_gemm_nt_skip_head_mid(a, b, np.zeros((4, 10), np.float32), splits)
 
 
 def test_partial_overlap_is_refused() -> None:

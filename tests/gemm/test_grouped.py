@@ -9,7 +9,7 @@ import pytest
 
 from tests.gemm.operands import BF16, bf16, error, fp8
 from whalefall import gemm
-from whalefall.errors import ConfigError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, ShapeError
 
 EXACT = 1e-6
 
@@ -170,3 +170,16 @@ def test_refusals_say_what_is_wrong() -> None:
         gemm.k_grouped_fp8_gemm_tn_contiguous(
             turned, turned, np.zeros((1, 4, 4), np.float32), [5], None
         )
+    tn, flat = gemm.k_grouped_fp8_gemm_tn_contiguous, gemm.k_grouped_fp8_gemm_nt_contiguous
+    for call, name in ((tn, "k_grouped_fp8_gemm_tn"), (flat, "k_grouped_fp8_gemm_nt")):
+        d = np.zeros((1, 4, 4), np.float32)
+        with pytest.raises(DtypeError, match=f"{name}_contiguous: a is a NoneType, wanted a pair"):
+            call(None, turned, d, [128], None)
+        for sizes in (5, None, ["x"], [1.0]):
+            with pytest.raises(ConfigError, match=f"{name}_contiguous: ks_cpu="):
+                call(turned, turned, d, sizes, None)
+        with pytest.raises(ConfigError, match=f"{name}_contiguous: recipe=None"):
+            call(turned, turned, d, [128], None, recipe=None)
+    for wrong in (None, "x", 0, 1.5):
+        with pytest.raises(ConfigError, match=f"nt_masked: expected_m={wrong!r}, wanted a whole"):
+            gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([4], np.int32), wrong)

@@ -291,6 +291,15 @@ def test_refusals_say_what_is_wrong() -> None:
         gemm.fp8_linear(x.astype(np.float64), weight, scale)
     with pytest.raises(DtypeError, match="float8 weights have block scales"):
         gemm.linear(x, weight)
+    square, idx = np.ones((256, 256), np.float32), np.zeros((2, 1), np.int32)
+    experts = [gemm.ExpertWeights(square, square, square)]
+    for dtype in ("nonsense", "float16", 3):
+        with pytest.raises(
+            DtypeError, match=f"fp8_linear: out_dtype is {dtype!r}, wanted 'float32"
+        ):
+            gemm.fp8_linear(x, weight, scale, out_dtype=dtype)  # type: ignore[arg-type]
+        with pytest.raises(DtypeError, match=f"fused_experts: out_dtype is {dtype!r}, wanted"):
+            gemm.fused_experts(x, experts, idx, out_dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="form is 'some'"):
         gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
 

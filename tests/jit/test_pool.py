@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,9 +78,12 @@ def test_a_forked_child_computes(library: jit.Library) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_zero_threads_are_refused() -> None:
-    with pytest.raises(ConfigError, match="got 0, wanted 1 or more"):
-        jit.set_num_threads(0)
+@pytest.mark.parametrize("count", [0, -1, 4097, 10**6, 2**32 + 1, "x", None, 1.5])
+def test_counts_of_threads_that_make_no_sense_are_refused(count: Any) -> None:
+    before = jit.get_num_threads()
+    with pytest.raises(ConfigError, match=f"got {count!r}, wanted 1 to 4096, whole"):
+        jit.set_num_threads(count)
+    assert jit.get_num_threads() == before
 
 
 def test_sources_of_the_room_are_where_a_wheel_carries_them() -> None:

@@ -29,6 +29,7 @@ from whalefall.attention.operands import (
     cache_operand,
     int32_operand,
     query_operand,
+    scale_operand,
     sink_operand,
     width_of_values,
 )
@@ -101,8 +102,8 @@ def flash_mla_with_kvcache(
     if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
         return _on_gpu(locals())
     seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
-    width_of_values(_HERE, head_dim_v, seen.shape[3])
-    scale = _scale(softmax_scale, seen.shape[3])
+    head_dim_v = width_of_values(_HERE, "head_dim_v", head_dim_v, seen.shape[3])
+    scale = scale_operand(_HERE, "softmax_scale", softmax_scale, seen.shape[3])
     b, s_q, h_q, _ = seen.shape
     call = _Call((b, s_q, h_q, head_dim_v), seen.dtype)
     sink = sink_operand(_HERE, attn_sink, h_q)
@@ -131,15 +132,6 @@ def flash_mla_with_kvcache(
 
 
 _MEMO = CallMemo()
-
-
-def _scale(given: Any, width: int) -> float:
-    if not isinstance(given, (int, float, type(None))) or isinstance(given, bool):
-        raise ConfigError(
-            f"{_HERE}: softmax_scale is {given!r}, wanted a number or None; causal is the ninth "
-            "argument"
-        )
-    return width**-0.5 if given is None else float(given)
 
 
 class _Call:

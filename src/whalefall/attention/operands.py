@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,17 @@ from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, Cache
 from whalefall.dtypes import View, as_numpy, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 
-__all__ = ["cache_operand", "int32_operand", "query_operand", "sink_operand", "width_of_values"]
+__all__ = [
+    "cache_operand",
+    "int32_operand",
+    "query_operand",
+    "scale_operand",
+    "sink_operand",
+    "width_of_values",
+]
 
 _FP8 = ("float8_e4m3fn", "uint8", "int8")
+FLOAT_MAX = float(np.finfo(np.float32).max)
 FP8_WIDTH = 576  # columns of a 656-byte row
 
 
@@ -107,10 +117,25 @@ def cache_operand(
     return Cache(seen.address, *strides, blocks, page), code, kv_heads
 
 
-def width_of_values(where: str, head_dim_v: int, width: int) -> int:
+def width_of_values(where: str, name: str, head_dim_v: Any, width: int) -> int:
     """`head_dim_v`, checked: values are a row's first columns."""
-    if not 0 < head_dim_v <= width:
+    whole = isinstance(head_dim_v, Integral) and not isinstance(head_dim_v, bool)
+    if not whole or not 0 < head_dim_v <= width:
         raise ConfigError(
-            f"{where}: head_dim_v is {head_dim_v}, wanted 1 to {width}, the width of q"
+            f"{where}: {name} is {head_dim_v!r}, wanted a whole number of 1 to {width}, the width "
+            "of q"
         )
-    return head_dim_v
+    return int(head_dim_v)
+
+
+def scale_operand(where: str, name: str, given: Any, width: int | None = None) -> float:
+    """The scale of the scores as a float; None means width ** -0.5 where `width` is given."""
+    if given is None and width is not None:
+        return float(width**-0.5)
+    number: Any = given if isinstance(given, Real) and not isinstance(given, bool) else math.nan
+    if not abs(number) <= FLOAT_MAX:  # kernels take it as float32; NaN is refused, too
+        raise ConfigError(
+            f"{where}: {name} is {given!r}, wanted a finite number"
+            + (" or None" if width is not None else "")
+        )
+    return float(number)

@@ -13,6 +13,7 @@ from whalefall.attention.native_calls import TYPES, Cache, Chosen, SparseArgs, s
 from whalefall.attention.operands import (
     int32_operand,
     query_operand,
+    scale_operand,
     sink_operand,
     width_of_values,
 )
@@ -49,7 +50,8 @@ def flash_mla_sparse_fwd(
     """
     seen, kept = query_operand(_HERE, "q", q, "s_q, h_q, d")
     s_q, h_q, width = seen.shape
-    width_of_values(_HERE, d_v, width)
+    d_v = width_of_values(_HERE, "d_v", d_v, width)
+    scale = scale_operand(_HERE, "sm_scale", sm_scale)
     rows = view(kv, f"{_HERE}: kv")
     if len(rows.shape) != 3 or rows.shape[1:] != (1, width) or rows.dtype != seen.dtype:
         raise ShapeError(
@@ -73,7 +75,7 @@ def flash_mla_sparse_fwd(
         *(view(lse).address, view(max_logits).address, h_q, 1, sink_operand(_HERE, attn_sink, h_q)),
         *(s_q, h_q, width, d_v),
         Chosen(cache, index.address, index.strides[0], index.shape[2], lengths, 1),
-        *(Chosen(), float(sm_scale), math.inf, code, code, code),
+        *(Chosen(), scale, math.inf, code, code, code),
     )
     if s_q * h_q:
         sparse_entry(code, h_q, seen.dtype == "bfloat16")(ctypes.addressof(args))

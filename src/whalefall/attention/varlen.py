@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from whalefall.attention.native_calls import TYPES, VarlenArgs, varlen_entry
-from whalefall.attention.operands import query_operand
+from whalefall.attention.operands import query_operand, scale_operand
 from whalefall.dtypes import View, as_numpy, empty_like, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
 
@@ -104,15 +105,18 @@ def flash_attn_varlen_qkvpacked_func(
     Source: FlashMLA `flash_attn_varlen_qkvpacked_func`.
     """
     where, d = "flash_attn_varlen_qkvpacked_func", head_dim_qk
-    _check_packed(where, "qkv", qkv, 2 * d)
+    _check_packed(where, "qkv", qkv, d, 2)
     return _attend(
         *(where, qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d :], cu_seqlens, cu_seqlens),
         *(dropout_p, softmax_scale, causal, is_varlen),
     )
 
 
-def _check_packed(where: str, name: str, packed: Any, before_v: int) -> None:
+def _check_packed(where: str, name: str, packed: Any, width: Any, parts: int = 1) -> None:
     shape = view(packed, f"{where}: {name}").shape
+    if not isinstance(width, Integral):
+        raise ConfigError(f"{where}: head_dim_qk is {width!r}, wanted a whole number")
+    before_v = int(width) * parts
     if len(shape) != 3 or not 0 < before_v < shape[2]:
         raise ShapeError(
             f"{where}: {name} has shape {list(shape)}, wanted [tokens, heads, more than {before_v}]"
@@ -151,7 +155,7 @@ def _attend(
         )
     tokens, heads, width = seen_q.shape
     v_width = seen_v.shape[2]
-    scale = width**-0.5 if softmax_scale is None else float(softmax_scale)
+    scale = scale_operand(where, "softmax_scale", softmax_scale, width)
     out = empty_like(q, (tokens, heads, v_width), seen_q.dtype)
     lse = empty_like(q, (heads, tokens), "float32")
     args = VarlenArgs(

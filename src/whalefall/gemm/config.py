@@ -6,6 +6,7 @@ Source: DeepGEMM `csrc/apis/runtime.hpp`, `csrc/apis/layout.hpp`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from whalefall import jit
 from whalefall.errors import ConfigError
@@ -41,9 +42,9 @@ _settings = _Settings()
 
 def set_mk_alignment_for_contiguous_layout(new_value: int, /) -> None:
     """Set the multiple at which groups of a contiguous or psum layout start (128 unless set)."""
-    if new_value < 1:
+    if not isinstance(new_value, Integral) or new_value < 1:
         raise ConfigError(
-            f"set_mk_alignment_for_contiguous_layout: got {new_value}, wanted 1 or more"
+            f"set_mk_alignment_for_contiguous_layout: got {new_value!r}, wanted 1 or more, whole"
         )
     _settings.alignment = new_value
 
@@ -64,8 +65,10 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
 
 def set_num_sms(new_num_sms: int, /) -> None:
     """Set the number of kernel threads (SMs, on a GPU); 0: all cores."""
-    if new_num_sms < 0:
-        raise ConfigError(f"set_num_sms: got {new_num_sms}, wanted 0 (all) or more")
+    if not isinstance(new_num_sms, Integral) or not 0 <= new_num_sms <= jit.MOST_THREADS:
+        raise ConfigError(
+            f"set_num_sms: got {new_num_sms!r}, wanted 0 (all) to {jit.MOST_THREADS}, whole"
+        )
     import os
 
     jit.set_num_threads(new_num_sms or len(os.sched_getaffinity(0)))
@@ -78,8 +81,8 @@ def get_num_sms() -> int:
 
 def set_tc_util(new_tc_util: int, /) -> None:
     """Remember a tensor-core utilisation of 0 (meaning 100) to 100; it changes no result."""
-    if not 0 <= new_tc_util <= 100:
-        raise ConfigError(f"set_tc_util: got {new_tc_util}, wanted 0 to 100")
+    if not isinstance(new_tc_util, Integral) or not 0 <= new_tc_util <= 100:
+        raise ConfigError(f"set_tc_util: got {new_tc_util!r}, wanted 0 to 100")
     _settings.tc_util = new_tc_util or 100
 
 
@@ -106,6 +109,6 @@ def set_ignore_compile_dims(new_value: bool, /) -> None:
 def set_block_size_multiple_of(new_value: int | tuple[int, int], /) -> None:
     """Accepted: tiles are fixed here, and results do not depend on them."""
     pair = new_value if isinstance(new_value, tuple) else (new_value, new_value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ConfigError(f"set_block_size_multiple_of: got {new_value}, wanted 1 or more")
+    if len(pair) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in pair):
+        raise ConfigError(f"set_block_size_multiple_of: got {new_value!r}, wanted 1 or more")
     _settings.block_size_multiple_of = pair

@@ -7,6 +7,7 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ _MEMO = CallMemo()
 
 def check_dims(where: str, compiled_dims: str) -> None:
     """ConfigError where `compiled_dims` (which changes no result) is no subset of "mnk"."""
-    if not set(compiled_dims) <= set("mnk"):
+    if not isinstance(compiled_dims, str) or not set(compiled_dims) <= set("mnk"):
         raise ConfigError(f"{where}: compiled_dims={compiled_dims!r}, wanted letters of 'mnk'")
 
 
@@ -226,6 +227,8 @@ def fp8_gemm_nt_skip_head_mid(
     of_a, of_b = recipes(where, scale_dtype(b), recipe, None, None)
     left_operand = fp8_operand(where, "a", a, of_a)
     right_operand = fp8_operand(where, "b", b, of_b)
+    if not _three_whole(head_splits):
+        raise ConfigError(f"{where}: head_splits={head_splits!r}, wanted (left, mid, right)")
     left, mid, right = head_splits
     n = right_operand.rows
     if min(head_splits) < 0 or left + right < 1 or n % (left + right):
@@ -237,6 +240,14 @@ def fp8_gemm_nt_skip_head_mid(
     multiply(where, left_operand, right_operand, narrow, None)
     columns = np.arange(n)
     out[:, columns + (columns + right) // (left + right) * mid] = narrow
+
+
+def _three_whole(given: Any) -> bool:
+    return (
+        isinstance(given, (tuple, list))
+        and len(given) == 3
+        and all(isinstance(n, Integral) for n in given)
+    )
 
 
 def _bf16(

@@ -9,6 +9,7 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`, `m_grouped_*` and `k_grouped_*`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -243,8 +244,8 @@ def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_
     check_k(where, a, b)
     if a.groups != b.groups:
         raise ShapeError(f"{where}: {a.groups} groups in a and {b.groups} in b, wanted the same")
-    if expected_m <= 0:
-        raise ConfigError(f"{where}: expected_m={expected_m}, wanted 1 or more")
+    if not isinstance(expected_m, Integral) or expected_m <= 0:
+        raise ConfigError(f"{where}: expected_m={expected_m!r}, wanted a whole number above 0")
     to = target(where, "d", d, (a.groups, a.rows, b.rows))
     counts = _int32(where, "masked_m", masked_m)
     if counts.shape != (a.groups,):
@@ -306,9 +307,9 @@ bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
 
 
 def k_stretches(
-    where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int, psum: bool
+    where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int | None, psum: bool
 ) -> list[tuple[int, int]]:
-    """First K and length of each group's stretch."""
+    """First K and length of each group's stretch; `total` None: what `ks_cpu` sums to."""
     if psum:
         ends = _int32(where, "grouped_layout", grouped_layout)
         alignment, start, stretches = get_mk_alignment_for_contiguous_layout(), 0, []
@@ -316,8 +317,10 @@ def k_stretches(
             stretches.append((start, max(0, end - start)))
             start = -(-max(start, end) // alignment) * alignment
     else:
-        if not ks_cpu:
-            raise ConfigError(f"{where}: ks_cpu={ks_cpu}, wanted the groups' sizes along K")
+        if not isinstance(ks_cpu, (list, tuple)) or not ks_cpu:
+            raise ConfigError(f"{where}: ks_cpu={ks_cpu!r}, wanted the groups' sizes along K")
+        if not all(isinstance(k, Integral) for k in ks_cpu):
+            raise ConfigError(f"{where}: ks_cpu={ks_cpu!r}, wanted whole numbers")
         if min(ks_cpu) < 0:
             raise ShapeError(f"{where}: ks_cpu holds {min(ks_cpu)}, wanted 0 or more")
         if grouped_layout is not None:
@@ -328,6 +331,7 @@ def k_stretches(
                 )
         firsts = np.concatenate([[0], np.cumsum(ks_cpu)])[:-1]
         stretches = [(int(f), int(k)) for f, k in zip(firsts, ks_cpu, strict=True)]
+        total = sum(ks_cpu) if total is None else total
         if sum(ks_cpu) != total:
             raise ShapeError(f"{where}: ks_cpu sums to {sum(ks_cpu)}, the operands hold K={total}")
     if stretches and max(f + k for f, k in stretches if k or not f) > total:

@@ -22,6 +22,7 @@ from whalefall.gemm.operands import (
     accumulator,
     empty_segments,
     refuse_overlap,
+    value_pair,
 )
 
 __all__ = [
@@ -85,7 +86,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     where = "k_grouped_fp8_gemm_tn_contiguous"
     check_dims(where, compiled_dims)
     gran_k = _gran(where, recipe)
-    (av, asf), (bv, bsf) = a, b
+    (av, asf), (bv, bsf) = value_pair(where, "a", a), value_pair(where, "b", b)
     va, vb = _matrix(where, "a", av, "float8_e4m3fn"), _matrix(where, "b", bv, "float8_e4m3fn")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
     to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
@@ -135,13 +136,13 @@ def k_grouped_fp8_gemm_nt_contiguous(
     """
     where = "k_grouped_fp8_gemm_nt_contiguous"
     check_dims(where, compiled_dims)
-    if tuple(recipe) != (1, 1, 128) or use_psum_layout:
+    if recipe not in ((1, 1, 128), [1, 1, 128]) or use_psum_layout:
         raise ConfigError(f"{where}: recipe={recipe}, psum={use_psum_layout}; wanted (1, 1, 128)")
     groups, m, n = _shape3(where, d)
-    (av, asf), (bv, bsf) = a, b
+    (av, asf), (bv, bsf) = value_pair(where, "a", a), value_pair(where, "b", b)
     va, vb = view(av, f"{where}: a"), view(bv, f"{where}: b")
-    total = sum(ks_cpu or [])
-    stretches = k_stretches(where, ks_cpu, grouped_layout, total, False)
+    stretches = k_stretches(where, ks_cpu, grouped_layout, None, False)
+    total = sum(k for _, k in stretches)
     if len(stretches) != groups or any(k % 128 for _, k in stretches):
         raise ShapeError(f"{where}: ks_cpu={ks_cpu}, wanted {groups} multiples of 128")
     for name, v, rows, sf in (("a", va, m, asf), ("b", vb, n, bsf)):
@@ -183,7 +184,7 @@ def _check_flat(where: str, name: str, v: View, s: View, rows: int, total: int) 
 
 
 def _gran(where: str, recipe: Recipe) -> int:
-    if tuple(recipe) not in ((1, 1, 32), (1, 1, 128)):
+    if not isinstance(recipe, (tuple, list)) or tuple(recipe) not in ((1, 1, 32), (1, 1, 128)):
         raise ConfigError(f"{where}: recipe={recipe}, wanted (1, 1, 32) or (1, 1, 128)")
     return int(recipe[2])
 

@@ -131,7 +131,8 @@ def fused_experts(
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
     if out is None:
-        out = empty_like(x, (tokens, topk, hidden), out_dtype or "bfloat16")
+        dtype = _out_dtype("fused_experts", out_dtype or "bfloat16")
+        out = empty_like(x, (tokens, topk, hidden), dtype)
     rows = written(out, "fused_experts: out")
     if rows.shape != (tokens, topk, hidden) or not rows.contiguous or rows.dtype not in _OUT:
         raise ShapeError(
@@ -256,7 +257,7 @@ def _run_linear(
     if seen.dtype not in _OUT:
         raise DtypeError(f"{name}: x is {seen.dtype}, wanted float32 or bfloat16")
     if out is None:
-        out = empty_like(x, (seen.shape[0], rows), out_dtype or seen.dtype)
+        out = empty_like(x, (seen.shape[0], rows), _out_dtype(name, out_dtype or seen.dtype))
     y = written(out, f"{name}: out")
     if y.shape != (seen.shape[0], rows) or y.dtype not in _OUT or _gaps(y):
         raise ShapeError(
@@ -275,6 +276,12 @@ def _run_linear(
     if given[-1] is not None:
         _MEMO.keep(given, rest, (run, address, call))
     return out
+
+
+def _out_dtype(name: str, given: Any) -> str:
+    if given not in _OUT:
+        raise DtypeError(f"{name}: out_dtype is {given!r}, wanted 'float32' or 'bfloat16'")
+    return str(given)
 
 
 def _gaps(seen: View) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "recipes",
     "refuse_overlap",
     "target",
+    "value_pair",
 ]
 
 BF16, FP8 = 1, 2
@@ -106,10 +107,12 @@ def recipes(
     if recipe_a is None or recipe_b is None:
         if recipe is None:
             recipe = (1, 1, 128) if sfb_dtype == "int32" else (1, 128, 128)
-        if len(recipe) != 3:
-            raise ConfigError(f"{where}: recipe={recipe}, wanted (rows of a, rows of b, k)")
+        if not isinstance(recipe, (tuple, list)) or len(recipe) != 3:
+            raise ConfigError(f"{where}: recipe={recipe!r}, wanted (rows of a, rows of b, k)")
         recipe_a, recipe_b = (recipe[0], recipe[2]), (recipe[1], recipe[2])
     for name, pair in (("a", recipe_a), ("b", recipe_b)):
+        if not isinstance(pair, (tuple, list)):
+            raise ConfigError(f"{where}: recipe_{name}={pair!r}, wanted (rows, k)")
         if len(pair) != 2 or pair[0] not in (1, 128) or pair[1] not in (32, 128):
             raise ConfigError(
                 f"{where}: scales of {name} for {tuple(pair)} (rows, k), wanted rows 1 or 128 and "
@@ -123,6 +126,18 @@ def transposed(array: Any) -> Any:
     return array.swapaxes(-1, -2)
 
 
+def _axes(where: str, name: str, array: Any, swap: bool, dims: int) -> View:
+    """The memory of an array of `dims` axes, the last two swapped where wanted."""
+    v = view(array, f"{where}: {name}")
+    if len(v.shape) != dims:
+        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+    if not swap:
+        return v
+    turned = (*range(dims - 2), dims - 1, dims - 2)
+    shape, strides = (tuple(of[i] for i in turned) for of in (v.shape, v.strides))
+    return View(v.address, shape, strides, v.dtype)
+
+
 def fp8_operand(
     where: str, name: str, pair: Any, recipe: Pair, swap: bool = False, dims: int = 2
 ) -> Operand:
@@ -134,11 +149,9 @@ def fp8_operand(
         swap: values and scales come as [k, rows].
         dims: 2, or 3 with a leading group axis.
     """
-    values, scales = _pair(where, name, pair)
-    v = view(transposed(values) if swap else values, f"{where}: {name}")
-    s = view(transposed(scales) if swap else scales, f"{where}: scale of {name}")
-    if len(v.shape) != dims:
-        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+    values, scales = value_pair(where, name, pair)
+    v = _axes(where, name, values, swap, dims)
+    s = _axes(where, f"scale of {name}", scales, swap, dims)
     if v.dtype not in ("float8_e4m3fn", "int8"):
         raise DtypeError(
             f"{where}: {name} is {v.dtype}, wanted float8_e4m3fn, or int8 holding FP4 pairs"
@@ -172,9 +185,7 @@ def bf16_operand(
     where: str, name: str, array: Any, swap: bool = False, dims: int = 2, plain_fp8: bool = False
 ) -> Operand:
     """A BF16 operand, in either layout; with `plain_fp8` also E4M3 values without scales."""
-    v = view(transposed(array) if swap else array, f"{where}: {name}")
-    if len(v.shape) != dims:
-        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+    v = _axes(where, name, array, swap, dims)
     fp8 = plain_fp8 and v.dtype == "float8_e4m3fn"
     if v.dtype != "bfloat16" and not fp8:
         wanted = "bfloat16 or float8_e4m3fn" if plain_fp8 else "bfloat16"
@@ -251,7 +262,7 @@ def _extent(v: View) -> tuple[int, int]:
     return low, v.address + size * (sum(s for s in spans if s > 0) + 1)
 
 
-def _pair(where: str, name: str, pair: Any) -> tuple[Any, Any]:
+def value_pair(where: str, name: str, pair: Any) -> tuple[Any, Any]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DtypeError(
             f"{where}: {name} is a {type(pair).__name__}, wanted a pair (values, scales); "

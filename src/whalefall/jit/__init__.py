@@ -7,10 +7,11 @@ Source: DeepGEMM's run-time compilation, for CPUs.
 
 from whalefall.jit.compile import Library, build
 from whalefall.jit.isa import LEVELS, best_level, levels
-from whalefall.jit.pool import get_num_threads, set_num_threads
+from whalefall.jit.pool import MOST_THREADS, get_num_threads, set_num_threads
 
 __all__ = [
     "LEVELS",
+    "MOST_THREADS",
     "Library",
     "best_level",
     "build",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from numbers import Integral
 from pathlib import Path
 
 from whalefall import env
@@ -12,7 +13,9 @@ from whalefall.errors import ConfigError
 from whalefall.jit import isa
 from whalefall.jit.compile import ON_LOAD, Library, build
 
-__all__ = ["address", "get_num_threads", "set_num_threads"]
+MOST_THREADS = 4096  # more than machines have cores: beyond it, a mistyped number
+
+__all__ = ["MOST_THREADS", "address", "get_num_threads", "set_num_threads"]
 
 
 @functools.cache
@@ -22,8 +25,8 @@ def _pool() -> Library:
     library = build(Path(__file__).parent / "native" / "pool.cpp", level=isa.levels()[-1])
     library.wf_pool.restype = ctypes.c_void_p
     text = env.get("WHALEFALL_THREADS")
-    if text and not (text.isdigit() and int(text) > 0):
-        raise ConfigError(f"WHALEFALL_THREADS is {text!r}, wanted a whole number above 0")
+    if text and not (text.isdecimal() and 0 < int(text) <= MOST_THREADS):
+        raise ConfigError(f"WHALEFALL_THREADS is {text!r}, wanted 1 to {MOST_THREADS}, whole")
     library.wf_pool_set_threads(int(text) if text else len(os.sched_getaffinity(0)))
     return library
 
@@ -43,8 +46,8 @@ def set_num_threads(count: int) -> None:
 
     Source: the counterpart of DeepGEMM's `set_num_sms`.
     """
-    if count < 1:
-        raise ConfigError(f"set_num_threads: got {count}, wanted 1 or more")
+    if not isinstance(count, Integral) or not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"set_num_threads: got {count!r}, wanted 1 to {MOST_THREADS}, whole")
     _pool().wf_pool_set_threads(count)
 
 
