@@ -553,6 +553,41 @@ def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
         ep.Buffer(buffer.group, 100)
 
 
+def check_counts_that_are_not_those_of_the_tokens_are_never_said(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    layout = buffer.get_dispatch_layout(idx, E)
+    if buffer.rank == 0:
+        for wrong in (layout[0] - 1, layout[0] + 1):
+            with pytest.raises(ShapeError, match="num_tokens_per_rank does not count"):
+                buffer.dispatch(x, None, wrong, layout[1], layout[3], layout[2], idx, weights)
+    got, *_ = dispatch(buffer, x, idx, weights)
+    assert torch.equal(got, wanted_x(buffer))
+
+
+def check_a_handle_of_another_group_is_refused(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    got, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    size, rank = buffer.group_size, buffer.rank
+    groups = [dist.new_group([r]) for r in range(size)]
+    hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, 1, E)
+    alone = ep.Buffer(groups[rank], 1 << 20, hint, low_latency_mode=True)
+    own, *_, of_alone, _ = dispatch(alone, x, idx, weights)
+    rows, _, low, _, _ = low_latency(alone, x, idx, use_fp8=False)
+    for one, given, of, words in (
+        (alone, got, handle, f"between {size} ranks of another group than this one of 1"),
+        (buffer, own, of_alone, f"between 1 ranks of another group than this one of {size}"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            one.combine(given, of)
+        with pytest.raises(ConfigError, match=words):
+            one.dispatch(x, handle=of)
+    with pytest.raises(ConfigError, match="of another group"):
+        buffer.low_latency_combine(rows, idx, weights, low)
+    other = ep.Buffer(buffer.group, 1 << 20)  # of the same group
+    back, _, _ = other.combine(got, handle)
+    assert torch.equal(back, buffer.combine(got, handle)[0])
+
+
 def check_local_memory_is_a_tensor(buffer: ep.Buffer) -> None:
     dist.barrier()  # others may still read from this rank's memory what the last check sent
     whole = buffer.get_local_buffer_tensor(torch.uint8)

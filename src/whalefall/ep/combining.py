@@ -24,7 +24,7 @@ from whalefall.ep.handle import Handle
 from whalefall.ep.library import CombineCall, library, pointer
 from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
-from whalefall.errors import LimitError
+from whalefall.errors import ConfigError, LimitError
 
 __all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
 
@@ -63,6 +63,15 @@ class Combining:
     def threads(self, nbytes: int) -> int:
         """Threads for a collective that moves so many bytes here: as asked, else by load."""
         return self.num_threads or max(1, min(self._cores, nbytes // THREAD_BYTES))
+
+    def check_handle(self, handle: Handle) -> None:
+        """Raise ConfigError for the handle of a dispatch of another group."""
+        ours, its = self.fabric.topology, handle.topology
+        if its is not ours and its != ours:
+            raise ConfigError(
+                f"ep: handle is of a dispatch between {its.num_ranks} ranks of another group than "
+                f"this one of {ours.num_ranks}; give the one that this group's dispatch returned"
+            )
 
     def _take_ticks(self, ticks: int) -> int:
         base, self._tick = self._tick, self._tick + (1 if self.one_tick else ticks)

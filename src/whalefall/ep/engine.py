@@ -30,7 +30,7 @@ from whalefall.ep.group import Group
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
-from whalefall.ep.meeting import Hello, meet
+from whalefall.ep.meeting import Hello, meet, process_name
 from whalefall.ep.rows import (
     Bias,
     Pending,
@@ -105,9 +105,9 @@ class Engine:
             "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
             "num_experts": num_experts, "shared_bytes": shared_bytes,
         }  # fmt: skip
-        mine = Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", config)
-        hellos = meet(group, mine)
-        self.topology = Topology.from_names([h.host for h in hellos])
+        name = f"ep-{secrets.token_hex(6)}"
+        hellos = meet(group, Hello(host or host_name(), name, process_name(), config))
+        self.topology = Topology.from_names([h.host for h in hellos], [h.process for h in hellos])
         self._host = self.topology.host_of(self.rank)
         mates = self.topology.hosts[self._host]
         name = hellos[0].name
@@ -258,6 +258,7 @@ class Engine:
         if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
         T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
+        self.normal.check_handle(handle)
         check_combine(rows, handle, topk_weights)
         summed = topk_weights is not None
         out = result(
@@ -320,6 +321,7 @@ class Engine:
         """
         if handle.want.per_selection:
             raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
+        self.normal.check_handle(handle)
         check_combine(rows, handle, topk_weights, bias)
         T = handle.num_tokens
         out = result(self.arena, out, (T, rows.shape[1]), rows.dtype)

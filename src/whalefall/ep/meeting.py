@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+
 import msgspec
 
 from whalefall.ep.group import Group
 from whalefall.errors import ConfigError
 
-__all__ = ["Hello", "meet"]
+__all__ = ["Hello", "meet", "process_name"]
+
+_HERE = secrets.token_hex(6)
 
 
 class Hello(msgspec.Struct):
-    """What a rank says at construction; all but `host` and `name` must agree."""
+    """What a rank says at construction; `config` must agree."""
 
     host: str
     name: str
+    process: str
     config: dict[str, int | float | None]
+
+
+def process_name() -> str:
+    """A name of this process that no other has."""
+    return f"{_HERE}-{os.getpid()}"
 
 
 def meet(group: Group, hello: Hello) -> list[Hello]:

@@ -19,13 +19,15 @@ class Topology:
 
     Attributes:
         hosts: the ranks of each host, ascending; hosts in the order of their first ranks.
+        processes: which process each rank is, so that groups can be told apart.
     """
 
     hosts: tuple[tuple[int, ...], ...]
+    processes: tuple[str, ...] = ()
 
     @classmethod
-    def from_names(cls, names: Sequence[str]) -> Topology:
-        """From each rank's host name.
+    def from_names(cls, names: Sequence[str], processes: Sequence[str] = ()) -> Topology:
+        """From each rank's host name, and process.
 
         Raises: ConfigError for groups that are too large, or where a host's ranks are no
             neighbours (expert ranges of a host must be contiguous).
@@ -41,7 +43,7 @@ class Topology:
                 )
             if ranks != tuple(range(ranks[0], ranks[0] + len(ranks))):
                 raise ConfigError(f"ep: ranks {ranks} of host {name} are no neighbours; renumber")
-        return cls(hosts)
+        return cls(hosts, tuple(processes))
 
     @property
     def num_ranks(self) -> int:

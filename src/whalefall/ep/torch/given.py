@@ -90,11 +90,13 @@ def layout_given(
     return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
 
 
-def native_of(handle: Any) -> Handle:
+def native_of(handle: Any, engine: Engine) -> Handle:
     """The engine's handle.
 
-    Raises: ConfigError for what is no handle of a dispatch.
+    Raises: ConfigError for what is no handle of a dispatch of this group.
     """
     if not isinstance(handle, DispatchHandle):
         raise ConfigError(f"Buffer: handle is a {type(handle).__name__}, wanted dispatch's own")
-    return handle.native
+    native = handle.native
+    engine.normal.check_handle(native)
+    return native

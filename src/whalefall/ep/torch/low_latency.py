@@ -168,7 +168,8 @@ class LowLatency:
         _one_of(async_finish, return_recv_hook)
         if use_logfmt:
             raise UnsupportedError("low_latency_combine: use_logfmt is not built; rows go as bf16")
-        low, (native, M, H, E) = self._low, _of(handle)
+        low = self._low
+        native, M, H, E = _of(handle, low)
         El = E // self.runtime.num_ranks
         room = El * self.runtime.num_ranks * M
         if x.numel() != room * H:
@@ -206,7 +207,8 @@ class LowLatency:
 
         Fill the rows that were received, then combine with `zero_copy=True`.
         """
-        low, (native, M, H, E) = self._low, _of(handle)
+        low = self._low
+        native, M, H, E = _of(handle, low)
         R, El, stride = self.runtime.num_ranks, E // self.runtime.num_ranks, H + H // 64
         head = low.slot_head_bytes(native)
         low.await_next_slot()
@@ -313,12 +315,13 @@ class LowLatency:
             )
 
 
-def _of(handle: Any) -> tuple[Handle, int, int, int]:
+def _of(handle: Any, low: Exchange) -> tuple[Handle, int, int, int]:
     """The engine's handle, M, H and E of a low-latency dispatch."""
     if not isinstance(handle, LowLatencyHandle):
         raise ConfigError(
             f"Buffer: handle is a {type(handle).__name__}, wanted low_latency_dispatch's own"
         )
+    low.check_handle(handle.native)
     return (handle.native, *handle[2:])
 
 

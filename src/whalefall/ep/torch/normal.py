@@ -175,7 +175,7 @@ class Normal:
         self, x: Tensor | Scaled, handle: Any, previous: EventOverlap | None, async_finish: bool
     ) -> tuple[Any, ...]:
         sent, dtypes = given_rows(x, None, None)
-        native = native_of(handle)
+        native = native_of(handle, self.runtime)
         if native.num_tokens != len(sent.x):
             raise ShapeError(
                 f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {native.num_tokens}"
@@ -239,7 +239,7 @@ class Normal:
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
         self._await_announced()
-        native = native_of(handle)
+        native = native_of(handle, self.runtime)
         self.runtime.normal.num_threads = self._threads
         whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
         if whole is not None:
