@@ -112,6 +112,19 @@ def test_strided_queries_and_cache(level: str) -> None:
     assert (strided[0] == out).all() and (strided[1] == lse).all()
 
 
+def test_what_was_copied_for_a_call_is_copied_again_for_the_next() -> None:
+    p = dense(2, 1, 100, 2, 1, False)
+    wide = np.zeros((2, p.table.shape[1] * 2), np.int32)
+    spread = Dense(p.q, p.cache, wide[:, ::2], p.lengths)
+    spread.table[:] = p.table
+    first = call(spread, False)
+    spread.table[:] = p.table[::-1]
+    again = call(spread, False)
+    wanted = call(Dense(p.q, p.cache, p.table[::-1].copy(), p.lengths), False)
+    assert (first[0] != wanted[0]).any()
+    assert (again[0] == wanted[0]).all() and (again[1] == wanted[1]).all()
+
+
 def test_torch_tensors_give_the_same_bits() -> None:
     torch = pytest.importorskip("torch")
     p = dense(2, 2, 100, 4, 1, True)

@@ -63,6 +63,9 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"q": np.zeros((2, 1, 4, 96), np.int32)}, DtypeError, "q is int32, wanted bfloat16"),
     ({"k_cache": np.zeros((8, 16, 1, 95), BF16)}, ShapeError, "rows of 95 and q has 96 columns"),
     ({"k_cache": np.zeros((8, 16, 3, 96), BF16)}, ShapeError, "4 query heads, wanted a multiple"),
+    ({"k_cache": np.zeros((8, 16, 1, 192), BF16)[..., ::2]}, ShapeError, "stride 2 in a row, wan"),
+    ({"k_cache": np.zeros((8, 0, 1, 96), BF16)}, ShapeError, r"\[8, 0, 1, 96\], wanted no axis of"),
+    ({"k_cache": np.zeros((8, 16, 0, 96), BF16)}, ShapeError, r"16, 0, 96\], wanted no axis of 0"),
     ({"k_cache": np.zeros((8, 16, 96), BF16)}, ShapeError, r"wanted \[blocks, page, kv heads"),
     ({"k_cache": np.zeros((8, 16, 1, 96), np.uint8)}, DtypeError, "uint8 and is_fp8_kvcache is Fa"),
     ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True; wanted one of"),
@@ -87,6 +90,15 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"indices": INDEX, "causal": True}, ConfigError, "causal with indices"),
     ({"indices": INDEX[:1]}, ShapeError, r"indices has shape \[1, 1, 4\], wanted \[2, 1, 'any'\]"),
     ({"indices": INDEX, "extra_k_cache": np.zeros((1, 1, 1, 96), BF16)}, ConfigError, "together"),
+    (
+        {
+            "indices": INDEX,
+            "extra_k_cache": np.zeros((1, 1, 1, 96), np.float32),
+            "extra_indices_in_kvcache": INDEX,
+        },
+        ConfigError,
+        "extra_k_cache has another dtype than k_cache",
+    ),
 ]
 
 
@@ -141,8 +153,10 @@ def test_the_others_refuse() -> None:
     with pytest.raises(ShapeError, match=r"kv is float32 \[4, 2, 32\], wanted float32 \[s_kv, 1"):
         attention.flash_mla_sparse_fwd(q, q, np.zeros((4, 1, 1), np.int32), 1.0, 16)
     cache = np.zeros((2, 4, 1, 48), np.float32)
-    with pytest.raises(ShapeError, match=r"slots\[1\] is 9, wanted -1 to 7"):
-        attention.append_latent(q[:, 0], q[:, 1, :16], cache, np.array([0, 9, 0, 0], np.int32))
+    for slot in (8, 9, -2):  # 8 is the first row behind the cache
+        slots = np.array([0, slot, 0, 0], np.int32)
+        with pytest.raises(ShapeError, match=rf"slots\[1\] is {slot}, wanted -1 to 7"):
+            attention.append_latent(q[:, 0], q[:, 1, :16], cache, slots)
     with pytest.raises(ShapeError, match=r"wanted \[parts, rows …, d_v\]"):
         attention.merge_partials(q, np.zeros((4, 3), np.float32))
 
@@ -154,3 +168,7 @@ def test_nothing_to_do_is_fine() -> None:
     )  # fmt: skip
     assert out.shape == (0, 1, 4, 64) and lse.shape == (0, 4, 1)
     assert decode(cache_seqlens=np.zeros(2, np.int32))[1].min() == np.inf
+    nothing: dict[str, Any] = {"k_cache": np.zeros((0, 16, 1, 96), BF16)}
+    for rest in ({"cache_seqlens": np.zeros(2, np.int32)}, {"indices": INDEX}):
+        out, lse = decode(**nothing, **rest)
+        assert (out == 0).all() and (lse == np.inf).all()

@@ -118,6 +118,19 @@ def test_sparse_over_a_bf16_cache_with_all_indices_is_dense(level: str) -> None:
     assert (dense[0] == sparse[0]).all() and (dense[1] == sparse[1]).all()
 
 
+def test_indices_whose_requests_lie_apart_are_read_where_they_are() -> None:
+    rng = np.random.default_rng(5)
+    q = rng.standard_normal((2, 2, 4, 96)).astype(BF16)
+    cache = rng.standard_normal((6, 16, 1, 96)).astype(BF16)
+    index = rng.integers(0, 96, (2, 3, 8)).astype(np.int32)[:, :2]
+    assert index.strides[0] != 2 * index.strides[1]
+    apart, plain = (
+        flash_mla_with_kvcache(q, cache, None, None, 64, None, indices=given)
+        for given in (index, index.copy())
+    )
+    assert (apart[0] == plain[0]).all() and (apart[1] == plain[1]).all()
+
+
 def test_a_duplicate_counts_twice(level: str) -> None:
     q, kv = np.zeros((1, 1, 32), np.float32), np.zeros((3, 1, 32), np.float32)
     kv[0], kv[1] = 3, 6

@@ -183,6 +183,11 @@ def test_torch_tensors_give_the_same_bits() -> None:
     ("change", "error_type", "words"),
     [
         (lambda v: {"d": v["d"][:, :-1]}, ShapeError, r"d has shape \[4, 4\], wanted \[4, 5\]"),
+        (
+            lambda v: {"d": np.zeros((4, 10), np.float32)[:, ::2]},
+            ShapeError,
+            "wanted 1 along the la",
+        ),
         (lambda v: {"d": v["d"].astype(np.float64)}, DtypeError, "d is float64"),
         (lambda v: {"a": v["a"][0]}, DtypeError, "wanted a pair"),
         (lambda v: {"a": (v["a"][0], v["a"][1][:, :1])}, ShapeError, r"scale of a is \[4, 1\]"),

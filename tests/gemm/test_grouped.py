@@ -154,17 +154,20 @@ def test_refusals_say_what_is_wrong() -> None:
     a, b = fp8(rng, (4, 128))[0], fp8(rng, (2, 8, 128), (128, 128))[0]
     d = np.zeros((4, 8), np.float32)
     call = gemm.m_grouped_fp8_gemm_nt_contiguous
-    with pytest.raises(ShapeError, match="grouped_layout holds 2, wanted -1 to 1"):
-        call(a, b, d, np.array([0, 1, 2, 1], np.int32))
+    for group in (2, -2):
+        with pytest.raises(ShapeError, match=f"grouped_layout holds {group}, wanted -1 to 1"):
+            call(a, b, d, np.array([0, 1, group, 1], np.int32))
     with pytest.raises(ShapeError, match=r"grouped_layout has shape \[3\], wanted \[M=4\]"):
         call(a, b, d, np.zeros(3, np.int32))
-    with pytest.raises(ShapeError, match="group 1 ends at row 9, a has 4"):
-        call(a, b, d, np.array([2, 9], np.int32), use_psum_layout=True)
+    for ends, words in (([2, 9], "group 1 ends at row 9"), ([5, 5], "group 0 ends at row 5")):
+        with pytest.raises(ShapeError, match=f"{words}, a has 4"):
+            call(a, b, d, np.array(ends, np.int32), use_psum_layout=True)
     with pytest.raises(ConfigError, match="without use_psum_layout"):
         call(a, b, d, np.zeros(4, np.int32), expected_m_for_psum_layout=2)
     masked = (a[0][None], a[1][None]), (b[0][:1], b[1][:1])
-    with pytest.raises(ShapeError, match="masked_m holds 5, wanted 0 to M=4"):
-        gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([5], np.int32), 1)
+    for count in (5, -1):
+        with pytest.raises(ShapeError, match=f"masked_m holds {count}, wanted 0 to M=4"):
+            gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([count], np.int32), 1)
     turned = (a[0].T.copy(), np.ones((1, 4), np.float32))
     with pytest.raises(ShapeError, match="ks_cpu sums to 5"):
         gemm.k_grouped_fp8_gemm_tn_contiguous(

@@ -107,10 +107,10 @@ def cache_operand(
             f"{where}: {name} has rows of {last} and q has {width} columns, wanted rows of "
             f"{wanted}, the {of}" + (f", and q of {FP8_WIDTH}" if fp8 else "")
         )
-    if seen.strides[-1] != 1 and last > 1:
-        raise ShapeError(f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1")
     if page < 1 or kv_heads < 1:
         raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted no axis of 0")
+    if seen.strides[-1] != 1 and last > 1 and blocks:  # numpy's strides of nothing are 0
+        raise ShapeError(f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1")
     size = 1 if fp8 else {"float32": 4}.get(seen.dtype, 2)
     strides = [s * size for s in seen.strides[:3]]
     code = TYPES["fp8"] if fp8 else TYPES[seen.dtype]
