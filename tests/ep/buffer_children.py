@@ -34,6 +34,8 @@ def batch(rank: int, tokens: int | None = None) -> tuple[torch.Tensor, torch.Ten
     x = torch.randn(T, H, generator=generator).to(BF16)
     idx = torch.rand(T, E, generator=generator).argsort(1)[:, :K]
     idx[torch.rand(T, K, generator=generator) < 0.2] = -1
+    if rank % 2 == 0:  # straight from the tensors; the others' go as arrays
+        idx = idx.contiguous()
     return x, idx, torch.rand(T, K, generator=generator)
 
 
@@ -217,7 +219,7 @@ def spread(kind: str, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor,
         idx[:, 2] = E - 1
     if kind == "nobody sends":
         idx[:] = -1
-    return x, idx, weights
+    return x, idx.contiguous(), weights
 
 
 SPREADS = [
