@@ -300,6 +300,13 @@ def test_refusals_say_what_is_wrong() -> None:
             gemm.fp8_linear(x, weight, scale, out_dtype=dtype)  # type: ignore[arg-type]
         with pytest.raises(DtypeError, match=f"fused_experts: out_dtype is {dtype!r}, wanted"):
             gemm.fused_experts(x, experts, idx, out_dtype=dtype)  # type: ignore[arg-type]
+    for wrong in (None, [(square, square, square)], experts[0], (ctypes.c_int * 2)()):
+        with pytest.raises(
+            DtypeError, match=r"fused_experts: experts is a .*, wanted a list of Exp"
+        ):
+            gemm.fused_experts(x, wrong, idx)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"form is \['few'\]"):
+        gemm.fp8_linear(x, weight, scale, ["few"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="form is 'some'"):
         gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
 

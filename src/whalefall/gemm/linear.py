@@ -126,7 +126,8 @@ def fused_experts(
     Returns: one row per selection in top-k order; adding them up is the caller's.
     Raises: ShapeError, DtypeError; also where w1 and w3, or two experts, differ in dtype.
     """
-    structs = experts if isinstance(experts, ctypes.Array) else expert_structs(experts)
+    held = isinstance(experts, ctypes.Array) and experts._type_ is Expert
+    structs: Any = experts if held else expert_structs(experts)  # type: ignore[arg-type]
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
@@ -169,6 +170,11 @@ _KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
     """The native description of experts; keep the arrays alive as long as it is used."""
+    listed = isinstance(experts, (list, tuple))
+    if not listed or not all(isinstance(e, ExpertWeights) for e in experts):
+        raise DtypeError(
+            f"fused_experts: experts is a {type(experts).__name__}, wanted a list of ExpertWeights"
+        )
     structs = (Expert * len(experts))()
     for i, e in enumerate(experts):
         structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"expert {i}: w1")
@@ -325,7 +331,7 @@ def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
 def _form(form: str | None, rows: float, name: str) -> int:
     if form is None:
         return FORMS["many" if rows >= MANY_ROWS else "few"]
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"{name}: form is {form!r}, wanted 'few', 'many' or None")
     return FORMS[form]
 
