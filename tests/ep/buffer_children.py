@@ -150,6 +150,23 @@ def check_ranks_that_disagree_on_a_repeat_all_say_so(buffer: ep.Buffer) -> None:
     assert torch.equal(got, wanted_x(buffer))
 
 
+def check_ranks_go_on_after_only_some_took_their_ticks(buffer: ep.Buffer) -> None:
+    if not buffer.runtime.normal.is_direct:
+        return  # between hosts a repeat has no header
+    x, idx, weights = batch(buffer.rank, 700)  # more ticks than slots
+    got, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
+    others = (lambda: dispatch(buffer, x, idx, weights), buffer.runtime.barrier)
+    for i, other in enumerate((*others, *others)):
+        call = other if buffer.rank == i // 2 else lambda: buffer.dispatch(x, handle=handle)
+        with pytest.raises(ShapeError, match="all ranks must agree"):
+            call()
+        back, _, _ = buffer.combine(got.clone(), handle)
+        assert torch.equal(back, (x.float() * times).to(BF16))
+        again, *_ = dispatch(buffer, x * 2, idx, weights)
+        assert torch.equal(again, got * 2)
+
+
 def check_worst_case_rows_are_not_waited_for(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     worst, n = M * buffer.group_size, len(arriving(buffer.rank, buffer.group_size))

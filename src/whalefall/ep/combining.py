@@ -58,7 +58,6 @@ class Combining:
         self.num_threads = 0
         self.is_direct = fabric.shared is not None and self.num_hosts == 1
         self._cores = max(1, len(os.sched_getaffinity(0)) // len(fabric.locals))
-        self._tick = 0
 
     def threads(self, nbytes: int) -> int:
         """Threads for a collective that moves so many bytes here: as asked, else by load."""
@@ -74,7 +73,8 @@ class Combining:
             )
 
     def _take_ticks(self, ticks: int) -> int:
-        base, self._tick = self._tick, self._tick + (1 if self.one_tick else ticks)
+        base = self.counts.tick
+        self.counts.tick = base + (1 if self.one_tick else ticks)
         return base
 
     def _block(self, row_bytes: int, what: str) -> int:
@@ -225,11 +225,11 @@ class Combining:
     @property
     def next_tick(self) -> int:
         """The tick of the next collective."""
-        return self._tick
+        return self.counts.tick
 
     def await_next_slot(self) -> None:
         """Return when the next collective's slot is free."""
-        status = self.lib.wf_ep_await_slot(self.fabric.pointer, self._tick)
+        status = self.lib.wf_ep_await_slot(self.fabric.pointer, self.counts.tick)
         self.fabric.check(status, "zero-copy buffer")
 
     def slot_head_bytes(self, handle: Handle) -> int:

@@ -31,6 +31,7 @@ class Counts:
         self._fabric, self._links, self._lib = fabric, links, library()
         self._rank, self._size = fabric.rank, fabric.topology.num_ranks
         self._next = 0
+        self.tick = 0  # of the next collective
         self._late: deque[tuple[int, threading.Event]] = deque()
 
     def post(self, fields: dict[str, int], layout: Layout) -> tuple[int, int]:
@@ -38,7 +39,8 @@ class Counts:
 
         Raises: LimitError for too many experts.
         """
-        head = np.array([fields.get(name, 0) for name in HEADER_FIELDS], np.int32)
+        fields = {**fields, "tick": self.tick % (1 << 32)}
+        head = np.array([fields.get(name, 0) for name in HEADER_FIELDS], np.int64).astype(np.int32)
         mine = np.concatenate([head, layout.per_rank, layout.per_host, layout.per_expert])
         if mine.nbytes > self._fabric.plan.mailbox_bytes:
             raise LimitError(
@@ -90,6 +92,7 @@ class Counts:
         if (agreed == agreed[self._rank]).all():
             return
         alive = [r for r in range(self._size) if not self._fabric.masked[r]]
+        self._catch_up(heads[alive, HEADER_FIELDS.index("tick")])
         for name in AGREED:
             values = heads[:, HEADER_FIELDS.index(name)]
             wrong = [r for r in alive if values[r] != values[self._rank]]
@@ -98,6 +101,11 @@ class Counts:
                     f"ep: rank {wrong[0]} calls with {name} = {values[wrong[0]]}, rank "
                     f"{self._rank} with {values[self._rank]}; all ranks must agree"
                 )
+
+    def _catch_up(self, ticks: np.ndarray) -> None:
+        # Some had taken their ticks before they learnt of it, some not: all go on after the last.
+        ahead = (ticks - np.int64(self.tick)).astype(np.int64) % (1 << 32)
+        self.tick += max((int(n) for n in ahead if n < 1 << 31), default=0)
 
 
 def mailbox_bytes(num_ranks: int, max_experts: int) -> int:

@@ -82,6 +82,7 @@ class Direct(Combining):
         piece = self._offer(call, R)
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
         number, length = self.counts.next_number(), len(HEADER_FIELDS) + R + 1 + E
+        call.base = self.counts.tick
         told = _ints(R * length + E // R)()
         handle.heads_at = ctypes.addressof(told)
         said = Announcement(

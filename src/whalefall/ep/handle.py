@@ -28,6 +28,7 @@ HEADER_FIELDS = (
     "extra",
     "room",
     "room_at",
+    "tick",  # of the rank's next collective
 )
 
 

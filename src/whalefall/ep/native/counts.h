@@ -18,6 +18,7 @@ enum Field {  // HEADER_FIELDS of handle.py
   kExtra,
   kRoom,
   kRoomAt,
+  kTick,
   kFields
 };
 constexpr int kAgreed[] = {kKind, kXBytes, kScaleBytes, kTopK, kFlags, kExperts, kExtra};

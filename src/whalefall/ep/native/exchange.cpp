@@ -136,6 +136,7 @@ static int64_t pull_tick(const Group& g, const Dispatch& d, int64_t begin, int64
 WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
   const Group& g = *group;
   const Dispatch& d = *dispatch;
+  if (d.stage && d.pull) catch_up(g, d.base);
   for (int64_t i = 0; i < d.ticks; i++) {
     uint32_t tick = static_cast<uint32_t>(d.base + i);
     int64_t begin = i * d.block < d.tokens ? i * d.block : d.tokens;
@@ -189,6 +190,7 @@ static int32_t* put_fields(const Group& g, const Dispatch& d, const Announcement
   to[kExperts] = static_cast<int32_t>(a.num_experts);
   to[kRoom] = static_cast<int32_t>(a.room);
   to[kRoomAt] = static_cast<int32_t>(a.room_at);
+  to[kTick] = static_cast<int32_t>(d.base + d.ticks);
   return to;
 }
 
@@ -332,6 +334,7 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, cons
   c.order_start = start;
   c.cursor = cursor;
   int64_t own = start[g.rank];
+  catch_up(g, c.base);
   for (int64_t i = 0; i < ticks; i++) {
     // One tick ahead, so that no rank waits for what its neighbours are staging now.
     int64_t status = 0;

@@ -187,6 +187,12 @@ inline int64_t await_readers(const Group& g, uint32_t tick) {
   return 0;
 }
 
+// All ticks before `tick` are done, those too that were taken and then not used (ranks disagreed).
+inline void catch_up(const Group& g, int64_t tick) {
+  auto to = static_cast<uint32_t>(tick);
+  if (!reached(g.control[g.local]->pulled, to)) advance(g.control[g.local]->pulled, to);
+}
+
 inline uint8_t* slot_at(const Group& g, int rank, uint32_t tick) {
   return g.slot[rank] + (tick % g.slots) * g.slot_bytes;
 }
