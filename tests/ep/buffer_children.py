@@ -167,6 +167,20 @@ def check_ranks_go_on_after_only_some_took_their_ticks(buffer: ep.Buffer) -> Non
         assert torch.equal(again, got * 2)
 
 
+def check_ranks_that_combine_differently_all_say_so(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank, 700)
+    got, _, ws, _, handle, _ = dispatch(buffer, x, idx, weights)
+    for _ in range(2 * buffer.runtime.normal.is_direct):
+        narrow = got[:, : H // 2] if buffer.rank else got
+        for rows, given in ((narrow, None), (got, ws if buffer.rank else None)):
+            with pytest.raises(ShapeError, match="combine: ranks disagree on hidden"):
+                buffer.combine(rows, handle, topk_weights=given)
+        back, back_weights, _ = buffer.combine(got, handle, topk_weights=ws)
+        times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
+        assert torch.equal(back, (x.float() * times).to(BF16))
+        assert torch.equal(back_weights, torch.where(idx >= 0, weights, torch.zeros(())))
+
+
 def check_worst_case_rows_are_not_waited_for(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     worst, n = M * buffer.group_size, len(arriving(buffer.rank, buffer.group_size))

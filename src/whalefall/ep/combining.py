@@ -21,10 +21,10 @@ from whalefall.ep.arena import Arena
 from whalefall.ep.counts import Counts
 from whalefall.ep.fabric import Fabric
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import CombineCall, library, pointer
+from whalefall.ep.library import KDISAGREE, CombineCall, library, pointer
 from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
-from whalefall.errors import ConfigError, LimitError
+from whalefall.errors import ConfigError, LimitError, ShapeError
 
 __all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
 
@@ -151,6 +151,12 @@ class Combining:
                 self.fabric.pointer, ctypes.addressof(call), handle.heads_at,
                 handle.want.num_experts, ticks, most,
             )  # fmt: skip
+            if status == KDISAGREE:
+                self.counts.tick = max(self.counts.tick, call.base)
+                raise ShapeError(
+                    "ep: combine: ranks disagree on hidden, dtype, handle or whether topk_weights "
+                    f"are given (here hidden {call.hidden}); all ranks must agree"
+                )
             self.fabric.check(status, "combine")
 
     def _plan(self, call: CombineCall, handle: Handle, num_rows: int) -> tuple[int, int]:
@@ -166,6 +172,7 @@ class Combining:
         call.big = out * (K if selection and not call.topk_weights else 1) > BIG_BYTES
         call.threads = self.threads(num_rows * call.hidden * item)
         call.num_hosts, call.host, call.host_of = self.num_hosts, self.fabric.host, self._host_of_at
+        call.most = handle.most_tokens
         ticks = -(-handle.most_tokens // block)
         call.base = self._take_ticks(ticks)
         return self.max_entries(handle, block), 1 if self.one_tick else ticks
@@ -235,7 +242,7 @@ class Combining:
     def slot_head_bytes(self, handle: Handle) -> int:
         """Where the rows begin in the slot of a (one-tick) combine."""
         entries = self.size + 1 + self.max_entries(handle, 1 << 40)
-        return -(-(16 + 4 * entries) // 64) * 64
+        return -(-(32 + 4 * entries) // 64) * 64
 
 
 def _nothing() -> None:

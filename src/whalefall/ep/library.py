@@ -73,7 +73,7 @@ class CombineCall(ctypes.Structure):
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),
-        ("shared_at", _I64),
+        ("shared_at most", _I64),
     )
 
 

@@ -16,7 +16,8 @@ namespace wf_ep {
 // A slot: where the rows are, if not here; start[R + 1] entries of each source, place[entries]
 // (row index); then the rows.
 struct Elsewhere {
-  int64_t at, stride;  // in the rank's shared memory; -1: here
+  int64_t at, stride;               // in the rank's shared memory; -1: here
+  int32_t hidden, form, next, pad;  // what all ranks must agree on; `next`: tick after the combine
 };
 
 struct Slot {
@@ -40,10 +41,27 @@ inline int64_t staged_bytes(const Combine& c, int64_t stride) {
   return stride ? stride : up(weights_at(c) + tail(c), 64);
 }
 
+inline int32_t form_of(const Combine& c) {
+  return static_cast<int32_t>((c.fp32 ? 1 : 0) | (c.row_weights ? 2 : 0));
+}
+
+// Whether all ranks that staged `tick` give back such rows; else `last` is the latest tick after.
+inline bool all_give_alike(const Group& g, uint32_t tick, uint32_t* last) {
+  auto at = [&](int rank) { return reinterpret_cast<Elsewhere*>(slot_at(g, rank, tick)); };
+  const Elsewhere& mine = *at(g.rank);
+  bool alike = true;
+  for (int l = 0; l < g.num_local; l++) {
+    const Elsewhere& its = *at(g.rank_of[l]);
+    alike &= its.hidden == mine.hidden && its.form == mine.form && its.next == mine.next;
+    if (static_cast<int32_t>(its.next - *last) > 0) *last = its.next;
+  }
+  return alike;
+}
+
 // Stage this rank's rows for tokens below `end` of all other sources; entries come in
 // the order of tokens, so the cursor stands at the first that was not staged yet.
 inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t max_entries,
-                          int64_t stride, uint32_t tick) {
+                          int64_t stride, uint32_t tick, int32_t next) {
   uint8_t* memory = slot_at(g, g.rank, tick);
   Slot slot = slot_of(memory, g.num_ranks, max_entries);
   int64_t bytes = staged_bytes(c, stride), head = slot.rows - memory, entries = 0, used = 0;
@@ -53,7 +71,7 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
   if (entries > max_entries) return kNoRoom;
   bool stays = c.zero_copy || c.shared_at >= 0;
   if (int64_t status = reserve(g, tick, head + (stays ? 0 : entries * bytes))) return status;
-  *slot.elsewhere = {c.shared_at, c.x_stride};
+  *slot.elsewhere = {c.shared_at, c.x_stride, static_cast<int32_t>(c.hidden), form_of(c), next, 0};
   for (int s = 0; s < g.num_ranks; s++) {
     slot.start[s] = static_cast<uint32_t>(used);
     int64_t& j = c.cursor[s];

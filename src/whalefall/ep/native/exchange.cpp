@@ -275,7 +275,9 @@ WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine
   const Combine& c = *combine;
   uint32_t tick = static_cast<uint32_t>(c.base + i);
   if (int64_t status = await_slot(g, tick)) return status;
-  int64_t status = stage_rows(g, c, (i + 1) * c.block, max_entries, stride, tick);
+  int64_t ticks = c.most > 0 ? (c.most + c.block - 1) / c.block : 0;
+  int64_t status = stage_rows(g, c, (i + 1) * c.block, max_entries, stride, tick,
+                              static_cast<int32_t>(c.base + ticks));
   if (status == 0) advance(g.stream[g.rank]->staged, tick + 1);
   return status;
 }
@@ -323,7 +325,7 @@ WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combi
 }
 
 // All ticks of a combine within one host; `heads` are those of its dispatch.
-WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, const int32_t* heads,
+WF_EXPORT int64_t wf_ep_combine(const Group* group, Combine* combine, const int32_t* heads,
                                 int64_t num_experts, int64_t ticks, int64_t max_entries) {
   const Group& g = *group;
   Combine c = *combine;
@@ -341,6 +343,11 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, const Combine* combine, cons
     for (; !status && staged < ticks && staged < i + g.slots; staged++)
       status = wf_ep_combine_stage(group, &c, staged, max_entries, 0);
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
+    auto last = static_cast<uint32_t>(c.base);
+    if (!status && i == 0 && !all_give_alike(g, last, &last)) {
+      combine->base += last - static_cast<uint32_t>(c.base);  // where all go on
+      return kDisagree;
+    }
     if (!status) status = wf_ep_combine_sum(group, &c, i, max_entries, 0, &own);
     if (status) return status;
     wf_ep_done(group, static_cast<uint32_t>(c.base + i));

@@ -29,6 +29,7 @@ struct Combine {
   const int32_t* host_of;        // [R]
   const uint8_t* const* remote;  // [hosts] its message for this block
   int64_t shared_at;             // x begins there in this rank's shared memory; -1: it is private
+  int64_t most;                  // tokens of a rank
 };
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }
