@@ -1,17 +1,10 @@
-"""Ranges of numeric options: what lies outside, and what is no number, is one clear line."""
+"""Ranges of numbers: what lies outside, and what is no number, is one clear line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import typer
-
 from whalefall.errors import ConfigError
 
-__all__ = ["require", "within"]
-
-Number = TypeVar("Number", int, float, None)
+__all__ = ["require"]
 
 
 def require(what: str, value: float, low: float, high: float, above: bool = False) -> None:
@@ -26,16 +19,3 @@ def require(what: str, value: float, low: float, high: float, above: bool = Fals
         return
     least = f"above {low:g}" if above else f"{low:g}"
     raise ConfigError(f"{what} is {value:g}, wanted {least} to {high:g}")
-
-
-def within(
-    low: float, high: float, above: bool = False
-) -> Callable[[typer.Context, typer.CallbackParam, Number], Number]:
-    """`require` as a callback of a typer option; None passes."""
-
-    def check(context: typer.Context, param: typer.CallbackParam, value: Number) -> Number:
-        if value is not None:
-            require(f"{context.command_path}: {param.opts[0]}", value, low, high, above)
-        return value
-
-    return check

@@ -11,7 +11,7 @@ import typer
 
 from whalefall import env
 from whalefall.errors import ConfigError
-from whalefall.ranges import within
+from whalefall.options import within
 
 __all__ = ["app"]
 

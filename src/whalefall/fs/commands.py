@@ -19,7 +19,7 @@ import typer
 
 from whalefall.errors import ConfigError, MissingError
 from whalefall.fs.profiles import PROFILES
-from whalefall.ranges import within
+from whalefall.options import within
 
 if TYPE_CHECKING:
     from whalefall.fs.fsspec import WhalefallFileSystem

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from whalefall.errors import ConfigError
+from whalefall.options import within
 from whalefall.plan import published
 from whalefall.plan.fleet import Fleet, published_fleet
 from whalefall.plan.ledger import Prices, Traffic, WhatIf, ledger, night_share
 from whalefall.plan.pipeline import pipeline
 from whalefall.plan.ranges import DOLLARS, HOURS, SHARE, TOKENS
 from whalefall.plan.report import chart_svg, day_report, table_rows
-from whalefall.ranges import within
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from whalefall.errors import ConfigError, MissingError
+from whalefall.options import within
 from whalefall.pipeline.planning import Candidate, Layer, Workload, plan, uniform
 from whalefall.pipeline.schedules import theory
-from whalefall.ranges import within
 
 __all__ = ["pipeline"]
 

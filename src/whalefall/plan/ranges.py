@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from whalefall.ranges import within
+from whalefall.options import within
 
 __all__ = ["DOLLARS", "HOURS", "SHARE", "TOKENS"]
 

@@ -17,7 +17,7 @@ import typer
 
 from whalefall import env
 from whalefall.errors import ConfigError
-from whalefall.ranges import within
+from whalefall.options import within
 from whalefall.serve.settings import Settings
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)

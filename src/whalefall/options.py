@@ -1,0 +1,27 @@
+"""Ranges of numeric options. Apart from `ranges`, which libraries ask without a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import typer
+
+from whalefall.ranges import require
+
+__all__ = ["within"]
+
+Number = TypeVar("Number", int, float, None)
+
+
+def within(
+    low: float, high: float, above: bool = False
+) -> Callable[[typer.Context, typer.CallbackParam, Number], Number]:
+    """`require` as a callback of a typer option; None passes."""
+
+    def check(context: typer.Context, param: typer.CallbackParam, value: Number) -> Number:
+        if value is not None:
+            require(f"{context.command_path}: {param.opts[0]}", value, low, high, above)
+        return value
+
+    return check
