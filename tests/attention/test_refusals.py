@@ -172,3 +172,15 @@ def test_nothing_to_do_is_fine() -> None:
     for rest in ({"cache_seqlens": np.zeros(2, np.int32)}, {"indices": INDEX}):
         out, lse = decode(**nothing, **rest)
         assert (out == 0).all() and (lse == np.inf).all()
+
+
+def test_a_cache_that_overlaps_what_is_appended_is_refused() -> None:
+    whole = np.zeros((2, 4, 1, 48), np.float32)
+    slots, apart = np.array([4, 5, 6, 7], np.int32), np.zeros((4, 48), np.float32)
+    own = whole[0, :, 0]  # rows of the cache's first page
+    for latent, rope in ((own[:, :32], apart[:, 32:]), (apart[:, :32], own[:, 32:])):
+        with pytest.raises(
+            ShapeError, match=r"^append_latent: cache \(bytes 0x.* overlaps an input .*its own$"
+        ):
+            attention.append_latent(latent, rope, whole, slots)
+    attention.append_latent(own[:, :32].copy(), own[:, 32:].copy(), whole, slots)

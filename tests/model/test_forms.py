@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.model import truth
 from tests.model.forms import FORMS
+from whalefall.errors import DtypeError
 from whalefall.model import Checkpoint, ModelConfig, Weights, load_config, load_weights, reference
 from whalefall.model.native_step import NativeStep
 from whalefall.model.numpy_step import NumpyStep
 from whalefall.model.step import Step, StepBatch
 from whalefall.model.synth import synth
+from whalefall.model.weights import Experts, Linear
 
 CASES = {f"{form}-fp8": (form, True) for form in FORMS}
 CASES |= {"v3-bf16": ("v3", False), "v2-lite-bf16": ("v2-lite", False)}
@@ -86,3 +90,21 @@ def test_the_numpy_step_agrees_with_the_native_one(tiny: Path) -> None:
     np.testing.assert_allclose(kvs[0], kvs[1], atol=1e-4)  # NaN where nothing was written
     assert (native.expert_load == plain.expert_load).all()
     assert native.expert_load.sum() == 80 * 3 * 2  # tokens, top-k, layers with experts
+
+
+def in_bf16(linear: Linear) -> Linear:
+    return Linear(linear.dequantize().astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_experts_of_one_layer_in_two_dtypes_are_refused(tiny: Path, part: str) -> None:
+    config, weights = load(tiny)
+    last = weights.layers[-1]
+    assert isinstance(last.mlp, Experts)
+    experts = list(last.mlp.experts)
+    experts[2] = replace(experts[2], **{part: in_bf16(getattr(experts[2], part))})
+    odd = replace(last, mlp=replace(last.mlp, experts=tuple(experts)))
+    mixed = replace(weights, layers=(*weights.layers[:-1], odd))
+    words = rf"^model: layer {config.num_layers - 1}: expert 2: .*bfloat16.* as of expert 0; conv"
+    with pytest.raises(DtypeError, match=words):
+        NativeStep(mixed, config, "fp32", 128)

@@ -14,7 +14,7 @@ import numpy as np
 from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, AppendArgs, append_entry
 from whalefall.attention.operands import cache_operand, int32_operand, query_operand
 from whalefall.dtypes import e4m3_to_float
-from whalefall.dtypes.written import written
+from whalefall.dtypes.written import refuse_overlap, written
 from whalefall.errors import ShapeError
 
 __all__ = ["append_latent", "dequantize_kv_cache"]
@@ -37,7 +37,7 @@ def append_latent(
         cache: [blocks, page, 1, kv_lora + rope], or [blocks, page, 1, 656] bytes with
             `is_fp8_kvcache` (kv_lora 512, rope 64): codes, a power of two for each 128 columns.
         slots: [T] int32: block * page + offset of each row; -1 writes nothing.
-    Raises: ShapeError, DtypeError.
+    Raises: ShapeError, also where the cache's memory overlaps latent or rope; DtypeError.
     """
     parts = [
         query_operand(_HERE, n, a, "T, width") for n, a in (("latent", latent), ("rope", rope))
@@ -51,7 +51,7 @@ def append_latent(
         )
     if is_fp8_kvcache and left.shape[1] != _LATENT:
         raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {_LATENT} in FP8")
-    written(cache, f"{_HERE}: cache")
+    refuse_overlap(_HERE, "cache", written(cache, f"{_HERE}: cache"), (left, right))
     pages, kind, kv_heads = cache_operand(_HERE, "cache", cache, is_fp8_kvcache, width)
     if kv_heads != 1:
         raise ShapeError(f"{_HERE}: cache has {kv_heads} kv heads, wanted 1")

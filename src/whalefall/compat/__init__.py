@@ -14,6 +14,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from whalefall.compat.absent import refuse_import
+
 __all__ = ["MODULES", "install", "uninstall"]
 
 MODULES = {
@@ -86,12 +88,13 @@ class _StandIn(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the names of `MODULES`."""
+    """Finds the names of `MODULES`; says of what is not built what serves instead."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name not in MODULES:
+            refuse_import(name.removeprefix(f"{__name__}."))  # `from` asks by the stand-in's name
             return None
         is_package = any(other.startswith(name + ".") for other in MODULES)
         return ModuleSpec(name, _StandIn(MODULES[name]), is_package=is_package)

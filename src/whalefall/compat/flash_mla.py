@@ -9,6 +9,7 @@ from whalefall.attention import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
+from whalefall.compat.absent import absent
 
 __version__ = "1.0.0"  # of the interface it follows
 __all__ = [
@@ -20,3 +21,4 @@ __all__ = [
     "flash_mla_with_kvcache",
     "get_mla_metadata",
 ]
+__getattr__ = absent("flash_mla")

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.dtypes.arrays import View, view
+from whalefall.dtypes.arrays import NUMPY_DTYPES, View, view
 from whalefall.errors import ShapeError
 
-__all__ = ["may_write", "written"]
+__all__ = ["may_write", "refuse_overlap", "written"]
 
 
 def may_write(array: Any) -> bool:
@@ -37,3 +37,26 @@ def written(array: Any, name: str) -> View:
             )
         reach += stride * (length - 1)
     return seen
+
+
+def refuse_overlap(
+    where: str, name: str, result: View, inputs: tuple[View, ...], hint: str = ""
+) -> None:
+    """ShapeError where the memory of a result meets an input's, gaps between elements included."""
+    low, high = _extent(result)
+    for other in inputs:
+        start, end = _extent(other)
+        if low < end and start < high:
+            raise ShapeError(
+                f"{where}: {name} (bytes {low:#x} to {high:#x}) overlaps an input ({start:#x} to "
+                f"{end:#x}); give it memory of its own{hint}"
+            )
+
+
+def _extent(v: View) -> tuple[int, int]:
+    size = NUMPY_DTYPES[v.dtype].itemsize
+    if 0 in v.shape:
+        return v.address, v.address
+    spans = [(n - 1) * s for n, s in zip(v.shape, v.strides, strict=True)]
+    low = v.address + size * sum(s for s in spans if s < 0)
+    return low, v.address + size * (sum(s for s in spans if s > 0) + 1)

@@ -186,15 +186,21 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
             raise ShapeError(
                 f"expert {i}: w1, w3, w2 are {shapes}, wanted {[first, first, first[::-1]]}"
             )
-        kinds = [w.kind for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
-        wanted = [structs[0].w1.kind, structs[0].w1.kind, structs[0].w2.kind]
-        if kinds != wanted:  # rows are prepared once, for the kind of expert 0's weights
-            got, want = ([_KIND_NAMES[kind] for kind in of] for of in (kinds, wanted))
-            raise DtypeError(
-                f"fused_experts: expert {i}: w1, w3, w2 are {', '.join(got)}, wanted "
-                f"{', '.join(want)} as of expert 0; convert them to one dtype"
-            )
+    refuse_mixed_kinds("fused_experts", structs)
     return structs
+
+
+def refuse_mixed_kinds(where: str, structs: ctypes.Array[Expert]) -> None:
+    """DtypeError where experts differ in dtype: rows are prepared once, for expert 0's weights."""
+    for i, e in enumerate(structs):
+        kinds = [w.kind for w in (e.w1, e.w3, e.w2)]
+        wanted = [structs[0].w1.kind, structs[0].w1.kind, structs[0].w2.kind]
+        if kinds != wanted:
+            got, want = (", ".join(_KIND_NAMES[kind] for kind in of) for of in (kinds, wanted))
+            raise DtypeError(
+                f"{where}: expert {i}: w1, w3, w2 are {got}, wanted {want} as of expert 0; "
+                "convert them to one dtype"
+            )
 
 
 def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Weight:

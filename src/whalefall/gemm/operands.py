@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
+from whalefall.dtypes.written import refuse_overlap as result_apart
 from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Layout
@@ -239,27 +240,8 @@ def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Tar
 
 def refuse_overlap(where: str, d: View, others: tuple[View, ...], name: str = "d") -> None:
     """ShapeError where the result's memory meets an input's."""
-    low, high = _extent(d)
     own = " (c may be d itself)" if name == "d" else ""
-    for other in others:
-        start, end = _extent(other)
-        if low < end and start < high:
-            raise ShapeError(
-                f"{where}: {name} (bytes {low:#x} to {high:#x}) overlaps an input ({start:#x} to "
-                f"{end:#x}); give it memory of its own{own}"
-            )
-
-
-_SIZES = {"float32": 4, "int32": 4, "bfloat16": 2, "int64": 8}
-
-
-def _extent(v: View) -> tuple[int, int]:
-    size = _SIZES.get(v.dtype, 1)
-    if 0 in v.shape:
-        return v.address, v.address
-    spans = [(n - 1) * s for n, s in zip(v.shape, v.strides, strict=True)]
-    low = v.address + size * sum(s for s in spans if s < 0)
-    return low, v.address + size * (sum(s for s in spans if s > 0) + 1)
+    result_apart(where, name, d, others, own)
 
 
 def value_pair(where: str, name: str, pair: Any) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from whalefall import jit
 from whalefall.attention.native_calls import TYPES, paged_entry
 from whalefall.ep.routing import library as gate_library
 from whalefall.errors import WhalefallError
-from whalefall.gemm.linear import weight_struct
+from whalefall.gemm.linear import refuse_mixed_kinds, weight_struct
 from whalefall.gemm.native_calls import ACTIVATIONS, FORMS, Expert, Weight
 from whalefall.gemm.native_calls import library as gemm_library
 from whalefall.model.config import ModelConfig
@@ -141,12 +141,13 @@ class _Builder:
         self.keep += [kv_b, parts]
         return ctypes.addressof(parts)
 
-    def mlps(self, mlps: tuple[Mlp, ...]) -> int:
+    def mlps(self, mlps: tuple[Mlp, ...], name: str) -> int:
         structs = (Expert * len(mlps))()
         for struct, mlp in zip(structs, mlps, strict=True):
             struct.w1 = self.weight(mlp.gate, "gate_proj")
             struct.w3 = self.weight(mlp.up, "up_proj")
             struct.w2 = self.weight(mlp.down, "down_proj")
+        refuse_mixed_kinds(f"model: {name}", structs)
         self.keep.append(structs)
         return ctypes.addressof(structs)
 
@@ -165,13 +166,14 @@ class _Builder:
             o=self.weight(a.o, "o_proj"),
         )
         if isinstance(layer.mlp, Experts):
-            native.experts = self.mlps(layer.mlp.experts)
-            native.dense = self.mlps((layer.mlp.shared,)) if layer.mlp.shared else None
+            shared = layer.mlp.shared
+            native.experts = self.mlps(layer.mlp.experts, f"layer {index}")
+            native.dense = self.mlps((shared,), f"layer {index}, shared") if shared else None
             native.gate = self.weight(layer.mlp.gate_weight, "gate")
             native.gate_bias = self.vector(layer.mlp.gate_bias)
             native.load = self.expert_load[index].ctypes.data
         else:
-            native.dense = self.mlps((layer.mlp,))
+            native.dense = self.mlps((layer.mlp,), f"layer {index}, dense")
         return native
 
     def model(self, weights: Weights, compute: str, max_positions: int) -> _Model:
@@ -246,7 +248,7 @@ class NativeStep:
     ) -> None:
         """Compile (or find compiled) the kernels, and describe the model to them.
 
-        Raises: MissingError without a compiler.
+        Raises: MissingError without a compiler; DtypeError for experts of a layer in two dtypes.
         """
         self.hidden_size = config.hidden_size
         # the row after the layers' is the MTP layer's own
