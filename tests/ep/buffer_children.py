@@ -143,16 +143,13 @@ def check_more_repeats_under_way_than_there_are_mailboxes(buffer: ep.Buffer) -> 
 def check_ranks_that_disagree_on_a_repeat_all_say_so(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     *_, handle, _ = dispatch(buffer, x, idx, weights)
-    if buffer.runtime.normal.is_direct:
-        with pytest.raises(ShapeError, match="x_bytes"):
-            buffer.dispatch(x[:, : H // 2] if buffer.rank else x, handle=handle)
+    with pytest.raises(ShapeError, match="x_bytes"):
+        buffer.dispatch(x[:, : H // 2] if buffer.rank else x, handle=handle)
     got, *_ = buffer.dispatch(x, handle=handle)
     assert torch.equal(got, wanted_x(buffer))
 
 
 def check_ranks_go_on_after_only_some_took_their_ticks(buffer: ep.Buffer) -> None:
-    if not buffer.runtime.normal.is_direct:
-        return  # between hosts a repeat has no header
     x, idx, weights = batch(buffer.rank, 700)  # more ticks than slots
     got, *_, handle, _ = dispatch(buffer, x, idx, weights)
     times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]
@@ -170,10 +167,13 @@ def check_ranks_go_on_after_only_some_took_their_ticks(buffer: ep.Buffer) -> Non
 def check_ranks_that_combine_differently_all_say_so(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank, 700)
     got, _, ws, _, handle, _ = dispatch(buffer, x, idx, weights)
-    for _ in range(2 * buffer.runtime.normal.is_direct):
+    for _ in range(2):
         narrow = got[:, : H // 2] if buffer.rank else got
-        for rows, given in ((narrow, None), (got, ws if buffer.rank else None)):
-            with pytest.raises(ShapeError, match="combine: ranks disagree on hidden"):
+        for rows, given, words in (
+            (narrow, None, f"hidden: rank . gives ({H}|{H // 2}), rank . ({H}|{H // 2});"),
+            (got, ws if buffer.rank else None, "topk_weights: rank .* bfloat16 with topk_weights"),
+        ):
+            with pytest.raises(ShapeError, match=words):
                 buffer.combine(rows, handle, topk_weights=given)
         back, back_weights, _ = buffer.combine(got, handle, topk_weights=ws)
         times = torch.tensor([len(r) for r in copies(idx, buffer.group_size)])[:, None]

@@ -18,9 +18,9 @@ import numpy as np
 
 from whalefall import trace
 from whalefall.ep.arena import Arena
-from whalefall.ep.counts import Counts
+from whalefall.ep.counts import COMBINE, Counts
 from whalefall.ep.fabric import Fabric
-from whalefall.ep.handle import Handle
+from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout
 from whalefall.ep.library import KDISAGREE, CombineCall, library, pointer
 from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
@@ -41,19 +41,22 @@ class Combining:
         links: connections to other hosts.
         arena: memory for results.
         one_tick: every collective fits one slot (low latency): its halves can be split.
+        engine: number of the engine, the same on all ranks.
     Attributes:
         num_threads: that copy and add; 0: by load (bytes, and cores for each rank of the host).
         counts: the ranks' headers.
         is_direct: rows are written and read where neighbours' results are, where they fit.
     """
 
-    def __init__(self, fabric: Fabric, links: Links, arena: Arena, one_tick: bool) -> None:
+    def __init__(
+        self, fabric: Fabric, links: Links, arena: Arena, one_tick: bool, engine: int = 0
+    ) -> None:
         self.fabric, self.links, self.arena, self.one_tick = fabric, links, arena, one_tick
         self.rank, self.size = fabric.rank, fabric.topology.num_ranks
         self.num_hosts = len(fabric.topology.hosts)
         self.host_of = np.array([fabric.topology.host_of(r) for r in range(self.size)], np.int32)
         self._host_of_at = pointer(self.host_of)
-        self.counts = Counts(fabric, links)
+        self.counts = Counts(fabric, links, engine)
         self.lib = library()
         self.num_threads = 0
         self.is_direct = fabric.shared is not None and self.num_hosts == 1
@@ -74,7 +77,7 @@ class Combining:
 
     def _take_ticks(self, ticks: int) -> int:
         base = self.counts.tick
-        self.counts.tick = base + (1 if self.one_tick else ticks)
+        self.counts.tick = base + ticks
         return base
 
     def _block(self, row_bytes: int, what: str) -> int:
@@ -138,7 +141,7 @@ class Combining:
             keep: what must live until it has run.
         """
         most, ticks = self._plan(call, handle, num_rows)
-        call.shared_at = -1
+        call.shared_at, call.serial = -1, handle.serial
         if not call.row_weights:
             call.shared_at = self._shared_at(call, num_rows)
         return partial(self._sum_up, call, handle, ticks, most, keep)
@@ -146,6 +149,7 @@ class Combining:
     def _sum_up(
         self, call: CombineCall, handle: Handle, ticks: int, most: int, _: tuple[Any, ...]
     ) -> None:
+        call.base = first = self._take_ticks(ticks)
         with trace.span("ep.combine", "communication", tokens=call.tokens):
             status = self.lib.wf_ep_combine(
                 self.fabric.pointer, ctypes.addressof(call), handle.heads_at,
@@ -153,14 +157,20 @@ class Combining:
             )  # fmt: skip
             if status == KDISAGREE:
                 self.counts.tick = max(self.counts.tick, call.base)
-                raise ShapeError(
-                    "ep: combine: ranks disagree on hidden, dtype, handle or whether topk_weights "
-                    f"are given (here hidden {call.hidden}); all ranks must agree"
-                )
+                self._check_alike(first)
             self.fabric.check(status, "combine")
 
+    def _check_alike(self, tick: int) -> None:
+        """Raise ShapeError for the difference between what the host's ranks staged at a tick."""
+        said = np.zeros((self.size, len(HEADER_FIELDS)), np.int32)
+        self.lib.wf_ep_combine_said(self.fabric.pointer, tick, said.ctypes.data)
+        self.counts.check_agreement(said, self.fabric.locals)
+
     def _plan(self, call: CombineCall, handle: Handle, num_rows: int) -> tuple[int, int]:
-        """Fill in what the handle knows; entries that a tick stages at most, and ticks."""
+        """Fill in what the handle knows; entries that a tick stages at most, and ticks.
+
+        From here on the collective counts as called.
+        """
         K, selection, item = handle.want.top_k, handle.want.per_selection, 4 if call.fp32 else 2
         tail = 4 * K if call.row_weights else 0
         row = -(-(-(-call.hidden * item // 4) * 4 + tail) // 64) * 64
@@ -173,9 +183,9 @@ class Combining:
         call.threads = self.threads(num_rows * call.hidden * item)
         call.num_hosts, call.host, call.host_of = self.num_hosts, self.fabric.host, self._host_of_at
         call.most = handle.most_tokens
-        ticks = -(-handle.most_tokens // block)
-        call.base = self._take_ticks(ticks)
-        return self.max_entries(handle, block), 1 if self.one_tick else ticks
+        ticks = max(1, -(-handle.most_tokens // block))
+        call.call = self.counts.next_call()
+        return self.max_entries(handle, block), ticks
 
     def _in_halves(
         self, call: CombineCall, handle: Handle, keep: list[Any], stride: int, out: np.ndarray,
@@ -183,36 +193,82 @@ class Combining:
     ) -> Pending:  # fmt: skip
         most, ticks = self._plan(call, handle, len(keep[0]))
         call.shared_at = -1
+        if self.one_tick:
+            call.base = self._take_ticks(1)
         cursor, own = (
             handle.order_start[:-1].copy(),
             handle.order_start[self.rank : self.rank + 1].copy(),
         )
         call.order_start, call.cursor = pointer(handle.order_start), pointer(cursor)
         keep += [handle, cursor, waited_ns]
-        group, where = self.fabric.pointer, ctypes.addressof(call)
-        lib, check = self.lib, self.fabric.check
+        fabric, where, lib = self.fabric, ctypes.addressof(call), self.lib
+        posted: list[tuple[int, int]] = []
 
         def stage(i: int = 0) -> None:
-            check(lib.wf_ep_combine_stage(group, where, i, most, stride), "combine")
+            call.serial = handle.serial
+            if self.one_tick and self.num_hosts > 1:
+                posted.append(self._post_form(call))
+            fabric.check(lib.wf_ep_combine_stage(fabric.pointer, where, i, most, stride), "combine")
 
         def finish(i: int = 0) -> None:
-            check(lib.wf_ep_combine_await(group, call.base, i, pointer(waited_ns)), "combine")
+            if self.one_tick and posted:
+                self._collect_forms(posted[0], call.base)
+            status = lib.wf_ep_combine_await(fabric.pointer, call.base, i, pointer(waited_ns))
+            if status == KDISAGREE:
+                lib.wf_ep_done(fabric.pointer, call.base + i)
+                self._check_alike(call.base + i)
+            fabric.check(status, "combine")
             if self.num_hosts > 1:
                 self.links.send_partials(call, handle, i, most, stride)
             with self.links.partials(call, i):
-                check(lib.wf_ep_combine_sum(group, where, i, most, stride, pointer(own)), "combine")
-            lib.wf_ep_done(group, call.base + i)
+                status = lib.wf_ep_combine_sum(
+                    fabric.pointer, where, i, most, stride, pointer(own)
+                )  # fmt: skip
+                fabric.check(status, "combine")
+            lib.wf_ep_done(fabric.pointer, call.base + i)
             if i + 1 == ticks:  # whoever has only this half keeps all arrays alive with it
                 keep.clear()
 
+        if self.one_tick:
+            return Pending(stage, finish, _nothing, out)
+        call.serial = handle.serial
+        header = self._post_form(call)
+        done = self.counts.collected_later(header[0])
+
         def run() -> None:
-            with trace.span("ep.combine", "communication", tokens=call.tokens):
-                for i in range(ticks):
-                    stage(i)
-                    finish(i)
+            try:
+                with trace.span("ep.combine", "communication", tokens=call.tokens):
+                    self._collect_forms(header)
+                    call.base = self._take_ticks(ticks)
+                    for i in range(ticks):
+                        stage(i)
+                        finish(i)
+            finally:
+                done.set()
             keep.clear()
 
-        return Pending(stage, finish, run, out)
+        return Pending(_nothing, _nothing, run, out)
+
+    def _post_form(self, call: CombineCall) -> tuple[int, int]:
+        """Tell the ranks of other hosts too what will come back."""
+        form = (1 if call.fp32 else 0) | (2 if call.row_weights else 0)
+        fields = {
+            "kind": COMBINE, "call": call.call, "x_bytes": call.hidden, "flags": form,
+            "extra": call.serial,
+        }  # fmt: skip
+        return self.counts.post(fields, Layout.nothing(0, 0))
+
+    def _collect_forms(self, posted: tuple[int, int], tick: int | None = None) -> None:
+        """Raise ShapeError where the ranks give back rows of different forms; then `tick` is over.
+
+        Raises: RankFailure.
+        """
+        try:
+            self.counts.collect(posted)
+        except ShapeError:
+            if tick is not None:
+                self.lib.wf_ep_done(self.fabric.pointer, tick)
+            raise
 
     def _shared_at(self, call: CombineCall, num_rows: int) -> int:
         """Where x lies in this rank's shared memory; −1 where neighbours cannot read it."""
@@ -242,7 +298,7 @@ class Combining:
     def slot_head_bytes(self, handle: Handle) -> int:
         """Where the rows begin in the slot of a (one-tick) combine."""
         entries = self.size + 1 + self.max_entries(handle, 1 << 40)
-        return -(-(32 + 4 * entries) // 64) * 64
+        return -(-(40 + 4 * entries) // 64) * 64
 
 
 def _nothing() -> None:

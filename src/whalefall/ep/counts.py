@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,25 +14,36 @@ from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.errors import LimitError, ShapeError
 
-__all__ = ["Counts", "mailbox_bytes"]
+__all__ = ["COMBINE", "REPEAT", "Counts", "mailbox_bytes"]
 
-AGREED = ("kind", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
+AGREED = ("kind", "call", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
 AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
+REPEAT, COMBINE = 4, 5
+KINDS = {
+    1: "dispatch", 2: "barrier", 3: "clean_low_latency_buffer", REPEAT: "dispatch by handle",
+    COMBINE: "combine",
+}  # fmt: skip
+SERIALS = 1 << 24  # of one engine, before they begin again
 
 
 class Counts:
     """The headers of one fabric, in the order of calls.
 
+    Calls and headers are counted when they are called, ticks when the data move: a call that failed
+    on all ranks took none, whatever was queued behind it.
+
     Args:
         fabric: shared memory of this host.
         links: connections to other hosts.
+        engine: number of the engine, the same on all ranks.
     """
 
-    def __init__(self, fabric: Fabric, links: Links) -> None:
+    def __init__(self, fabric: Fabric, links: Links, engine: int = 0) -> None:
         self._fabric, self._links, self._lib = fabric, links, library()
         self._rank, self._size = fabric.rank, fabric.topology.num_ranks
-        self._next = 0
-        self.tick = 0  # of the next collective
+        self._next = self._calls = 0
+        self._engine = engine % 128 * SERIALS
+        self.tick = 0  # of the next data phase
         self._late: deque[tuple[int, threading.Event]] = deque()
 
     def post(self, fields: dict[str, int], layout: Layout) -> tuple[int, int]:
@@ -39,7 +51,6 @@ class Counts:
 
         Raises: LimitError for too many experts.
         """
-        fields = {**fields, "tick": self.tick % (1 << 32)}
         head = np.array([fields.get(name, 0) for name in HEADER_FIELDS], np.int64).astype(np.int32)
         mine = np.concatenate([head, layout.per_rank, layout.per_host, layout.per_expert])
         if mine.nbytes > self._fabric.plan.mailbox_bytes:
@@ -52,6 +63,11 @@ class Counts:
         self._links.send_header(count, mine)
         return count, len(mine)
 
+    def next_call(self) -> int:
+        """The number of a collective that this rank calls now."""
+        call, self._calls = self._calls, self._calls + 1
+        return call
+
     def next_number(self) -> int:
         """The number of the next header, once its mailbox is free."""
         while self._late and self._late[0][0] <= self._next - MAILBOXES:
@@ -60,8 +76,12 @@ class Counts:
         return count
 
     def take_back(self, number: int) -> None:
-        """The header of this number, the last one, was not posted."""
-        self._next = number
+        """The header of this number, the last one, was not posted, its collective not called."""
+        self._next, self._calls = number, self._calls - 1
+
+    def serial(self, number: int) -> int:
+        """Of the dispatch whose header has this number: no other of these ranks has it."""
+        return self._engine + number % SERIALS
 
     def collected_later(self, count: int) -> threading.Event:
         """Say that a header will be collected in a data phase; to be set when that has ended.
@@ -86,26 +106,53 @@ class Counts:
         self.check_agreement(heads)
         return heads
 
-    def check_agreement(self, heads: np.ndarray) -> None:
-        """Raise ShapeError if the ranks' headers disagree on a field."""
+    def check_agreement(self, heads: np.ndarray, ranks: Sequence[int] | None = None) -> None:
+        """Raise ShapeError if these ranks' (default: all ranks') headers disagree on a field."""
         agreed = heads[:, AGREED_AT]
         if (agreed == agreed[self._rank]).all():
             return
-        alive = [r for r in range(self._size) if not self._fabric.masked[r]]
-        self._catch_up(heads[alive, HEADER_FIELDS.index("tick")])
         for name in AGREED:
-            values = heads[:, HEADER_FIELDS.index(name)]
-            wrong = [r for r in alive if values[r] != values[self._rank]]
-            if wrong:
-                raise ShapeError(
-                    f"ep: rank {wrong[0]} calls with {name} = {values[wrong[0]]}, rank "
-                    f"{self._rank} with {values[self._rank]}; all ranks must agree"
-                )
+            values = heads[:, HEADER_FIELDS.index(name)].tolist()
+            for r in range(self._size) if ranks is None else ranks:
+                if values[r] != values[self._rank] and not self._fabric.masked[r]:
+                    kind = int(heads[self._rank, 0])
+                    raise ShapeError(_disagreement(kind, name, r, values[r], self._rank, values))
 
-    def _catch_up(self, ticks: np.ndarray) -> None:
-        # Some had taken their ticks before they learnt of it, some not: all go on after the last.
-        ahead = (ticks - np.int64(self.tick)).astype(np.int64) % (1 << 32)
-        self.tick += max((int(n) for n in ahead if n < 1 << 31), default=0)
+
+def _disagreement(
+    kind: int, name: str, other: int, its: int, rank: int, values: Sequence[int]
+) -> str:
+    mine, what = values[rank], KINDS[kind]
+    if name == "kind":
+        return (
+            f"ep: rank {other} calls {KINDS.get(its, 'something else')}, rank {rank} {what}; all "
+            "ranks must agree on their calls and the order of them"
+        )
+    if name == "call":
+        return (
+            f"ep: {what} is call {its} of rank {other}, call {mine} of rank {rank}; all ranks must "
+            "agree on their calls and the order of them"
+        )
+    if name == "extra" and kind in (REPEAT, COMBINE):
+        return (
+            f"ep: {what}: rank {other} gives the handle of dispatch {its}, rank {rank} that of "
+            f"dispatch {mine}; all ranks must agree"
+        )
+    if kind == COMBINE:
+        name = {"x_bytes": "hidden", "flags": "dtype or topk_weights"}[name]
+        if name != "hidden":
+            its, mine = _FORMS[its & 3], _FORMS[mine & 3]  # type: ignore[assignment]
+        return (
+            f"ep: combine: ranks disagree on {name}: rank {other} gives {its}, rank {rank} {mine}; "
+            "all ranks must agree"
+        )
+    return (
+        f"ep: {what}: rank {other} calls with {name} = {its}, rank {rank} with {mine}; all ranks "
+        "must agree"
+    )
+
+
+_FORMS = ("bfloat16", "float32", "bfloat16 with topk_weights", "float32 with topk_weights")
 
 
 def mailbox_bytes(num_ranks: int, max_experts: int) -> int:

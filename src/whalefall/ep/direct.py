@@ -82,13 +82,13 @@ class Direct(Combining):
         piece = self._offer(call, R)
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
         number, length = self.counts.next_number(), len(HEADER_FIELDS) + R + 1 + E
-        call.base = self.counts.tick
         told = _ints(R * length + E // R)()
         handle.heads_at = ctypes.addressof(told)
         said = Announcement(
-            per_rank, per_expert, E, room // STEP, room_at // STEP, number, handle.heads_at, None,
-            alignment,
+            per_rank, per_expert, E, room // STEP, room_at // STEP, number, self.counts.next_call(),
+            0, handle.heads_at, None, alignment,
         )  # fmt: skip
+        handle.serial = self.counts.serial(number)
         status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
         if status == KMISCOUNTED:
             self.counts.take_back(number)
@@ -123,15 +123,12 @@ class Direct(Combining):
             handle.order, handle.order_token = np.empty(N, np.int64), np.empty(N, np.int32)
             call.order, call.order_token = pointer(handle.order), pointer(handle.order_token)
         nbytes = N * call.x_bytes
-        call.base, call.big, call.threads = (
-            self._take_ticks(1),
-            nbytes > BIG_BYTES,
-            self.threads(nbytes),
-        )
+        call.big, call.threads = nbytes > BIG_BYTES, self.threads(nbytes)
         return partial(self._write, announced, keep)
 
     def _write(self, announced: Announced, _: tuple[Any, ...]) -> None:
         call = announced.call
+        call.base = self._take_ticks(1)
         with trace.span("ep.dispatch", "communication", tokens=call.tokens):
             status = self.lib.wf_ep_direct(
                 self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(announced.said)

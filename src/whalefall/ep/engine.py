@@ -30,7 +30,7 @@ from whalefall.ep.group import Group
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
-from whalefall.ep.meeting import Hello, meet, process_name
+from whalefall.ep.meeting import Hello, meet, number_engine, process_name
 from whalefall.ep.rows import (
     Bias,
     Pending,
@@ -51,7 +51,7 @@ SLOTS = 2
 SHARED_BYTES = 16 << 30  # address space for results that neighbours write or read
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
 MAX_EXPERTS = 4096
-VERSION = 1
+VERSION = 2
 
 
 class Engine:
@@ -96,8 +96,7 @@ class Engine:
     ) -> None:
         self.group, self.rank, self.num_ranks = group, group.rank, group.size
         self.timeout_s = float(env.get("WHALEFALL_EP_TIMEOUT")) if timeout_s is None else timeout_s
-        self.num_experts, self.hidden = num_experts, hidden
-        self._closed = False
+        self.num_experts, self.hidden, self._closed = num_experts, hidden, False
         comm.sweep("ep-")
         library()  # compiled before anyone waits for us
         config: dict[str, int | float | None] = {
@@ -105,13 +104,13 @@ class Engine:
             "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
             "num_experts": num_experts, "shared_bytes": shared_bytes,
         }  # fmt: skip
-        name = f"ep-{secrets.token_hex(6)}"
-        hellos = meet(group, Hello(host or host_name(), name, process_name(), config))
+        hello = Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", process_name(), config)
+        hellos = meet(group, hello)
+        self._number = number_engine(hellos)
         self.topology = Topology.from_names([h.host for h in hellos], [h.process for h in hellos])
-        self._host = self.topology.host_of(self.rank)
-        mates = self.topology.hosts[self._host]
-        name = hellos[0].name
-        self._lock = Lock(f"{name}-{self._host}", mates.index(self.rank))
+        name, host_number = hellos[0].name, self.topology.host_of(self.rank)
+        mates = self.topology.hosts[host_number]
+        self._lock = Lock(f"{name}-{host_number}", mates.index(self.rank))
         self.arena = Arena()
         self.worker = Worker("ep")
         mailbox = mailbox_bytes(self.num_ranks, MAX_EXPERTS)
@@ -124,9 +123,9 @@ class Engine:
         self.normal.num_threads = num_threads
         self.low_latency: Exchange | None = None
         if low_latency_bytes:
-            slot_bytes = -(-low_latency_bytes // 8192) * 4096
-            chunk = min(slot_bytes, LOW_LATENCY_CHUNK)
-            plan = Plan(f"{name}-l", 2, slot_bytes, chunk, mailbox, self.timeout_s, shrink)
+            room = -(-low_latency_bytes // 8192) * 4096
+            chunk = min(room, LOW_LATENCY_CHUNK)
+            plan = Plan(f"{name}-l", 2, room, chunk, mailbox, self.timeout_s, shrink)
             self.low_latency = self._open(plan, one_tick=True)
         self._lock.region.unlink()
         self._finalizer = weakref.finalize(
@@ -140,7 +139,7 @@ class Engine:
         links: Links = Links()
         if len(self.topology.hosts) > 1:
             links = open_links(self.group, fabric)
-        return Exchange(fabric, links, self.arena, one_tick)
+        return Exchange(fabric, links, self.arena, one_tick, self._number)
 
     # ---- layout
 
@@ -214,7 +213,7 @@ class Engine:
         check_rows(x, topk_idx, self.hidden, "dispatch_selections")
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
-        rows = Rows(contiguous_rows(x), None, np.ascontiguousarray(topk_idx))
+        rows = Rows(contiguous_rows(x), None, np.array(topk_idx, order="C"))  # the handle's own
         return self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k, True))
 
     def combine_selections(
@@ -373,7 +372,8 @@ class Engine:
         self.worker.drain()
         counts, hosts = self.normal.counts, len(self.topology.hosts)
         empty = Layout.nothing(self.num_ranks, hosts)
-        heads = counts.collect(counts.post({"kind": 2, "tokens": number}, empty))
+        fields = {"kind": 2, "tokens": number, "call": counts.next_call()}
+        heads = counts.collect(counts.post(fields, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ import numpy as np
 from whalefall import trace
 from whalefall.ep.arena import Part
 from whalefall.ep.combining import BIG_BYTES
+from whalefall.ep.counts import REPEAT
 from whalefall.ep.direct import Announced, Direct
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import KDISAGREE, Announcement, DispatchCall, pointer
 from whalefall.ep.rows import Pending, Rows
 from whalefall.ep.shared import STEP
-from whalefall.errors import LimitError
+from whalefall.errors import LimitError, ShapeError
 
 __all__ = ["Exchange"]
 
@@ -61,11 +62,17 @@ class Exchange(Direct):
                     return self._direct(rows, layout, announced, announced.piece)
                 handle.make_lists()
             else:
-                posted = self.counts.post(rows.fields(want, max_rows), layout)
+                posted = self.counts.post(self._said(rows, want, max_rows), layout)
+                handle.serial = self.counts.serial(posted[0])
                 handle.fill(self.counts.collect(posted))
         elif self.is_direct:
             return self._again(rows, layout, want, handle)
+        else:
+            return self._again_through_slots(rows, layout, want, handle)
         return self.through_slots(rows, layout, want, handle, into, max_rows)
+
+    def _said(self, rows: Rows, want: Want, max_rows: int) -> dict[str, int]:
+        return {**rows.fields(want, max_rows), "call": self.counts.next_call()}
 
     def _direct(self, rows: Rows, layout: Layout, announced: Announced, piece: Part) -> Pending:
         handle, call = announced.handle, announced.call
@@ -90,12 +97,13 @@ class Exchange(Direct):
         coming = np.array([handle.num_rows], np.int32)
         piece = shared.take(self.lib.wf_ep_room(ctypes.addressof(call), pointer(coming), 1))
         received = self.allocate(rows, want, handle.num_rows, piece)
-        call, keep = self._slots_call(rows, layout, want, handle, received)
+        call, ticks, keep = self._slots_call(rows, layout, want, handle, received)
         offers = np.empty((self.size, len(HEADER_FIELDS)), np.int32)
         room, room_at = (piece.nbytes, piece.offset) if piece is not None else (0, 0)
         said = Announcement(
             None, None, handle.want.num_experts, room // STEP, room_at // STEP,
-            self.counts.next_number(), handle.heads_at, pointer(offers),
+            self.counts.next_number(), self.counts.next_call(), handle.serial, handle.heads_at,
+            pointer(offers),
         )  # fmt: skip
         done = self.counts.collected_later(said.count)
         self.lib.wf_ep_offer(self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(said))
@@ -103,12 +111,14 @@ class Exchange(Direct):
         def run() -> None:
             try:
                 with trace.span("ep.dispatch", "communication", tokens=call.tokens):
+                    call.base = self.counts.tick
                     status = self.lib.wf_ep_again(
                         self.fabric.pointer, ctypes.addressof(call), ctypes.addressof(said)
                     )
                     if status == KDISAGREE:
                         self.counts.check_agreement(offers)
                     self.fabric.check(status, "dispatch")
+                self._take_ticks(ticks if status else 1)
                 if status:
                     self._phase(call, keep, True, True)
             finally:
@@ -117,11 +127,35 @@ class Exchange(Direct):
 
         return Pending(run, _nothing, run, received)
 
+    def _again_through_slots(
+        self, rows: Rows, layout: Layout, want: Want, handle: Handle
+    ) -> Pending:
+        """A dispatch whose counts are known; the data phase checks that all mean it."""
+        posted: list[tuple[int, int]] = []
+        pending = self.through_slots(
+            rows, layout, want, handle, first=lambda: self.counts.collect(posted[0])
+        )
+        fields = {**self._said(rows, want, 0), "kind": REPEAT, "extra": handle.serial}
+        posted.append(self.counts.post(fields, Layout.nothing(0, 0)))
+        done = self.counts.collected_later(posted[0][0])
+
+        def run() -> None:
+            try:
+                pending.run()
+            finally:
+                done.set()
+
+        return Pending(run, _nothing, run, pending.result)
+
     def through_slots(
         self, rows: Rows, layout: Layout, want: Want, handle: Handle,
-        into: Received | None = None, max_rows: int = 0,
+        into: Received | None = None, max_rows: int = 0, first: Callable[[], object] | None = None,
     ) -> Pending:  # fmt: skip
-        """The data phase of a dispatch whose counts are known; arguments as of `dispatch`."""
+        """The data phase of a dispatch whose counts are known; arguments as of `dispatch`.
+
+        Args:
+            first: called before anything moves.
+        """
         most = int(handle.rows.sum(0).max(initial=0))
         if max_rows and most > max_rows:
             raise LimitError(
@@ -129,24 +163,28 @@ class Exchange(Direct):
                 "(num_worst_tokens)"
             )
         received = into or self.allocate(rows, want, handle.num_rows)
-        call, keep = self._slots_call(rows, layout, want, handle, received)
-        return Pending(
-            partial(self._phase, call, keep, True, False),
-            partial(self._phase, call, keep, False, True),
-            partial(self._phase, call, keep, True, True), received,
-        )  # fmt: skip
+        call, ticks, keep = self._slots_call(rows, layout, want, handle, received)
+
+        def run() -> None:
+            with trace.span("ep.dispatch", "communication", tokens=call.tokens):
+                if first is not None:
+                    first()
+                call.base = self._take_ticks(ticks)
+                self._move(call, keep, True, True)
+
+        return Pending(run, _nothing, run, received)
 
     def _slots_call(
         self, rows: Rows, layout: Layout, want: Want, handle: Handle, received: Received
-    ) -> tuple[DispatchCall, list[Any]]:
+    ) -> tuple[DispatchCall, int, list[Any]]:
         received.handle = handle
         if handle.expert_counts is not None:
             received.per_expert = handle.expert_counts.sum(0)
         block = self._block(rows.packed_bytes, "dispatch")
-        ticks = -(-handle.most_tokens // block)
-        call, keep = self._call(rows, layout, want, received, block, self._take_ticks(ticks), ticks)
+        ticks = max(1, -(-handle.most_tokens // block))
+        call, keep = self._call(rows, layout, want, received, block, ticks)
         self._fill_call(call, keep, handle, len(received.x))
-        return call, keep
+        return call, ticks, keep
 
     # ---- the low-latency form
 
@@ -161,16 +199,23 @@ class Exchange(Direct):
         room = want.num_experts // self.size * want.rows_per_expert
         received = self.allocate(rows, want, room)
         received.handle = handle
-        call, keep = self._call(rows, layout, want, received, 1 << 40, self._take_ticks(1), 1)
+        call, keep = self._call(rows, layout, want, received, 1 << 40, 1)
+        call.base, fields = self._take_ticks(1), self._said(rows, want, 0)
         call.waited_ns = pointer(waited_ns)
         posted: list[tuple[int, int]] = []
 
         def send() -> None:
-            posted.append(self.counts.post(rows.fields(want, 0), layout))
+            posted.append(self.counts.post(fields, layout))
+            handle.serial = self.counts.serial(posted[0][0])
             self._phase(call, keep, True, False)
 
         def receive() -> None:
-            handle.fill(self.counts.collect(posted[0]))
+            try:
+                heads = self.counts.collect(posted[0])
+            except ShapeError:
+                self.lib.wf_ep_done(self.fabric.pointer, call.base)
+                raise
+            handle.fill(heads)
             assert handle.expert_counts is not None
             received.per_expert = handle.expert_counts.sum(0)
             self._fill_call(call, keep, handle, room)
@@ -183,13 +228,16 @@ class Exchange(Direct):
         return Pending(send, receive, run, received)
 
     def _phase(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
-        call.stage, call.pull = stage, pull
         with trace.span("ep.dispatch", "communication", tokens=call.tokens):
-            sent = self.links.send_blocks(call, keep) if stage else None
-            status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
-            self.fabric.check(status, "dispatch")
-            if sent is not None:
-                sent()
+            self._move(call, keep, stage, pull)
+
+    def _move(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
+        call.stage, call.pull = stage, pull
+        sent = self.links.send_blocks(call, keep) if stage else None
+        status = self.lib.wf_ep_dispatch(self.fabric.pointer, ctypes.addressof(call))
+        self.fabric.check(status, "dispatch")
+        if sent is not None:
+            sent()
 
     def allocate(self, rows: Rows, want: Want, count: int, piece: Part | None = None) -> Received:
         """Arrays for `count` received rows; with a piece, x and scales lie in it."""
@@ -213,11 +261,10 @@ class Exchange(Direct):
         return Received(x, scale, idx, weights)
 
     def _call(
-        self, rows: Rows, layout: Layout, want: Want, received: Received, block: int, base: int,
-        ticks: int,
-    ) -> tuple[DispatchCall, list[Any]]:  # fmt: skip
+        self, rows: Rows, layout: Layout, want: Want, received: Received, block: int, ticks: int
+    ) -> tuple[DispatchCall, list[Any]]:
         call = _sent(rows, layout, want, self.size)
-        call.block, call.ticks, call.base = block, ticks, base
+        call.block, call.ticks = block, ticks
         call.big, call.threads = received.x.nbytes > BIG_BYTES, self.threads(received.x.nbytes)
         call.transposed_rows, call.capacity = want.rows_per_expert, len(received.x)
         call.recv_x, call.recv_scale = pointer(received.x), pointer(received.scale)

@@ -22,10 +22,10 @@ import numpy as np
 
 from whalefall import comm
 from whalefall.comm.library import address
-from whalefall.ep.library import KDEAD, KNOMEMORY, KNOROOM, KSILENT, GroupView
+from whalefall.ep.library import KDEAD, KFAILED, KNOMEMORY, KNOROOM, KSILENT, GroupView, library
 from whalefall.ep.shared import SharedArena
 from whalefall.ep.topology import Topology
-from whalefall.errors import ConfigError, LimitError, RankFailure
+from whalefall.errors import ConfigError, LimitError, RankFailure, WhalefallError
 
 __all__ = ["CLOSED", "Fabric", "Lock", "Plan"]
 
@@ -103,6 +103,9 @@ class Fabric:
         barrier: returns when every rank of the group has called it.
     Attributes:
         view: the native structure.
+        pointer: its address for collectives; whoever asks for it after one has failed is told so.
+        attached: its address until the fabric is closed.
+        tell: called with the status once a collective has failed.
         masked: [ranks] int32, 1: treated as gone.
         shared: this rank's memory for results; None where the plan has none.
         shared_of: [ranks] uint64, where that of each local rank begins in this process.
@@ -135,7 +138,9 @@ class Fabric:
         if plan.shared_bytes:
             self.shared = SharedArena(mine, size - plan.shared_bytes, plan.shared_bytes)
         self.view = self._native_view(lock, slots_at)
-        self.pointer = ctypes.addressof(self.view)
+        self.pointer = self.attached = ctypes.addressof(self.view)
+        self.tell: Callable[[int], None] | None = None
+        self._failure: WhalefallError | None = None
 
     def _native_view(self, lock: Lock, slots_at: int) -> GroupView:
         plan, R = self.plan, self.topology.num_ranks
@@ -209,24 +214,45 @@ class Fabric:
         return self._regions[self.rank].view[first : first + nbytes]
 
     def check(self, status: int, where: str) -> None:
-        """Turn a native status into the error it means.
+        """Turn a native status into the error it means; the collectives of this fabric end with it.
 
         Raises: RankFailure naming the rank; LimitError.
         """
-        if status >= 0:
-            return
+        if status < 0:
+            self.give_up(status, self._error(status, where))
+
+    def _error(self, status: int, where: str) -> WhalefallError:
         if status == KNOROOM:
-            raise LimitError(
+            return LimitError(
                 f"ep: {where}: a block does not fit a slot of {self.plan.slot_bytes} bytes; make "
                 "the buffer larger (num_nvl_bytes, num_rdma_bytes, chunk_bytes)"
             )
         if status == KNOMEMORY:
-            raise LimitError(f"ep: {where}: shared memory (/dev/shm) is full")
-        if -status >= KSILENT:
-            raise RankFailure(
-                f"ep: {where}: rank {-status - KSILENT} was silent for {self.plan.timeout_s} s"
-            )
-        raise RankFailure(f"ep: {where}: rank {-status - KDEAD} is dead")
+            return LimitError(f"ep: {where}: shared memory (/dev/shm) is full")
+        kind = next(k for k in (KFAILED, KSILENT, KDEAD) if -status >= k)
+        rank = -status - kind
+        how = {
+            KFAILED: "gave up after an error of its own",
+            KSILENT: f"was silent for {self.plan.timeout_s} s", KDEAD: "is dead",
+        }[kind]  # fmt: skip
+        if rank == self.rank:
+            how = f"(this one) {how}, and the others went on without it"
+        return RankFailure(f"ep: {where}: rank {rank} {how}", rank=rank)
+
+    def give_up(self, status: int, error: WhalefallError) -> NoReturn:
+        """Take part in nothing more: ranks may be at different steps now; the others are told.
+
+        Raises: `error`, and from here on every call that wants `pointer`.
+        """
+        if self._failure is None:
+            self._failure = error
+            if status in (KNOROOM, KNOMEMORY):
+                status = -(KFAILED + self.rank)
+            library().wf_ep_give_up(self.attached, status)
+            self.__dict__.pop("pointer", None)
+            if self.tell is not None:
+                self.tell(status)
+        raise error
 
     def close(self) -> None:
         """Detach; the memory is freed with its last user."""
@@ -236,9 +262,16 @@ class Fabric:
             with contextlib.suppress(BufferError):  # a caller still looks at a buffer
                 region.close()
         # From here on the native side would touch memory that is gone.
-        del self._regions, self.shared, self.pointer
+        self._failure = None
+        for name in ("_regions", "shared", "pointer", "attached"):
+            self.__dict__.pop(name, None)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name in ("_regions", "shared", "pointer"):
+        if name == "pointer" and (failure := self.__dict__.get("_failure")) is not None:
+            words = f"{failure}; that ended this Buffer's (or engine's) calls: make a new one"
+            if isinstance(failure, RankFailure):
+                raise RankFailure(words, rank=failure.rank)
+            raise type(failure)(words)
+        if name in ("_regions", "shared", "pointer", "attached"):
             raise ConfigError(CLOSED)
         raise AttributeError(name)

@@ -47,6 +47,10 @@ def _check(rank: int, size: int) -> None:
         raise ConfigError(f"ep: rank is {rank} of {size}, wanted 0 … {size - 1}")
 
 
+def _late(absent: list[int], timeout_s: float) -> RankFailure:
+    return RankFailure(f"ep: ranks {absent} did not come within {timeout_s} s", rank=absent[0])
+
+
 class FileGroup:
     """Ranks of one host meet in a folder that was empty before.
 
@@ -81,7 +85,7 @@ class FileGroup:
                     messages[rank] = (self.folder / f"{self._round}-{rank}").read_bytes()
             if time.monotonic() > end:
                 absent = sorted(set(range(self.size)) - messages.keys())
-                raise RankFailure(f"ep: ranks {absent} did not come within {self.timeout_s} s")
+                raise _late(absent, self.timeout_s)
             if len(messages) < self.size:
                 time.sleep(POLL_S)
         self._round += 1
@@ -132,9 +136,7 @@ class TcpGroup:
                 continue  # a stranger
             except TimeoutError:
                 absent = sorted(set(range(1, self.size)) - self._peers.keys())
-                raise RankFailure(
-                    f"ep: ranks {absent} did not come within {self.timeout_s} s"
-                ) from None
+                raise _late(absent, self.timeout_s) from None
             channel.settimeout(self.timeout_s)
             hello, _ = channel.recv(_Message)
             if hello.rank in self._peers or not 0 < hello.rank < self.size:
@@ -150,7 +152,7 @@ class TcpGroup:
             except OSError as error:
                 if time.monotonic() > end:
                     raise RankFailure(
-                        f"ep: rank 0 does not answer at {host}:{port}: {error}"
+                        f"ep: rank 0 does not answer at {host}:{port}: {error}", rank=0
                     ) from None
                 time.sleep(0.05)
 
@@ -161,13 +163,13 @@ class TcpGroup:
                 self._peers[0].send(_Message(self.rank, [message]))
                 return self._peers[0].recv(_Message)[0].messages
             except (comm.CommError, TimeoutError) as error:
-                raise RankFailure(f"ep: rank 0 is gone: {error}") from None
+                raise RankFailure(f"ep: rank 0 is gone: {error}", rank=0) from None
         messages = {0: message}
         for rank, channel in self._peers.items():
             try:
                 messages[rank] = channel.recv(_Message)[0].messages[0]
             except (comm.CommError, TimeoutError) as error:
-                raise RankFailure(f"ep: rank {rank} is gone: {error}") from None
+                raise RankFailure(f"ep: rank {rank} is gone: {error}", rank=rank) from None
         ordered = [messages[r] for r in range(self.size)]
         for channel in self._peers.values():
             channel.send(_Message(0, ordered))

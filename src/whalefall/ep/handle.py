@@ -28,7 +28,7 @@ HEADER_FIELDS = (
     "extra",
     "room",
     "room_at",
-    "tick",  # of the rank's next collective
+    "call",  # how many collectives the rank called before
 )
 
 
@@ -82,6 +82,7 @@ class Handle:
         in_rank: [T, R] bool, this rank's tokens: an array, or a tensor.
         topk_idx: [T, K] int64, this rank's, per selection only.
     Attributes:
+        serial: of the dispatch, the same on all ranks.
         heads_at: address of `heads`.
         num_rows: N, rows that this rank received.
         most_tokens: of a rank.
@@ -91,6 +92,7 @@ class Handle:
         forward: for each source of another host that this rank serves: tokens, masks, ids.
     """
 
+    serial: int
     heads_at: int
     told: Any  # heads, as the native side has filled them
     num_rows: int

@@ -14,6 +14,7 @@ from whalefall import jit
 __all__ = [
     "KDEAD",
     "KDISAGREE",
+    "KFAILED",
     "KMISCOUNTED",
     "KNOMEMORY",
     "KNOROOM",
@@ -24,7 +25,7 @@ __all__ = [
 __all__ += ["NOWHERE", "DispatchCall", "GroupView", "library", "pointer"]
 
 KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
-KDISAGREE, KMISCOUNTED = -2_000_003, -2_000_004
+KDISAGREE, KMISCOUNTED, KFAILED = -2_000_003, -2_000_004, 3_000_001
 _nothing = ctypes.create_string_buffer(64)
 NOWHERE = ctypes.addressof(_nothing)  # of what was given and has no elements
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -73,7 +74,7 @@ class CombineCall(ctypes.Structure):
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),
-        ("shared_at most", _I64),
+        ("shared_at most serial call", _I64),
     )
 
 
@@ -82,7 +83,7 @@ class Announcement(ctypes.Structure):
 
     _fields_ = _fields(
         ("per_rank per_expert", _P),
-        ("num_experts room room_at count", _I64),
+        ("num_experts room room_at count call serial", _I64),
         ("heads offers", _P),
         ("alignment rows bytes most_tokens fits", _I64),
     )
@@ -97,6 +98,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_staged": [_P, _I64, _U32],
     "wf_ep_posted": [_P, _I64, _U32],
     "wf_ep_failed": [_P, _I64, _I64],
+    "wf_ep_give_up": [_P, _I64],
     "wf_ep_done": [_P, _U32],
     "wf_ep_is_alive": [_P, _I64],
     "wf_ep_pack": [_P, _P, _I64, _I64, _P, _I64, _P],
@@ -107,13 +109,22 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_offer": [_P, _P, _P],
     "wf_ep_again": [_P, _P, _P],
     "wf_ep_combine_stage": [_P, _P, _I64, _I64, _I64],
+    "wf_ep_combine_said": [_P, _I64, _P],
     "wf_ep_combine_await": [_P, _I64, _I64, _P],
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],
     "wf_ep_combine_forward": [_P, _P, *[_I64] * 6, _P, _P, _P],
     "wf_ep_combine": [_P, _P, _P, _I64, _I64, _I64],
     "wf_ep_cast": [_P, _I64, _I64, _I64, _I64, _P, _P],
 }
-_NOTHING = ("wf_ep_staged", "wf_ep_posted", "wf_ep_failed", "wf_ep_done", "wf_ep_cast")
+_NOTHING = (
+    "wf_ep_combine_said",
+    "wf_ep_staged",
+    "wf_ep_posted",
+    "wf_ep_failed",
+    "wf_ep_give_up",
+    "wf_ep_done",
+    "wf_ep_cast",
+)
 
 
 @cache

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,19 +24,24 @@ from whalefall import comm
 from whalefall.comm.library import address
 from whalefall.ep.fabric import Fabric
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import CombineCall, DispatchCall, library
-from whalefall.errors import RankFailure
+from whalefall.ep.library import KDEAD, KFAILED, KSILENT, CombineCall, DispatchCall, library
+from whalefall.errors import ConfigError, RankFailure
 
 __all__ = ["HostLinks", "Links"]
 
 QUEUE = 4  # blocks on their way between two threads
+LOOK_S = 0.05  # how often a waiting thread looks whether the other host has failed
+PATIENCE_S = 1.0  # more for another host's rank: whoever waits for the culprit itself shall say so
 
 
 class Frame(msgspec.Struct, array_like=True):
-    """A message between hosts: "header", "block" (down to the proxy) or "partial" (back)."""
+    """A message between hosts: "header", "block" (down to the proxy) or "partial" (back).
+
+    "failed" goes both ways, with the status that ended the sender's collectives.
+    """
 
     kind: str
-    number: int  # of the header, or the tick
+    number: int  # of the header, or the tick, or the status
 
 
 class Links:
@@ -71,16 +77,27 @@ class Links:
 class _Sender:
     """A thread that sends what is put into its bounded queue."""
 
-    def __init__(self, channel: comm.Channel, name: str, failed: Callable[[], None]) -> None:
-        self.channel, self._failed = channel, failed
+    def __init__(
+        self, channel: comm.Channel, name: str, timeout_s: float, failed: Callable[[int], None]
+    ) -> None:
+        self.channel, self._timeout_s, self._failed = channel, timeout_s, failed
         self.broken = False
         self._calls: queue.Queue[Callable[[comm.Channel], None] | None] = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, call: Callable[[comm.Channel], None]) -> None:
-        """Queue a call that sends."""
-        self._calls.put(call)
+        """Queue a call that sends; the other side has failed if it takes nothing for too long."""
+        try:
+            self._calls.put(call, timeout=self._timeout_s)
+        except queue.Full:
+            self.broken = True
+            self._failed(KSILENT)
+
+    def put_if_room(self, call: Callable[[comm.Channel], None]) -> None:
+        """Queue a call, unless the other side is too far behind."""
+        with contextlib.suppress(queue.Full):
+            self._calls.put_nowait(call)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -90,12 +107,14 @@ class _Sender:
                 call(self.channel)
             except (OSError, comm.CommError):
                 self.broken = True
-                self._failed()
+                self._failed(KDEAD)
 
     def close(self) -> None:
-        """End after what is queued."""
-        self._calls.put(None)
-        self._thread.join(5.0)
+        """End after what is queued, and close the channel."""
+        with contextlib.suppress(queue.Full):
+            self._calls.put(None, timeout=5.0)
+            self._thread.join(5.0)
+        self.channel.close()
 
 
 class HostLinks(Links):
@@ -113,16 +132,20 @@ class HostLinks(Links):
         self.fabric, self.lib = fabric, library()
         self._up, self._down = up, down
         self._closing = False
-        self._partials: dict[int, queue.Queue[tuple[int, Any] | None]] = {
+        self._partials: dict[int, queue.Queue[tuple[int, Any]]] = {
             h: queue.Queue(QUEUE) for h in up
         }
+        self._lost: dict[int, int] = {}  # host: the status that its proxy ended with
         self._proxy = {h: fabric.topology.proxy(fabric.rank, h) for h in up}
         self._to_proxy = {
-            h: _Sender(c, f"ep up {h}", partial(self._host_gone, h)) for h, c in up.items()
+            h: _Sender(c, f"ep up {h}", fabric.plan.timeout_s, partial(self._host_gone, h))
+            for h, c in up.items()
         }
         self._to_source = {
-            s: _Sender(c, f"ep down {s}", partial(self._source_gone, s)) for s, c in down.items()
+            s: _Sender(c, f"ep down {s}", fabric.plan.timeout_s, partial(self._source_gone, s))
+            for s, c in down.items()
         }
+        fabric.tell = self._tell
         self._threads = [
             threading.Thread(target=self._receive_partials, args=(h, c), daemon=True)
             for h, c in up.items()
@@ -149,7 +172,7 @@ class HostLinks(Links):
 
     def send_blocks(self, call: DispatchCall, keep: list[Any]) -> Callable[[], None]:
         """Begin to send a dispatch's blocks; the result waits until all have left."""
-        done = threading.Semaphore(0)
+        done, sent = threading.Semaphore(0), [0]
 
         def send_all(ranks: np.ndarray, keep: list[Any], channel: comm.Channel) -> None:
             rows = min(call.block, call.tokens)
@@ -159,11 +182,12 @@ class HostLinks(Links):
                 for i in range(call.ticks):
                     begin = min(i * call.block, call.tokens)
                     used = self.lib.wf_ep_pack(
-                        self.fabric.pointer, ctypes.addressof(call), begin,
+                        self.fabric.attached, ctypes.addressof(call), begin,
                         min(begin + call.block, call.tokens), ranks.ctypes.data, len(ranks),
                         room.ctypes.data,
                     )  # fmt: skip
                     channel.send(Frame("block", call.base + i), room[:used])
+                    sent[0] += 1
             finally:
                 done.release()
 
@@ -173,56 +197,71 @@ class HostLinks(Links):
             sender.put(partial(send_all, ranks, held))
 
         def wait() -> None:
-            for host, sender in self._to_proxy.items():
-                while not done.acquire(timeout=0.05):
-                    if sender.broken:
-                        raise self._failure(host)
+            for host in self._to_proxy:
+                seen, end = -1, 0.0
+                while not done.acquire(timeout=LOOK_S):
+                    if sent[0] != seen:  # it moves
+                        seen, end = sent[0], self._deadline()
+                    self._check(host, end, "dispatch")
 
         return wait
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.fabric.plan.timeout_s + PATIENCE_S
+
+    def _check(self, host: int, end: float, where: str) -> None:
+        """Raise RankFailure if a host's proxy has failed, or the time is up."""
+        status = self._lost.get(host, 0)
+        if not status and time.monotonic() > end:
+            status = -(KSILENT + self._proxy[host])
+        self.fabric.check(status, where)
 
     def _receive_partials(self, host: int, channel: comm.Channel) -> None:
         try:
             while True:
                 frame, payload = channel.recv(Frame)
-                self._partials[host].put((frame.number, payload.obj))
+                if frame.kind == "failed":
+                    self._lost.setdefault(host, frame.number)
+                else:
+                    self._partials[host].put((frame.number, payload.obj))
         except (OSError, comm.CommError):
-            self._host_gone(host)
+            self._host_gone(host, KDEAD)
 
-    def _host_gone(self, host: int) -> None:
+    def _host_gone(self, host: int, how: int) -> None:
         if not self._closing:
-            with contextlib.suppress(queue.Full):
-                self._partials[host].put_nowait(None)
+            self._lost.setdefault(host, -(how + self._proxy[host]))
+
+    def _tell(self, status: int) -> None:
+        """Have all who wait for this rank on other hosts know why it takes part in nothing more."""
+        for sender in [*self._to_proxy.values(), *self._to_source.values()]:
+            sender.put_if_room(partial(_send, Frame("failed", status), b""))
+
+    def _next_partial(self, host: int) -> tuple[int, Any]:
+        end = self._deadline()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._partials[host].get(timeout=LOOK_S)
+            self._check(host, end, "combine")
 
     @contextlib.contextmanager
     def partials(self, call: CombineCall, i: int) -> Iterator[None]:
         """Have the other hosts' partial results of block i at hand."""
         blocks: dict[int, Any] = {}
         table = np.zeros(len(self.fabric.topology.hosts), np.uint64)
-        for host, arriving in self._partials.items():
-            try:
-                item = arriving.get(timeout=self.fabric.plan.timeout_s)
-            except queue.Empty:
-                raise RankFailure(
-                    f"ep: combine: rank {self._proxy[host]} was silent for "
-                    f"{self.fabric.plan.timeout_s} s"
-                ) from None
-            if item is None:
-                arriving.put(None)
-                raise self._failure(host)
-            number, blocks[host] = item
+        for host in self._partials:
+            number, blocks[host] = self._next_partial(host)
             if number != call.base + i:
-                raise RankFailure(
-                    f"ep: combine: rank {self._proxy[host]} is at tick {number}, we at "
-                    f"{call.base + i}; ranks must call the same collectives in the same order"
+                rank = self._proxy[host]
+                words = (
+                    f"ep: combine: rank {rank} is at tick {number}, we at {call.base + i}; ranks "
+                    "must call the same collectives in the same order"
                 )
+                self.fabric.give_up(-(KFAILED + rank), RankFailure(words, rank=rank))
             if blocks[host]:
                 table[host] = address(blocks[host])
         call.remote = table.ctypes.data
         yield
         call.remote = None
-
-    def _failure(self, host: int) -> RankFailure:
-        return RankFailure(f"ep: rank {self._proxy[host]} is dead: its connection broke")
 
     # ---- as a proxy
 
@@ -230,6 +269,9 @@ class HostLinks(Links):
         fabric = self.fabric
 
         def target(frame: Frame, nbytes: int) -> Any:
+            if frame.kind == "failed":
+                self.lib.wf_ep_failed(fabric.attached, source, frame.number)
+                return bytearray(nbytes)
             if frame.kind == "header":
                 where, room = (
                     fabric.mailbox_address(source, frame.number),
@@ -245,14 +287,18 @@ class HostLinks(Links):
         try:
             while True:
                 frame, _ = channel.recv(Frame, into=target)
+                if frame.kind == "failed":
+                    return
                 post = self.lib.wf_ep_posted if frame.kind == "header" else self.lib.wf_ep_staged
-                post(fabric.pointer, source, frame.number)
-        except (OSError, comm.CommError, RankFailure):
-            self._source_gone(source)
+                post(fabric.attached, source, frame.number)
+        except (OSError, comm.CommError):
+            self._source_gone(source, KDEAD)
+        except (RankFailure, ConfigError):
+            return  # of this host; this rank's own calls say so
 
-    def _source_gone(self, source: int) -> None:
+    def _source_gone(self, source: int, how: int) -> None:
         if not self._closing:
-            self.lib.wf_ep_failed(self.fabric.pointer, source, source)
+            self.lib.wf_ep_failed(self.fabric.attached, source, -(how + source))
 
     def send_partials(
         self, call: CombineCall, handle: Handle, i: int, most: int, stride: int
@@ -283,8 +329,6 @@ class HostLinks(Links):
         self._closing = True
         for sender in [*self._to_proxy.values(), *self._to_source.values()]:
             sender.close()
-        for channel in [*self._up.values(), *self._down.values()]:
-            channel.close()
         for thread in self._threads:
             thread.join(5.0)
 

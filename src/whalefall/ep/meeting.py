@@ -10,9 +10,10 @@ import msgspec
 from whalefall.ep.group import Group
 from whalefall.errors import ConfigError
 
-__all__ = ["Hello", "meet", "process_name"]
+__all__ = ["Hello", "meet", "number_engine", "process_name"]
 
 _HERE = secrets.token_hex(6)
+_engines = 0  # that this process knows of
 
 
 class Hello(msgspec.Struct):
@@ -22,6 +23,7 @@ class Hello(msgspec.Struct):
     name: str
     process: str
     config: dict[str, int | float | None]
+    engines: int = 0
 
 
 def process_name() -> str:
@@ -34,6 +36,7 @@ def meet(group: Group, hello: Hello) -> list[Hello]:
 
     Raises: ConfigError where one was made with other arguments.
     """
+    hello.engines = _engines
     raw = group.all_gather(msgspec.msgpack.encode(hello))
     hellos = [msgspec.msgpack.decode(m, type=Hello) for m in raw]
     for rank, other in enumerate(hellos):
@@ -44,3 +47,11 @@ def meet(group: Group, hello: Hello) -> list[Hello]:
                     f"{group.rank} with {value}; all ranks must agree"
                 )
     return hellos
+
+
+def number_engine(hellos: list[Hello]) -> int:
+    """A number for the engine which no other has that one of its ranks takes part in."""
+    global _engines
+    number = max(_engines, *(hello.engines for hello in hellos))
+    _engines = number + 1
+    return number

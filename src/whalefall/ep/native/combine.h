@@ -8,6 +8,7 @@
 // Between hosts, a proxy adds its host's rows first (per rank: rounded once to bf16) or gathers
 // them (per selection), and one message a block crosses.
 #pragma once
+#include "counts.h"
 #include "sums.h"
 #include "wire.h"
 
@@ -16,8 +17,9 @@ namespace wf_ep {
 // A slot: where the rows are, if not here; start[R + 1] entries of each source, place[entries]
 // (row index); then the rows.
 struct Elsewhere {
-  int64_t at, stride;               // in the rank's shared memory; -1: here
-  int32_t hidden, form, next, pad;  // what all ranks must agree on; `next`: tick after the combine
+  int64_t at, stride;                        // in the rank's shared memory; -1: here
+  int32_t kind, hidden, form, serial, call;  // what all ranks must agree on
+  int32_t next;                              // tick after the combine
 };
 
 struct Slot {
@@ -45,17 +47,31 @@ inline int32_t form_of(const Combine& c) {
   return static_cast<int32_t>((c.fp32 ? 1 : 0) | (c.row_weights ? 2 : 0));
 }
 
-// Whether all ranks that staged `tick` give back such rows; else `last` is the latest tick after.
-inline bool all_give_alike(const Group& g, uint32_t tick, uint32_t* last) {
-  auto at = [&](int rank) { return reinterpret_cast<Elsewhere*>(slot_at(g, rank, tick)); };
-  const Elsewhere& mine = *at(g.rank);
-  bool alike = true;
+inline const Elsewhere& said_at(const Group& g, int rank, uint32_t tick) {
+  return *reinterpret_cast<const Elsewhere*>(slot_at(g, rank, tick));
+}
+
+// Whether all ranks of the host that staged `tick` give back such rows.
+inline bool all_give_alike(const Group& g, uint32_t tick) {
+  const Elsewhere& mine = said_at(g, g.rank, tick);
   for (int l = 0; l < g.num_local; l++) {
-    const Elsewhere& its = *at(g.rank_of[l]);
-    alike &= its.hidden == mine.hidden && its.form == mine.form && its.next == mine.next;
-    if (static_cast<int32_t>(its.next - *last) > 0) *last = its.next;
+    const Elsewhere& its = said_at(g, g.rank_of[l], tick);
+    if (g.masked[g.rank_of[l]]) continue;
+    if (its.kind != mine.kind || its.hidden != mine.hidden || its.form != mine.form ||
+        its.serial != mine.serial || its.call != mine.call)
+      return false;
   }
-  return alike;
+  return true;
+}
+
+// The first tick that no rank takes for a combine in which they disagree at `tick`.
+inline uint32_t tick_after(const Group& g, uint32_t tick) {
+  uint32_t last = tick + 1;
+  for (int l = 0; l < g.num_local; l++) {
+    const Elsewhere& its = said_at(g, g.rank_of[l], tick);
+    if (its.kind == kCombine && static_cast<int32_t>(its.next - last) > 0) last = its.next;
+  }
+  return last;
 }
 
 // Stage this rank's rows for tokens below `end` of all other sources; entries come in
@@ -71,7 +87,14 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
   if (entries > max_entries) return kNoRoom;
   bool stays = c.zero_copy || c.shared_at >= 0;
   if (int64_t status = reserve(g, tick, head + (stays ? 0 : entries * bytes))) return status;
-  *slot.elsewhere = {c.shared_at, c.x_stride, static_cast<int32_t>(c.hidden), form_of(c), next, 0};
+  *slot.elsewhere = {c.shared_at,
+                     c.x_stride,
+                     kCombine,
+                     static_cast<int32_t>(c.hidden),
+                     form_of(c),
+                     static_cast<int32_t>(c.serial),
+                     static_cast<int32_t>(c.call),
+                     next};
   for (int s = 0; s < g.num_ranks; s++) {
     slot.start[s] = static_cast<uint32_t>(used);
     int64_t& j = c.cursor[s];

@@ -18,10 +18,11 @@ enum Field {  // HEADER_FIELDS of handle.py
   kExtra,
   kRoom,
   kRoomAt,
-  kTick,
+  kCall,
   kFields
 };
-constexpr int kAgreed[] = {kKind, kXBytes, kScaleBytes, kTopK, kFlags, kExperts, kExtra};
+constexpr int kAgreed[] = {kKind, kCall, kXBytes, kScaleBytes, kTopK, kFlags, kExperts, kExtra};
+constexpr int kRepeat = 4, kCombine = 5;  // kinds of calls, KINDS of counts.py
 constexpr int64_t kDisagree = -2'000'003, kMiscounted = -2'000'004;
 
 // All ranks' headers within one host.

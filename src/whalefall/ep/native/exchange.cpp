@@ -73,9 +73,14 @@ WF_EXPORT void wf_ep_posted(const Group* g, int64_t rank, uint32_t count) {
   advance(g->stream[rank]->posted, count + 1);
 }
 
-// A proxy's connection to `rank` broke because of `failed`: whoever waits for it shall know.
-WF_EXPORT void wf_ep_failed(const Group* g, int64_t rank, int64_t failed) {
-  g->stream[rank]->failed.store(static_cast<uint32_t>(failed) + 1);
+// Nothing more will come from `rank` of another host: whoever waits for it gets `status`.
+WF_EXPORT void wf_ep_failed(const Group* g, int64_t rank, int64_t status) {
+  g->stream[rank]->failed.store(static_cast<uint32_t>(-status));
+}
+
+// This rank takes part in nothing more: whoever waits for it gets `status`.
+WF_EXPORT void wf_ep_give_up(const Group* g, int64_t status) {
+  g->control[g->local]->gave_up.store(status);
 }
 
 WF_EXPORT void wf_ep_done(const Group* g, uint32_t tick) {
@@ -165,7 +170,7 @@ WF_EXPORT int64_t wf_ep_room(const Dispatch* dispatch, const int32_t* counts, in
 // What a rank says before a dispatch within one host, and what it learns from the others.
 struct Announcement {
   const int32_t *per_rank, *per_expert;  // [R], [E]
-  int64_t num_experts, room, room_at, count;
+  int64_t num_experts, room, room_at, count, call, serial;
   int32_t* heads;   // [R, length], filled; behind them rows of each local expert [El], rounded up
   int32_t* offers;  // [R, fields], filled where the counts are known and only memory is offered
   int64_t alignment;
@@ -190,7 +195,8 @@ static int32_t* put_fields(const Group& g, const Dispatch& d, const Announcement
   to[kExperts] = static_cast<int32_t>(a.num_experts);
   to[kRoom] = static_cast<int32_t>(a.room);
   to[kRoomAt] = static_cast<int32_t>(a.room_at);
-  to[kTick] = static_cast<int32_t>(d.base + d.ticks);
+  to[kExtra] = static_cast<int32_t>(a.serial);
+  to[kCall] = static_cast<int32_t>(a.call);
   return to;
 }
 
@@ -249,7 +255,7 @@ WF_EXPORT int64_t wf_ep_direct(const Group* group, const Dispatch* dispatch,
 
 // Offer memory for a dispatch whose counts are those of an earlier one; returns at once.
 WF_EXPORT int64_t wf_ep_offer(const Group* group, const Dispatch* dispatch, const Announcement* a) {
-  put_fields(*group, *dispatch, *a, 4);
+  put_fields(*group, *dispatch, *a, kRepeat);
   advance(group->stream[group->rank]->posted, static_cast<uint32_t>(a->count) + 1);
   return 0;
 }
@@ -265,7 +271,7 @@ WF_EXPORT int64_t wf_ep_again(const Group* group, const Dispatch* dispatch, cons
   // The earlier dispatch may have had experts, this one has only their counts.
   Heads heads = {a->heads, g.num_ranks, a->num_experts, 0};
   if (!all_fit(g, d, heads, offers)) return 1;
-  return write_rows(g, d, heads, offers, static_cast<uint32_t>(d.base + d.ticks - 1));
+  return write_rows(g, d, heads, offers, static_cast<uint32_t>(d.base));
 }
 
 // Stage tick i of a combine. `stride`: of staged rows, 0 for the natural one.
@@ -275,14 +281,28 @@ WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine
   const Combine& c = *combine;
   uint32_t tick = static_cast<uint32_t>(c.base + i);
   if (int64_t status = await_slot(g, tick)) return status;
-  int64_t ticks = c.most > 0 ? (c.most + c.block - 1) / c.block : 0;
+  int64_t ticks = c.most > 0 ? (c.most + c.block - 1) / c.block : 1;
   int64_t status = stage_rows(g, c, (i + 1) * c.block, max_entries, stride, tick,
                               static_cast<int32_t>(c.base + ticks));
   if (status == 0) advance(g.stream[g.rank]->staged, tick + 1);
   return status;
 }
 
-// Wait until the local ranks have staged tick i.
+// What each rank of this host says of the combine that it staged at `tick`: [R, fields].
+WF_EXPORT void wf_ep_combine_said(const Group* group, int64_t tick, int32_t* out) {
+  for (int r = 0; r < group->num_ranks; r++) {
+    if (group->local_of[r] < 0 || group->masked[r]) continue;
+    const Elsewhere& its = said_at(*group, r, static_cast<uint32_t>(tick));
+    int32_t* to = out + r * kFields;
+    to[kKind] = its.kind;
+    to[kXBytes] = its.hidden;
+    to[kFlags] = its.form;
+    to[kExtra] = its.serial;
+    to[kCall] = its.call;
+  }
+}
+
+// Wait until the local ranks have staged tick i; at the first find whether they combine alike.
 WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t i,
                                       int64_t* waited_ns) {
   const Group& g = *group;
@@ -294,7 +314,7 @@ WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t 
     if (waited_ns) waited_ns[rank] += now_ns() - began;
     if (status < 0) return status;
   }
-  return 0;
+  return i == 0 && !all_give_alike(g, static_cast<uint32_t>(base)) ? kDisagree : 0;
 }
 
 WF_EXPORT int64_t wf_ep_combine_sum(const Group* group, const Combine* combine, int64_t i,
@@ -343,10 +363,9 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, Combine* combine, const int3
     for (; !status && staged < ticks && staged < i + g.slots; staged++)
       status = wf_ep_combine_stage(group, &c, staged, max_entries, 0);
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
-    auto last = static_cast<uint32_t>(c.base);
-    if (!status && i == 0 && !all_give_alike(g, last, &last)) {
-      combine->base += last - static_cast<uint32_t>(c.base);  // where all go on
-      return kDisagree;
+    if (status == kDisagree) {
+      auto first = static_cast<uint32_t>(c.base);
+      combine->base += tick_after(g, first) - first;  // where all go on
     }
     if (!status) status = wf_ep_combine_sum(group, &c, i, max_entries, 0, &own);
     if (status) return status;

@@ -30,6 +30,7 @@ struct Combine {
   const uint8_t* const* remote;  // [hosts] its message for this block
   int64_t shared_at;             // x begins there in this rank's shared memory; -1: it is private
   int64_t most;                  // tokens of a rank
+  int64_t serial, call;          // of the dispatch; how many collectives this rank called before
 };
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }

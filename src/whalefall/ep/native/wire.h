@@ -34,6 +34,7 @@ constexpr int kSleeps = 64, kLooks = 128;
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
 constexpr int kMaxRanks = 64;                      // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
+constexpr int64_t kFailed = 3'000'001;  // status -(kFailed + rank): a call of that rank failed
 
 // A counter that only grows (modulo 2^32), one writer.
 struct Word {
@@ -41,14 +42,15 @@ struct Word {
   char pad[56];
 };
 
-struct Control {  // one a local rank
-  Word pulled;    // ticks done
+struct Control {                 // one a local rank
+  Word pulled;                   // ticks done
+  std::atomic<int64_t> gave_up;  // the status that ended its collectives, else 0
 };
 
 struct Stream {                  // one a rank of the group, on each host
   Word staged;                   // ticks filled
   Word posted;                   // headers posted
-  std::atomic<uint32_t> failed;  // 1 + the rank whose connection broke
+  std::atomic<uint32_t> failed;  // why nothing comes from another host any more: -status, else 0
   char pad[60];
 };
 
@@ -137,7 +139,9 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
     syscall(SYS_futex, &w.value, FUTEX_WAIT, seen, &slice, nullptr, 0);
     if (reached(w, target)) break;
     if (stream && stream->failed.load()) {
-      status = -(kDead + stream->failed.load() - 1);
+      status = -static_cast<int64_t>(stream->failed.load());
+    } else if (int64_t its = g.control[owner]->gave_up.load()) {
+      status = its;  // whom it waited for in vain, not itself
     } else if (!is_alive(g, owner)) {
       status = -(kDead + g.rank_of[owner]);
     } else if (now_ns() > end) {

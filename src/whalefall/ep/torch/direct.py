@@ -96,12 +96,12 @@ def announce(engine: Engine, given: Given, alignment: int, known: Known | None) 
             return None
     elif idx is not None or weights is not None:
         return None
-    item = x.element_size()
+    item, kept = x.element_size(), in_rank.clone()  # the caller may change it after the call
     call = DispatchCall(
         x.data_ptr(), _at(scale), _at(idx), _at(weights), layout_at[0], x.stride(0) * item,
         x.shape[1] * item, scale_bytes, K, T, 0, 0, 0, E // R,
     )  # fmt: skip
-    handle = Handle(Want(E, K), engine.rank, engine.topology, in_rank, None)
+    handle = Handle(Want(E, K), engine.rank, engine.topology, kept, None)
     return exchange.announce(call, handle, *layout_at[1:], alignment)
 
 

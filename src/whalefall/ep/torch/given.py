@@ -69,7 +69,7 @@ def layout_given(
     engine: Engine, is_token_in_rank: Tensor, per_rank: Tensor, per_expert: Tensor, tokens: int
 ) -> Layout:
     """A layout as the caller has it, checked."""
-    in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank")
+    in_rank = array(is_token_in_rank, torch.bool, "is_token_in_rank").copy()  # the handle's own
     if in_rank.shape != (tokens, engine.num_ranks):
         raise ShapeError(
             f"Buffer.dispatch: is_token_in_rank is {list(in_rank.shape)}, wanted "

@@ -44,9 +44,9 @@ class DispatchHandle(tuple[Any, ...]):
         handle = self.native
         prefix = np.cumsum(handle.rows, 0).astype(np.int32)  # [i][r]: rows to r from ranks 0 … i
         rank = handle.rank
-        in_rank = torch.from_numpy(handle.in_rank)
+        in_rank = torch.from_numpy(handle.in_rank.copy())  # whatever the caller does with it
         head = np.where(handle.in_rank, np.cumsum(handle.in_rank, 0) - 1, -1).astype(np.int32)
-        source = torch.from_numpy(handle.token[: handle.num_rows])
+        source = torch.from_numpy(handle.token[: handle.num_rows].copy())
         if len(self) == 6:
             sent = handle.rows[rank].astype(np.int32)[:, None]
             received = handle.order_start[:-1].astype(np.int32)[:, None]

@@ -55,7 +55,8 @@ class LowLatency:
         low = self._low
         empty = Layout.nothing(self.runtime.num_ranks, len(self.runtime.topology.hosts))
         self.runtime.worker.drain()
-        low.counts.collect(low.counts.post({"kind": 3, "num_experts": num_experts}, empty))
+        fields = {"kind": 3, "num_experts": num_experts, "call": low.counts.next_call()}
+        low.counts.collect(low.counts.post(fields, empty))
 
     def low_latency_dispatch(
         self,
