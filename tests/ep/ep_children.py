@@ -230,6 +230,25 @@ def check_rows_in_shared_memory_are_combined_where_they_are(engine: Engine) -> N
         assert np.array_equal(got, in_one_process(x, idx, weights))
 
 
+def check_some_ranks_rows_lie_in_shared_memory_and_some_do_not(engine: Engine) -> None:
+    each = 16 // engine.num_ranks
+    for sharing in (lambda rank: rank % 2, lambda rank: rank == 0, lambda _: True):
+        x, idx, weights = batches(engine.num_ranks, "holes")[engine.rank]
+        received = engine.dispatch_selections(x, idx, 16)
+        rows = through_experts(received, engine.rank, each)
+        plain = engine.dispatch(x, idx, 16)
+        returned = (plain.x.astype(np.float32) * 1.7).astype(BF16)
+        wanted = engine.combine(returned, plain.handle)[0]
+        if sharing(engine.rank):
+            rows, own = engine.empty(rows.shape, BF16), rows
+            rows[:] = own
+            returned, own = engine.empty(returned.shape, BF16), returned
+            returned[:] = own
+        got = engine.combine_selections(rows, received.handle, weights)
+        assert np.array_equal(got, in_one_process(x, idx, weights))
+        assert np.array_equal(engine.combine(returned, plain.handle)[0], wanted)
+
+
 def check_the_same_bits_again(engine: Engine) -> None:
     x, idx, weights = batches(engine.num_ranks, "random")[engine.rank]
     results = []

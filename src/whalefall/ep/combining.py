@@ -273,8 +273,10 @@ class Combining:
     def _shared_at(self, call: CombineCall, num_rows: int) -> int:
         """Where x lies in this rank's shared memory; −1 where neighbours cannot read it."""
         shared, row = self.fabric.shared, call.hidden * (4 if call.fp32 else 2)
-        if shared is None or num_rows * row == 0 or call.x_stride < 0:
+        if shared is None or call.x_stride < 0:
             return -1
+        if num_rows * row == 0:  # nothing keeps the others from reading where theirs lie
+            return 0
         return shared.find(call.x, (num_rows - 1) * call.x_stride + row)
 
     def max_entries(self, handle: Handle, block: int) -> int:

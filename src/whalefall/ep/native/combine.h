@@ -75,17 +75,22 @@ inline uint32_t tick_after(const Group& g, uint32_t tick) {
 }
 
 // Stage this rank's rows for tokens below `end` of all other sources; entries come in
-// the order of tokens, so the cursor stands at the first that was not staged yet.
+// the order of tokens, so the cursor stands at the first that was not staged yet. Rows that stay in
+// shared memory cost an index each: those of the later tokens are named at once too, and where all
+// ranks' rows stay, all are added up at once (`all_stay`).
 inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t max_entries,
                           int64_t stride, uint32_t tick, int32_t next) {
   uint8_t* memory = slot_at(g, g.rank, tick);
   Slot slot = slot_of(memory, g.num_ranks, max_entries);
+  bool shared = c.shared_at >= 0, stays = c.zero_copy || shared;
   int64_t bytes = staged_bytes(c, stride), head = slot.rows - memory, entries = 0, used = 0;
+  auto listed = [&](int64_t s, int64_t j) {
+    return j < c.order_start[s + 1] && (shared || c.order_token[j] < end);
+  };
   for (int s = 0; s < g.num_ranks; s++)
-    for (int64_t j = c.cursor[s]; j < c.order_start[s + 1] && c.order_token[j] < end; j++)
-      entries += s != g.rank;
-  if (entries > max_entries) return kNoRoom;
-  bool stays = c.zero_copy || c.shared_at >= 0;
+    for (int64_t j = c.cursor[s]; s != g.rank && listed(s, j); j++) entries++;
+  if (shared) head += 4 * entries;
+  if (entries > max_entries && !shared) return kNoRoom;
   if (int64_t status = reserve(g, tick, head + (stays ? 0 : entries * bytes))) return status;
   *slot.elsewhere = {c.shared_at,
                      c.x_stride,
@@ -97,8 +102,9 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
                      next};
   for (int s = 0; s < g.num_ranks; s++) {
     slot.start[s] = static_cast<uint32_t>(used);
-    int64_t& j = c.cursor[s];
-    for (; j < c.order_start[s + 1] && c.order_token[j] < end; j++) {
+    int64_t& next_entry = c.cursor[s];
+    for (int64_t j = next_entry; listed(s, j); j++) {
+      next_entry += c.order_token[j] < end;
       if (s == g.rank) continue;
       int64_t from = c.order ? c.order[j] : j;
       slot.place[used] = static_cast<uint32_t>(stays ? from : used);
@@ -110,6 +116,13 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
   }
   slot.start[g.num_ranks] = static_cast<uint32_t>(used);
   return 0;
+}
+
+// Whether all ranks' rows of `tick` lie in shared memory, so that each has named all it has.
+inline bool all_stay(const Group& g, uint32_t tick) {
+  for (int l = 0; l < g.num_local; l++)
+    if (reinterpret_cast<Elsewhere*>(slot_at(g, g.rank_of[l], tick))->at < 0) return false;
+  return true;
 }
 
 // Walks the entries that the local ranks staged for one source, token by token.

@@ -357,21 +357,25 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, Combine* combine, const int3
   c.cursor = cursor;
   int64_t own = start[g.rank];
   catch_up(g, c.base);
-  for (int64_t i = 0; i < ticks; i++) {
-    // One tick ahead, so that no rank waits for what its neighbours are staging now.
-    int64_t status = 0;
-    for (; !status && staged < ticks && staged < i + g.slots; staged++)
+  auto first = static_cast<uint32_t>(c.base), last = static_cast<uint32_t>(c.base + ticks - 1);
+  bool at_once = false;
+  for (int64_t i = 0; i < ticks && !at_once; i++) {
+    // One tick ahead, so that no rank waits for what its neighbours are staging now; but rows that
+    // stay where they are may need one tick in all.
+    int64_t ahead = i == 0 && c.shared_at >= 0 ? 1 : i + g.slots, status = 0;
+    for (; !status && staged < ticks && staged < ahead; staged++)
       status = wf_ep_combine_stage(group, &c, staged, max_entries, 0);
     if (!status) status = wf_ep_combine_await(group, c.base, i, nullptr);
-    if (status == kDisagree) {
-      auto first = static_cast<uint32_t>(c.base);
-      combine->base += tick_after(g, first) - first;  // where all go on
+    if (status == kDisagree) combine->base += tick_after(g, first) - first;  // where all go on
+    if (!status && i == 0 && all_stay(g, first)) {
+      at_once = true;
+      c.block = c.most;
     }
     if (!status) status = wf_ep_combine_sum(group, &c, i, max_entries, 0, &own);
     if (status) return status;
-    wf_ep_done(group, static_cast<uint32_t>(c.base + i));
+    wf_ep_done(group, at_once ? last : first + static_cast<uint32_t>(i));
   }
-  return c.shared_at < 0 ? 0 : await_readers(g, static_cast<uint32_t>(c.base + ticks - 1));
+  return c.shared_at < 0 ? 0 : await_readers(g, last);
 }
 
 // bf16 rows to FP8 rows [T, hidden] and scales [T, hidden / 128].
