@@ -30,6 +30,9 @@ __all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
 
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16
+BLOCK_BYTES = (
+    1 << 20
+)  # of a rank and tick: 8 ranks' slots stay in the last cache until they are read
 THREAD_BYTES = 4 << 20  # what makes another thread worth waking
 
 
@@ -83,13 +86,13 @@ class Combining:
     def _block(self, row_bytes: int, what: str) -> int:
         if self.one_tick:
             return 1 << 40
-        block = (self.fabric.plan.chunk_bytes - 256) // (row_bytes + META_BYTES)
-        if block < 1:
+        each, most = row_bytes + META_BYTES, self.fabric.plan.chunk_bytes - 256
+        if each > most:
             raise LimitError(
                 f"ep: {what}: {row_bytes} bytes for one token do not fit a chunk of "
                 f"{self.fabric.plan.chunk_bytes} bytes; make the buffer (num_nvl_bytes) larger"
             )
-        return block
+        return max(1, min(most, BLOCK_BYTES) // each)
 
     def combine(
         self,

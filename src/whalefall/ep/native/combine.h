@@ -250,26 +250,17 @@ struct Collector {
 inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t first, int64_t end,
                       uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
   Collector collector(g, c, tick, max_entries, stride, *own);
-  Terms two[2];
-  int64_t waiting =
-      -1;  // the token in two[waiting % 2]: added up once the next one's rows are known
-  auto finish = [&](const Terms* next) {
-    if (waiting < 0) return;
-    add_terms(c, two[waiting % 2], waiting, next);
-    if (c.out_weights) add_weights(c, two[waiting % 2], waiting);
-  };
+  Terms terms;
   for (int64_t t = begin; t < end; t++) {
     if (c.per_selection && !c.topk_weights) {
       collector.put(t, t < first);
       continue;
     }
-    Terms& terms = two[t % 2];
     collector.collect(t, terms);
     if (t < first) continue;
-    finish(&terms);
-    waiting = t;
+    add_terms(c, terms, t);
+    if (c.out_weights) add_weights(c, terms, t);
   }
-  finish(nullptr);
   *own = collector.own;
 }
 

@@ -175,20 +175,18 @@ inline void store(const Target& to, int64_t at, const FV* acc) {
   }
 }
 
-// out[t] = bias + kTerms terms (0: any number); returns the columns done. `next`: the token after
-// it, whose rows are asked for, line by line: they lie in other pages, across which the hardware
-// does not look ahead.
+// out[t] = bias + kTerms terms (0: any number); returns the columns done. What lies kAhead further
+// on is asked for, mostly the row's next page, across which the hardware does not look, or the next
+// token's row; each line is needed once, so it need not push others out of the caches.
 template <int kTerms, bool kWeighted, bool kFp32>
-inline int64_t add_row(const Combine& c, const Terms& terms, int64_t t, bool past,
-                       const Terms& next) {
-  constexpr int kRows = kTerms ? kTerms : 256, kElem = kFp32 ? 4 : 2;
+inline int64_t add_row(const Combine& c, const Terms& terms, int64_t t, bool past) {
+  constexpr int kRows = kTerms ? kTerms : 256, kElem = kFp32 ? 4 : 2, kAhead = 4096;
   int n = kTerms ? kTerms : terms.n;
-  const uint8_t *row[kRows], *ahead[kRows];
+  const uint8_t* row[kRows];
   float weight[kRows];
   for (int j = 0; j < n; j++) {
     row[j] = terms.row[j];
     weight[j] = terms.weight[j];
-    ahead[j] = j < next.n ? next.row[j] : row[j];
   }
   const Target to = target_of(c, t, past);
   int64_t at = 0, end = c.hidden / kColumns * kColumns;
@@ -198,7 +196,7 @@ inline int64_t add_row(const Combine& c, const Terms& terms, int64_t t, bool pas
 #pragma GCC unroll 8
     for (int j = 0; j < n; j++) {
       for (int line = 0; line < kColumns * kElem; line += 64)
-        __builtin_prefetch(ahead[j] + at * kElem + line);
+        __builtin_prefetch(row[j] + at * kElem + line + kAhead, 0, 0);
 #pragma GCC unroll 4
       for (int v = 0; v < kWide; v++) {
         FV value = load(row[j], at + kLanes * v, kFp32);
@@ -263,34 +261,31 @@ inline void add_rest(const Combine& c, const Terms& terms, int64_t t, int64_t at
 }
 
 template <bool kWeighted, bool kFp32>
-inline int64_t add_any(const Combine& c, const Terms& terms, int64_t t, bool past,
-                       const Terms& next) {
+inline int64_t add_any(const Combine& c, const Terms& terms, int64_t t, bool past) {
   switch (terms.n) {
     case 1:
-      return add_row<1, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<1, kWeighted, kFp32>(c, terms, t, past);
     case 2:
-      return add_row<2, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<2, kWeighted, kFp32>(c, terms, t, past);
     case 3:
-      return add_row<3, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<3, kWeighted, kFp32>(c, terms, t, past);
     case 4:
-      return add_row<4, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<4, kWeighted, kFp32>(c, terms, t, past);
     case 5:
-      return add_row<5, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<5, kWeighted, kFp32>(c, terms, t, past);
     case 6:
-      return add_row<6, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<6, kWeighted, kFp32>(c, terms, t, past);
     case 7:
-      return add_row<7, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<7, kWeighted, kFp32>(c, terms, t, past);
     case 8:
-      return add_row<8, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<8, kWeighted, kFp32>(c, terms, t, past);
     default:
-      return add_row<0, kWeighted, kFp32>(c, terms, t, past, next);
+      return add_row<0, kWeighted, kFp32>(c, terms, t, past);
   }
 }
 
-// Add up the rows of token t; `next`: those of the token after it, if there is one.
-inline void add_terms(const Combine& c, const Terms& terms, int64_t t,
-                      const Terms* next = nullptr) {
-  const Terms& then = next ? *next : terms;
+// Add up the rows of token t.
+inline void add_terms(const Combine& c, const Terms& terms, int64_t t) {
   int64_t out_bytes = c.hidden * (c.out_fp32 ? 4 : 2);
   if (!c.per_selection && terms.n == 1 && !c.bias[0] && !c.bias[1] && c.fp32 == c.out_fp32)
     return copy_row(static_cast<uint8_t*>(c.out) + t * out_bytes, terms.row[0], out_bytes, c.big);
@@ -301,11 +296,11 @@ inline void add_terms(const Combine& c, const Terms& terms, int64_t t,
     done = c.fp32 ? add_row_by_host<true>(c, terms, t, past)
                   : add_row_by_host<false>(c, terms, t, past);
   else if (c.per_selection)
-    done = c.fp32 ? add_any<true, true>(c, terms, t, past, then)
-                  : add_any<true, false>(c, terms, t, past, then);
+    done =
+        c.fp32 ? add_any<true, true>(c, terms, t, past) : add_any<true, false>(c, terms, t, past);
   else
-    done = c.fp32 ? add_any<false, true>(c, terms, t, past, then)
-                  : add_any<false, false>(c, terms, t, past, then);
+    done =
+        c.fp32 ? add_any<false, true>(c, terms, t, past) : add_any<false, false>(c, terms, t, past);
   if (done < c.hidden) add_rest(c, terms, t, done, by_host);
 }
 
