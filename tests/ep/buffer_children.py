@@ -241,6 +241,27 @@ def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:
     assert nothing is None and none.shape == x.shape
 
 
+def check_results_in_the_combine_buffer_are_added_where_they_are(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    received, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    for i in range(3):
+        returned = (received.float() * (1.7 + i)).to(BF16)
+        wanted = buffer.combine(returned, handle)[0]
+        rows = buffer.get_combine_buffer(handle, H)
+        assert rows.shape == received.shape and rows.dtype == BF16
+        normal = buffer.runtime.normal
+        if normal.is_direct and len(rows):
+            assert normal.fabric.shared.find(rows.data_ptr(), rows.nbytes) >= 0
+        rows.copy_(returned)
+        if (buffer.rank + i) % 2:  # some ranks' results lie in memory of their own
+            rows = returned
+        got = buffer.combine(rows, handle)[0]
+        rows.zero_()  # nobody reads any more
+        assert torch.equal(got, wanted)
+    with pytest.raises(ConfigError, match="wanted dispatch's own"):
+        buffer.get_combine_buffer((1, 2), H)
+
+
 def spread(kind: str, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch of a rank whose tokens spread in this way."""
     tokens = {"last is empty": 9 * (rank < size - 1), "first is empty": 9 * (rank > 0)}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -265,6 +266,21 @@ class Normal:
         )  # fmt: skip
         event = self._run(pending.run, previous_event, async_finish)
         return from_bf16(out), tensor(out_weights), event
+
+    def get_combine_buffer(self, handle: tuple[Any, ...], hidden: int) -> Tensor:
+        """Memory for what experts return: within a host, combine reads it where it is.
+
+        Of a tensor from elsewhere combine makes a copy first; of what dispatch returned it makes
+        none either. The memory is the caller's until the last view of it is gone.
+
+        Args:
+            handle: of the dispatch.
+            hidden: H.
+        Returns: [N, H] bf16, undefined contents.
+        """
+        self.runtime.check_open()
+        native = native_of(handle, self.runtime)
+        return from_bf16(self.runtime.empty((native.num_rows, hidden), ml_dtypes.bfloat16))
 
     def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
         """`dispatch`, which goes between hosts by itself; `config` must be given.
