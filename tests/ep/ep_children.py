@@ -346,7 +346,29 @@ def lose_a_rank(
         engine.combine_selections(received.x, received.handle)
         return {"error": "none"}
     except RankFailure as error:
-        return {"error": str(error), "seconds": time.monotonic() - began}
+        said = {"error": str(error), "rank": error.rank, "seconds": time.monotonic() - began}
+    with pytest.raises(RankFailure, match="that ended this Buffer's") as again:
+        engine.barrier()  # at once: nothing is tried again
+    assert again.value.rank == 1 and time.monotonic() - began < said["seconds"] + 1
+    return said
+
+
+def overwrite_what_was_combined(folder: str, rank: int, size: int) -> list[bool]:
+    """Rank 0 has nothing to add up, returns first and overwrites what rank 1 still adds up."""
+    more, same = {"chunk_bytes": 128 << 20, "num_threads": 1}, []  # one tick, one thread
+    with Engine(FileGroup(folder, rank, size), **more) as engine:
+        x = np.ones((8000 if rank else 0, 2048), np.float32)
+        received = engine.dispatch(x, np.zeros((len(x), 1), np.int64), 2)
+        rows = engine.empty(received.x.shape, np.float32)
+        out = np.empty_like(x)
+        for _ in range(10):
+            rows[:], out[:] = 1, 0
+            engine.barrier()
+            engine.combine(rows, received.handle, out=out)
+            rows[-1:] = 2  # the last that anybody reads
+            same.append(bool((out == x).all()))
+        engine.barrier()
+    return same
 
 
 def disagree_at_construction(folder: str, rank: int, size: int) -> str:

@@ -45,12 +45,14 @@ def test_check_holds_on_every_rank(outcome, group: tuple[int, int, int, str], ch
 def test_a_killed_rank_is_named_long_before_the_timeout(start, tmp_path, hosts) -> None:
     for said in survivors(start, tmp_path, "kill", 40.0, hosts):
         assert "rank 1 is dead" in said["error"] and said["seconds"] < 20
+        assert said["rank"] == 1
 
 
 @pytest.mark.ranks
 def test_a_stopped_rank_is_named_at_the_timeout(start, tmp_path) -> None:
     for said in survivors(start, tmp_path, "stop", 1.0, None):
         assert "rank 1 was silent for 1.0 s" in said["error"] and said["seconds"] < 15
+        assert said["rank"] == 1
 
 
 def survivors(start, folder, how: str, timeout_s: float, hosts) -> list[dict]:
@@ -81,8 +83,15 @@ def test_different_hidden_sizes_are_found_at_construction(start, tmp_path) -> No
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path) -> None:
-    with pytest.raises(RankFailure, match=r"ranks \[1, 2\] did not come within 0.2 s"):
+    with pytest.raises(RankFailure, match=r"ranks \[1, 2\] did not come within 0.2 s") as late:
         whalefall.ep.FileGroup(tmp_path, 0, 3, timeout_s=0.2).all_gather(b"")
+    assert late.value.rank == 1
+
+
+@pytest.mark.ranks
+def test_combine_returns_only_when_nobody_reads_its_rows_any_more(start, tmp_path) -> None:
+    tasks = start("overwrite_what_was_combined", 2, folder=str(tmp_path))
+    assert launch.run(tasks, 60) == [[True] * 10] * 2
 
 
 def test_a_token_that_fits_no_chunk_is_refused(tmp_path) -> None:

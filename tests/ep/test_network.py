@@ -89,5 +89,6 @@ def test_a_port_nobody_listens_on_is_reported() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(RankFailure, match=rf"rank 0 does not answer at 127.0.0.1:{port}"):
+    with pytest.raises(RankFailure, match=rf"rank 0 does not answer at 127.0.0.1:{port}") as late:
         TcpGroup("127.0.0.1", port, 1, 2, b"x" * 32, timeout_s=0.2)
+    assert late.value.rank == 0
