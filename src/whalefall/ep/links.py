@@ -31,7 +31,8 @@ __all__ = ["HostLinks", "Links"]
 
 QUEUE = 4  # blocks on their way between two threads
 LOOK_S = 0.05  # how often a waiting thread looks whether the other host has failed
-PATIENCE_S = 1.0  # more for another host's rank: whoever waits for the culprit itself shall say so
+# Another host's rank gets more time: whoever waits for the culprit itself shall say so first.
+PATIENCE = 1.25
 
 
 class Frame(msgspec.Struct, array_like=True):
@@ -207,7 +208,7 @@ class HostLinks(Links):
         return wait
 
     def _deadline(self) -> float:
-        return time.monotonic() + self.fabric.plan.timeout_s + PATIENCE_S
+        return time.monotonic() + self.fabric.plan.timeout_s * PATIENCE + 1
 
     def _check(self, host: int, end: float, where: str) -> None:
         """Raise RankFailure if a host's proxy has failed, or the time is up."""

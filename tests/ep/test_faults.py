@@ -1,0 +1,81 @@
+"""ep: a rank is killed, stopped or slow in the middle of any collective (fault_children.py)."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from whalefall import launch
+
+TWO, UNEVEN = ["a", "a", "b", "b"], ["a", "b", "b", "b"]
+WAYS = ["dispatch", "selections", "threads", "barrier", "low latency", "hook", "handle"]
+CASES = [  # way, hosts, all rows through slots, who goes, after how many seconds
+    ("dispatch", None, False, 2, 0.01),
+    ("selections", None, True, 0, 0.02),
+    ("threads", TWO, False, 1, 0.03),
+    ("selections", TWO, False, 3, 0.02),
+    ("dispatch", UNEVEN, False, 0, 0.03),
+    ("hook", TWO, False, 2, 0.01),
+    ("handle", None, False, 1, 0.02),
+]
+
+
+def others(start, folder: Path, case: tuple, how: str, timeout_s: float) -> list[dict]:
+    """What the other three of four ranks hear when one goes."""
+    way, hosts, slots, victim, after_s = case
+    tasks = start(
+        "until_a_rank_is_lost", 4, module="fault_children", folder=str(folder), way=way,
+        hosts=hosts, victim=victim, after_s=after_s, how=how, timeout_s=timeout_s, slots=slots,
+    )  # fmt: skip
+    said = []
+    with launch.Group(tasks) as group:
+        for name in (f"rank {r}" for r in range(4) if r != victim):
+            group.members[name].process.wait(timeout=100)
+            ended = group.members[name].exit()
+            assert ended.code == 0, str(ended)
+            said.append(group.members[name].value())
+    return said
+
+
+def regions() -> set[Path]:
+    return set(Path("/dev/shm").glob("whalefall-ep-*"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
+def test_every_other_rank_names_the_killed_one_and_nothing_stays(start, tmp_path, case) -> None:
+    before = regions()
+    for said in others(start, tmp_path, case, "kill", 60.0):
+        assert said["rank"] == case[3], said  # not one that left because of it
+        assert f"rank {case[3]} is dead" in said["error"] and said["seconds"] < 30
+    assert regions() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("seed", range(60))
+def test_a_rank_killed_or_stopped_at_any_moment_is_named(start, tmp_path, seed: int) -> None:
+    dice = random.Random(seed)
+    way, hosts = dice.choice(WAYS), dice.choice([None, TWO, UNEVEN])
+    slots = hosts is None and WAYS.index(way) < 4 and dice.random() < 0.5
+    case = way, hosts, slots, dice.randrange(4), dice.random() / 8
+    how, timeout_s = ("kill", 60.0) if seed % 3 else ("stop", 4.0)
+    for said in others(start, tmp_path, case, how, timeout_s):
+        assert said["rank"] == case[3], said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("hosts", [None, TWO[1:3]], ids=str)
+def test_a_slow_rank_is_waited_for(start, tmp_path, hosts) -> None:
+    more = {"module": "fault_children", "folder": str(tmp_path), "hosts": hosts}
+    with launch.Group(start("while_a_rank_is_slow", 2, **more)) as group:
+        while not (tmp_path / "ready 1").exists():
+            time.sleep(0.01)
+        for _ in range(3):
+            group.kill("rank 1", signal.SIGSTOP)
+            time.sleep(0.2)
+            group.kill("rank 1", signal.SIGCONT)
+            time.sleep(0.02)
+        assert group.wait(60) == [0, 0]
