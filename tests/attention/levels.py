@@ -1,11 +1,10 @@
-"""One problem at every ISA level, compared with one float64 reference as that is made, in parts."""
+"""One problem at every ISA level, compared with one reference as that is made, in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.attention.closeness import Closeness
@@ -24,9 +23,11 @@ def agree_at_every_level(
     call: Callable[[], tuple[Any, ...]],
     reference: Iterable[tuple[Any, tuple[Any, ...]]],
     tolerances: Tolerances,
+    levels: Sequence[str] = (),
 ) -> None:
-    """`call` gives its results; `reference` pairs of an index into each of them and their part."""
-    results = {level: call() for level in forced_levels()}
+    """`call` gives its results; `reference` pairs of an index into each of them and their part;
+    `levels`: all of the machine's if empty."""
+    results = {level: call() for level in forced_levels(levels)}
     measures = {level: [Closeness(*t) for t in tolerances] for level in results}
     for where, wanted in reference:
         for level, got in results.items():
@@ -38,16 +39,9 @@ def agree_at_every_level(
             measure.finish()
 
 
-def forced_levels() -> Iterator[str]:
-    """Each level of this machine, in force while it is the loop's."""
+def forced_levels(levels: Sequence[str]) -> Iterator[str]:
+    """Each level, in force while it is the loop's."""
     with pytest.MonkeyPatch.context() as patch:
-        for level in jit.levels():
+        for level in levels or jit.levels():
             patch.setenv("WHALEFALL_ISA", level)
             yield level
-
-
-def exactly(rows: Any) -> Any:
-    """bf16, fp16 or fp32 as float64."""
-    if rows.dtype.itemsize == 2 and rows.dtype != np.float16:
-        rows = (np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float64)

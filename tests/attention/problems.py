@@ -47,10 +47,14 @@ def dense(
     return Dense(q, cache, table, lengths.astype(np.int32))
 
 
-def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
-    """randn / 10 within ±1; of many rows, each is one of 32,768 drawn."""
+def random_rows(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, shift: float = 0.0
+) -> Any:
+    """randn / 10 + shift within ±1; of many rows, each is one of 32,768 drawn."""
     count = int(np.prod(shape[:-1]))
-    drawn = rng.standard_normal((min(count, 1 << 15), shape[-1]), np.float32) / 10
+    drawn = rng.standard_normal((min(count, 1 << 15), shape[-1]), np.float32) / 10 + np.float32(
+        shift
+    )
     rows = drawn.clip(-1, 1).astype(dtype)
     if count > len(rows):
         rows = rows[rng.integers(0, len(rows), count)]

@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
-from tests.attention.levels import SPARSE_DECODE, SPARSE_PREFILL, agree_at_every_level, exactly
-from tests.attention.problems import BF16, fp8_rows, random_rows, spoil_unused
-from whalefall.attention import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from whalefall.attention.reference import attention
+from tests.attention.levels import SPARSE_DECODE, SPARSE_PREFILL, agree_at_every_level
+from tests.attention.problems import BF16, fp8_rows, random_rows
+from tests.attention.quick import floats, quick
+from whalefall.attention import (
+    dequantize_kv_cache,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 
 pytestmark = pytest.mark.slow
 SHAPES = [
@@ -26,6 +32,7 @@ SHAPES = [
     *((2046, 2048, 2), (2046, 2048, 64), (2046, 2048, 576)),
 ]
 CORNERS = [(512, 64, 61), (650, 576, 53)]
+DRAWN = 1 << 15  # different rows of a cache
 INVALID = [-(2**31), -123456, -1, 114514, 1919810, 2147480000, 2**31 - 1]
 
 
@@ -42,13 +49,14 @@ class Keys(NamedTuple):
     cache: Any  # [blocks, page, 1, row]
     indices: Any  # [b, s_q, topk] int32
     topk_length: Any  # [b] int32 or None
-    plain: Any  # [rows, d]: what the cache's rows mean
+    plain: torch.Tensor  # [rows drawn, d]: what they mean
+    drawn: Any  # [rows]: which of these each row of the cache is
 
-    def of(self, i: int, t: int) -> Any:
+    def of(self, i: int, t: int) -> torch.Tensor:
         index = self.indices[i, t]
         if self.topk_length is not None:
             index = index[: self.topk_length[i]]
-        return exactly(self.plain[index[index >= 0]])
+        return self.plain[torch.from_numpy(self.drawn[index[index >= 0]])]
 
 
 class Case(NamedTuple):
@@ -86,21 +94,26 @@ def draw_keys(
     listed = indices
     if length is not None:
         listed = np.where(np.arange(topk) < length[:, None, None], indices, -1)
-    used = np.unique(listed[listed >= 0])
-    count = (pages.sum() + 1) * page
+    count = int(pages.sum() + 1) * page
+    unused = np.ones(count, bool)
+    unused[listed[listed >= 0]] = False
+    drawn = rng.integers(0, min(count, DRAWN), count)
+    shape_drawn = (min(count, DRAWN),)
     if d == 576:
-        rows = fp8_rows(rng, (count,))
-        plain = spoil_unused(rows, used)
+        rows = fp8_rows(rng, shape_drawn)
+        plain = torch.from_numpy(dequantize_kv_cache(rows).astype(np.float32))
         # one row of slack behind each page, as the original's caches have
         cache = np.full((count // page, page + 1, 1, 656), 0xFF, np.uint8)[:, :page]
-        cache[:] = rows.reshape(-1, page, 1, 656)
+        held = rows[drawn]
+        held[unused] = 0xFF
+        cache[:] = held.reshape(-1, page, 1, 656)
     else:
-        plain = random_rows(rng, (count, d), BF16)
-        spoilt = np.ones(count, bool)
-        spoilt[used] = False
-        plain[spoilt] = np.nan
-        cache = plain.reshape(-1, page, 1, d)
-    return Keys(cache, indices, length, plain)
+        rows = random_rows(rng, (*shape_drawn, d), BF16)
+        plain = floats(rows)
+        held = rows[drawn]
+        held[unused] = np.nan
+        cache = held.reshape(-1, page, 1, d)
+    return Keys(cache, indices, length, plain, drawn)
 
 
 def check_decode(
@@ -136,8 +149,8 @@ def check_decode(
 
     def reference() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         for i, t in itertools.product(*map(range, tokens)):
-            keys = np.concatenate([part.of(i, t) for part in sets])
-            out, _, lse = attention(exactly(q[i, t]), keys, keys[:, :512], d**-0.55, sink)
+            keys = torch.cat([part.of(i, t) for part in sets])
+            out, _, lse = quick(floats(q[i, t]), keys, keys[:, :512], d**-0.55, sink)
             yield (i, t), (out, lse)
 
     agree_at_every_level(call, reference(), SPARSE_DECODE)
@@ -183,6 +196,16 @@ def test_decode_of_corner_cases(
             check_decode(d, h_q, tokens, shape, with_length, extra, case)
 
 
+def draw_indices(rng: np.random.Generator, s_q: int, s_kv: int, topk: int) -> Any:
+    """[s_q, 1, topk], strided as the original's: different keys, and invalid ones behind them."""
+    index = np.full((s_q, 2, topk + 128), -1, np.int32)[:, :1, :topk]
+    count = min(topk, s_kv)
+    for t in range(s_q):
+        index[t, 0, :count] = rng.choice(s_kv, count, replace=False)
+    index[:, :, count:] = rng.choice([*INVALID, s_kv], (s_q, 1, topk - count))
+    return index
+
+
 def check_prefill(
     s_q: int,
     s_kv: int,
@@ -194,34 +217,33 @@ def check_prefill(
     few_invalid: bool = False,
     checked: int | None = None,
 ) -> None:
-    """Of `s_q` tokens the reference computes `checked`, all if None."""
+    """Of `s_q` tokens the reference computes `checked`, all if None; the others' q is 0 then,
+    in pages that take no memory."""
     rng = np.random.default_rng(s_q + s_kv + topk + h_q)
-    q, kv = (
-        (rng.standard_normal(shape, np.float32) / 10 + (rng.random() - 0.5) / 10).astype(BF16)
-        for shape in ((s_q, h_q, d + 128), (s_kv, 2, d + 128))
-    )
-    q, kv = q[..., :d], kv[:, :1, :d]  # strided, as the original's
-    wide = np.full((s_q, 2, topk + 128), -1, np.int32)
-    index = wide[:, :1, :topk]
-    for t in range(s_q):
-        chosen = rng.permutation(s_kv)[:topk]
-        index[t, 0, : len(chosen)] = chosen
-        index[t, 0, len(chosen) :] = rng.choice([*INVALID, s_kv], topk - len(chosen))
+    shifts = (rng.random(2) - 0.5) / 10
+    kv = random_rows(rng, (s_kv, 2, d + 128), BF16, shifts[0])  # strided, as the original's
+    kv = kv[:, :1, :d]
+    q = np.zeros((s_q, h_q, d + 128), BF16)[..., :d]
+    tokens = np.arange(s_q)
+    if checked is not None:
+        tokens = np.append(rng.permutation(s_q - 1)[: checked - 1], s_q - 1)
+    q[tokens] = random_rows(rng, (len(tokens), h_q, d), BF16, shifts[1])
+    index = draw_indices(rng, s_q, s_kv, topk)
     if few_invalid:
         index[rng.standard_normal(s_q) < -2] = rng.choice(INVALID)
     attn_sink = sinks(rng, h_q) if sink else None
     length = rng.integers(0, topk + 1, s_q).astype(np.int32) if with_length else None
-    plain = exactly(kv[:, 0])
+    plain = floats(kv[:, 0])
 
     def reference() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        tokens = range(s_q) if checked is None else rng.permutation(s_q)[:checked]
-        for t in tokens:
+        for place, t in enumerate(tokens):
             listed = index[t, 0] if length is None else index[t, 0, : length[t]]
-            keys = plain[listed[(listed >= 0) & (listed < s_kv)]]
-            yield t, attention(exactly(q[t]), keys, keys[:, :512], 0.5, attn_sink)
+            keys = plain[torch.from_numpy(listed[(listed >= 0) & (listed < s_kv)])]
+            yield place, quick(floats(q[t]), keys, keys[:, :512], 0.5, attn_sink)
 
-    def call() -> tuple[Any, Any, Any]:
-        return flash_mla_sparse_fwd(q, kv, index, 0.5, 512, attn_sink, length)
+    def call() -> tuple[Any, ...]:
+        results = flash_mla_sparse_fwd(q, kv, index, 0.5, 512, attn_sink, length)
+        return results if checked is None else tuple(x[tokens] for x in results)
 
     agree_at_every_level(call, reference(), SPARSE_PREFILL)
 
@@ -267,9 +289,10 @@ def test_prefill_of_corner_cases(
 
 
 @WIDTHS
-def test_prefill_of_70000_tokens(h_q: int, d: int) -> None:
-    """The original checks no value here; every thousandth token is compared."""
-    check_prefill(70000, 256, 256, h_q, d, True, True, checked=70)
+def test_prefill_of_more_values_than_int32_counts(h_q: int, d: int) -> None:
+    """70,000 tokens of 64 heads, 35,000 of 128. The original checks no value here; 70 tokens
+    are compared, the last among them."""
+    check_prefill(70000 * 64 // h_q, 256, 256, h_q, d, True, True, checked=70)
 
 
 @pytest.mark.parametrize(

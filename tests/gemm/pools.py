@@ -180,7 +180,7 @@ def check(d: Any, a: Operand, b: Operand, limit: float, c: Added | None = None) 
     """All of `d` is within the original's limit of the product of the values before the casts,
     rounded as `d` is; and each of its values is the product of the codes, but for its rounding."""
     known = products(a.key, b.key, a.begin, a.end)
-    # a half unit of bf16's last place; fp32 sums of up to 32,768 terms are off by 3e-5 of their size
+    # half a unit of bf16's last place; fp32 sums of 32,768 terms are off by 3e-5 of their size
     relative, absolute = (2**-8 if d.dtype == BF16 else 1e-6), 1e-4 * known.size
     squares = both = 0.0
     for begin, end, want, plain in blocks(known, a, b, d.shape[1]):
