@@ -259,6 +259,14 @@ def test_partial_overlap_is_refused() -> None:
     d = memory[1000:1064].reshape(8, 8)
     with pytest.raises(ShapeError, match="overlaps an input"):
         gemm.fp8_gemm_nt(a, b, d, c=memory[1008:1072].reshape(8, 8))
+    with pytest.raises(ShapeError, match=r"skip_head_mid: d .* overlaps an input"):
+        gemm.fp8_gemm_nt_skip_head_mid(a, b, memory[200:296].reshape(8, 12), (4, 4, 4))
+    packed = memory.view(np.int32)[2000:2008].reshape(8, 1)  # of UE8M0 scales, which are unpacked
+    packed[:] = 0x7F7F7F7F
+    a, b = ((pair[0], scale) for pair, scale in ((a, packed), (fp8(rng, (8, 128))[0], packed + 0)))
+    with pytest.raises(ShapeError, match=r"fp8_gemm_nt: d .* overlaps an input"):
+        gemm.fp8_gemm_nt(a, b, memory[2004:2068].reshape(8, 8))
+    gemm.fp8_gemm_nt(a, b, memory[2008:2072].reshape(8, 8))
 
 
 @pytest.mark.parametrize("name", ["bf16_gemm_nt", "fp8_gemm_nt"])

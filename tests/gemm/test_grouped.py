@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.gemm.operands import BF16, bf16, error, fp8
+from tests.gemm.operands import BF16, E4M3, bf16, error, fp8
 from whalefall import gemm
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 
@@ -186,3 +187,21 @@ def test_refusals_say_what_is_wrong() -> None:
     for wrong in (None, "x", 0, 1.5):
         with pytest.raises(ConfigError, match=f"nt_masked: expected_m={wrong!r}, wanted a whole"):
             gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([4], np.int32), wrong)
+
+
+@pytest.mark.parametrize("name", ["bf16_gemm_tn", "fp8_gemm_tn", "fp8_gemm_nt"])
+def test_weight_gradients_over_their_layout_are_refused(name: str) -> None:
+    rng = np.random.default_rng(13)
+    memory = np.zeros(2 * 4 * 4 + 2, np.float32)
+    ks, layout = [128, 128], memory.view(np.int32)[-2:]
+    layout[:] = ks
+    pair: Any = (rng.integers(0, 9, (256, 4), np.uint8).view(E4M3), np.ones((2, 4), np.float32))
+    if name == "bf16_gemm_tn":
+        pair = bf16(rng, (256, 4))
+    elif name == "fp8_gemm_nt":
+        pair = (pair[0].reshape(-1), np.ones((4, 2), np.float32))
+    call = getattr(gemm, f"k_grouped_{name}_contiguous")
+    with pytest.raises(ShapeError, match=rf"{name}_contiguous: d .* overlaps an input"):
+        call(pair, pair, memory[1:33].reshape(2, 4, 4), ks, layout)
+    assert layout.tolist() == ks
+    call(pair, pair, memory[:32].reshape(2, 4, 4), ks, layout)

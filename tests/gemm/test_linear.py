@@ -11,7 +11,7 @@ import pytest
 
 from whalefall import gemm, jit
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.linear import packed_width, quantize_rows, weight_struct
+from whalefall.gemm.linear import expert_structs, packed_width, quantize_rows, weight_struct
 from whalefall.gemm.native_calls import ACTIVATIONS, KINDS, Input, LinearCall, Output, library
 from whalefall.jit import machine
 
@@ -278,6 +278,36 @@ def test_a_result_is_writeable_and_its_memory_its_own() -> None:
         )
     with pytest.raises(ShapeError, match=r"fused_experts: out is read-only"):
         gemm.fused_experts(x, experts, idx, out=out[:, None])
+
+
+@pytest.mark.parametrize("part", ["w1", "w3", "w2"])
+@pytest.mark.parametrize("over", ["float32", "bfloat16", "float8_e4m3fn", "scales"])
+def test_a_result_over_an_expert_is_refused(part: str, over: str) -> None:
+    memory = np.zeros(1 << 16, np.uint8)
+    fp8 = over in ("float8_e4m3fn", "scales")
+    dtype = np.dtype(E4M3 if fp8 else BF16 if over == "bfloat16" else np.float32)
+    begin, size = 4096, 4 if over == "scales" else 64 * 64 * dtype.itemsize
+    region = memory[begin : begin + size]
+    experts = []
+    for number in range(3):
+        fields = {name: np.zeros((64, 64), dtype) for name in ("w1", "w3", "w2")}
+        if fp8:
+            fields |= {f"{name}_scale": np.ones((1, 1), np.float32) for name in list(fields)}
+        if number == 1 and over == "scales":
+            fields[f"{part}_scale"] = region.view(np.float32).reshape(1, 1)
+        elif number == 1:
+            fields[part] = region.view(dtype).reshape(64, 64)
+        experts.append(gemm.ExpertWeights(**fields))
+    x, idx = np.ones((2, 64), np.float32), np.zeros((2, 1), np.int32)
+    what = over if over == "scales" else "weights"
+    for given in (experts, expert_structs(experts)):
+        for at in (begin - 508, begin + size - 4):  # its last element, and its first
+            out = memory[at : at + 512].view(np.float32).reshape(2, 1, 64)
+            with pytest.raises(ShapeError, match=rf"out .* an input: expert 1's {what}; give it"):
+                gemm.fused_experts(x, given, idx, out=out)
+        for at in (begin - 512, begin + size):
+            out = memory[at : at + 512].view(np.float32).reshape(2, 1, 64)
+            gemm.fused_experts(x, given, idx, out=out)
 
 
 def test_refusals_say_what_is_wrong() -> None:

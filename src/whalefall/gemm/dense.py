@@ -234,7 +234,8 @@ def fp8_gemm_nt_skip_head_mid(
     if min(head_splits) < 0 or left + right < 1 or n % (left + right):
         raise ShapeError(f"{where}: head_splits={head_splits}, wanted N={n} % (left + right) == 0")
     wide = (left_operand.rows, n + n // (left + right) * mid)
-    target(where, "d", d, wide)
+    to = target(where, "d", d, wide)
+    refuse_overlap(where, to.seen, left_operand.views + right_operand.views)
     out = as_numpy(d)
     narrow = np.empty((left_operand.rows, n), out.dtype)
     multiply(where, left_operand, right_operand, narrow, None)

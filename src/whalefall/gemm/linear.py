@@ -9,6 +9,7 @@ Source: DeepSeek-V3 technical report 3.3; `native/linear.h`, `native/experts.h`.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -131,7 +132,8 @@ def fused_experts(
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
-    if out is None:
+    fresh = out is None
+    if fresh:
         dtype = _out_dtype("fused_experts", out_dtype or "bfloat16")
         out = empty_like(x, (tokens, topk, hidden), dtype)
     rows = written(out, "fused_experts: out")
@@ -140,7 +142,9 @@ def fused_experts(
             f"fused_experts: out is {rows.dtype} {list(rows.shape)}, wanted contiguous float32 or "
             f"bfloat16 {[tokens, topk, hidden]}"
         )
-    refuse_overlap("fused_experts", rows, (x_view, idx), "out")
+    if not fresh:
+        refuse_overlap("fused_experts", rows, (x_view, idx), "out")
+        _refuse_over_weights(rows, structs)
     call = ExpertsCall()
     call.experts, call.num_experts = ctypes.addressof(structs), len(structs)
     call.topk_idx, call.tokens, call.topk = index.ctypes.data, tokens, topk
@@ -188,6 +192,24 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
             )
     refuse_mixed_kinds("fused_experts", structs)
     return structs
+
+
+def _refuse_over_weights(rows: View, structs: ctypes.Array[Expert]) -> None:
+    """ShapeError where a result meets an expert's weights or scales: all experts in a few steps,
+    because hundreds of them one by one would take as long as a decode step."""
+    words = np.frombuffer(structs, np.int64).reshape(-1, ctypes.sizeof(Weight) // 8)
+    data, scale, count, cols, pitch, first_row, kind = words.T
+    size = np.where(kind == KINDS["float32"], 4, np.where(kind == KINDS["bfloat16"], 2, 1))
+    starts = np.concatenate([data, scale])
+    lengths = np.concatenate([count * cols * size, -(-(first_row + count) // 128) * pitch * 4])
+    end = rows.address + math.prod(rows.shape) * (4 if rows.dtype == "float32" else 2)
+    met = np.flatnonzero((starts < end) & (rows.address < starts + lengths) & (starts != 0))
+    if len(met) and end > rows.address:
+        part, number = ("weights", "scales")[met[0] // len(data)], met[0] % len(data) // 3
+        raise ShapeError(
+            f"fused_experts: out (bytes {rows.address:#x} to {end:#x}) overlaps an input: expert "
+            f"{number}'s {part}; give it memory of its own"
+        )
 
 
 def refuse_mixed_kinds(where: str, structs: ctypes.Array[Expert]) -> None:

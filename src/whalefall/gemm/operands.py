@@ -164,6 +164,7 @@ def fp8_operand(
         packing = 1 if k_stride == 1 else 2
         rows, k = (rows, k * 2) if packing == 1 else (rows * 2, k)
     groups = v.shape[0] if dims == 3 else 1
+    views = (v, s)  # the caller's own scales: unpacked ones are a copy
     s, keep = _scales(where, name, s, scales, swap, groups if dims == 3 else None, rows, k, recipe)
     layout = Layout(
         row_stride, k_stride, s.strides[-2], s.strides[-1], recipe[0], recipe[1], FP8, packing
@@ -178,7 +179,7 @@ def fp8_operand(
         s.strides[0] * 4 if dims == 3 else 0,
         layout,
         (values, scales, keep),
-        (v, s),
+        views,
     )
 
 
