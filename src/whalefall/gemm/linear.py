@@ -197,7 +197,7 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
 def _refuse_over_weights(rows: View, structs: ctypes.Array[Expert]) -> None:
     """ShapeError where a result meets an expert's weights or scales: all experts in a few steps,
     because hundreds of them one by one would take as long as a decode step."""
-    words = np.frombuffer(structs, np.int64).reshape(-1, ctypes.sizeof(Weight) // 8)
+    words = np.frombuffer(memoryview(structs), np.int64).reshape(-1, ctypes.sizeof(Weight) // 8)
     data, scale, count, cols, pitch, first_row, kind = words.T
     size = np.where(kind == KINDS["float32"], 4, np.where(kind == KINDS["bfloat16"], 2, 1))
     starts = np.concatenate([data, scale])
