@@ -67,15 +67,15 @@ def check_handles_of_two_buffers_are_told_apart(buffer: ep.Buffer) -> None:
 def check_low_latency_combines_by_different_handles_are_refused(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     first = buffer.rank * (E // buffer.group_size)
-    for way in ("plain", "hook", "async") * 2:
+    rows, _, one, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+    _, _, two, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+    mine = one if buffer.rank else two
+    for way in ("plain", "hook", "async") * 2:  # more than there are slots
         more = {"return_recv_hook": way == "hook", "async_finish": way == "async"}
-        rows, _, one, _, _ = low_latency(buffer, x, idx, use_fp8=False)
-        _, _, two, _, _ = low_latency(buffer, x, idx, use_fp8=False)
-        mine = one if buffer.rank else two
         with pytest.raises(ShapeError, match=GIVES):
             finish(*buffer.low_latency_combine(rows, idx, weights, mine, **more)[1:])
-        out, _, _ = buffer.low_latency_combine(through_experts(rows, first), idx, weights, one)
-        assert torch.equal(out, weighted(x, idx, weights))
+    out, _, _ = buffer.low_latency_combine(through_experts(rows, first), idx, weights, one)
+    assert torch.equal(out, weighted(x, idx, weights))
 
 
 def check_low_latency_dispatches_that_differ_are_refused_again_and_again(buffer: ep.Buffer) -> None:
@@ -102,9 +102,9 @@ def check_rows_of_two_types_are_refused(buffer: ep.Buffer) -> None:
 
 
 def check_a_handle_needs_nothing_that_its_caller_has(buffer: ep.Buffer) -> None:
-    x, idx, weights = whole_numbers(buffer.rank, 20)
+    x, idx, weights = whole_numbers(buffer.rank, 700)  # several ticks
     wanted = summed(buffer, x, idx)
-    for worst in (0, M * buffer.group_size):
+    for worst in (0, len(x) * buffer.group_size):
         per_rank, per_host, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, E)
         own_idx, own_weights = idx.clone(), weights.clone()
         rows, ids, ws, _, handle, _ = buffer.dispatch(
@@ -118,6 +118,7 @@ def check_a_handle_needs_nothing_that_its_caller_has(buffer: ep.Buffer) -> None:
         assert torch.equal(buffer.combine(rows, handle)[0], wanted)
         again, *_ = buffer.dispatch(x, handle=handle)
         assert torch.equal(again, rows[: len(again)]) and len(seen) in (6, 10)
+    x, idx, weights = whole_numbers(buffer.rank, 20)
     own = idx.clone()
     rows, _, handle, _, _ = low_latency(buffer, x, own, use_fp8=False)
     own.fill_(0)

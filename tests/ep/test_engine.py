@@ -4,6 +4,8 @@ The checks themselves are in ep_children.py, since they run in the ranks' proces
 """
 
 import ast
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,25 @@ def test_a_token_that_fits_no_chunk_is_refused(tmp_path) -> None:
     with whalefall.ep.Engine(group, chunk_bytes=4096, shared_bytes=0) as engine:
         with pytest.raises(LimitError, match="do not fit a chunk of 4096 bytes"):
             engine.dispatch(np.zeros((1, 4096), np.float32), np.zeros((1, 1), np.int64), 4)
+
+
+def test_engines_that_are_gone_leave_nothing_open(tmp_path) -> None:
+    import numpy as np
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    kept, before = [], held()
+    for i in range(20):
+        with whalefall.ep.Engine(whalefall.ep.FileGroup(tmp_path / str(i), 0, 1)) as engine:
+            got = engine.dispatch(np.ones((40, 64), np.float32), np.zeros((40, 1), np.int64), 4)
+            rows = engine.dispatch_selections(got.x, np.zeros((40, 1), np.int64), 4)
+            engine.begin_combine_selections(rows.x, rows.handle)[1].wait()
+        kept.append(got.x)  # a result outlives its engine
+        assert kept[0].sum() == 40 * 64
+    kept.clear()
+    del engine, got, rows
+    assert held() == before
 
 
 def test_groups_that_make_no_sense_are_refused(tmp_path) -> None:

@@ -136,16 +136,16 @@ class Region:
     def close(self) -> None:
         """Give the memory back (the creator also removes the name); safe to repeat.
 
-        Raises: BufferError while an array over `view` is alive.
+        Raises: BufferError while an array over `view` is alive; the memory goes with the last one.
         """
         if self.owner:
             self.unlink()
+        if self.descriptor >= 0:  # the map has one of its own, and so the lock
+            os.close(self.descriptor)
+            self.descriptor = -1
         self.view.release()
         if self._map is not None:
             self._map.close()
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
     def __enter__(self) -> Region:
         return self
