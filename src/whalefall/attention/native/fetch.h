@@ -6,7 +6,7 @@
 namespace wf::attention {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kTile = 64;
-constexpr int kPadding = 16;                       // pointers behind a tile's last, all valid
+constexpr int kPadding = 20;                       // pointers behind a tile's last, all valid
 constexpr int kScores = kLanes == 4 ? 8 : kLanes;  // accumulators of `scores`
 
 // Stored rows, by address.
@@ -16,13 +16,38 @@ inline const typename Row::Element* row_at(Rows rows, int64_t t) {
   return static_cast<const typename Row::Element*>(rows[t]);
 }
 
+// Rows on their way into L1. A CPU drops a prefetch while its queue is full (Zen 5: of 64 lines,
+// for L2 of 126), and arithmetic asks for lines faster than memory delivers them. A dropped line of
+// a page just begun is a stall, since the machine's own prefetching takes a microsecond to find its
+// stride there. So a line is asked for `Chances` times, so many rows before it is used: past L2,
+// where it would push out another. Rows that are in L2 need one chance.
+constexpr int kLeads[] = {8, 11, 14, 17, 20};
+constexpr int kNumLeads = sizeof kLeads / sizeof *kLeads;
+static_assert(kLeads[kNumLeads - 1] <= kPadding);
+template <int Chances>
+class Nearing {
+ public:
+  explicit Nearing(Rows at) {
+    for (int i = 0; i < Chances; ++i)
+      rows_[i] = static_cast<const char*>(at[kLeads[Chances == 1 ? kNumLeads / 2 : i]]);
+  }
+  void line(int64_t offset) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < Chances; ++i)
+      Chances == 1 ? prefetch_l1(rows_[i] + offset) : prefetch_once(rows_[i] + offset);
+  }
+
+ private:
+  const char* rows_[Chances];
+};
+
 // Rows to bring into L2 during one call of a kernel: a line at a time in the order of memory, as
 // DRAM likes best, and spread over the call, since lines asked for in a burst wait for each other.
 struct Fetch {
   Rows rows = nullptr;
   int count = 0;      // of rows
   int64_t bytes = 0;  // of a row
-  bool near = false;  // into L1
+  int chances = 0;    // not 0: into L1, as `Nearing` does
   int64_t offset = 0;
 
   // The lines due at one of `beats` moments of a call.
@@ -30,21 +55,19 @@ struct Fetch {
     return beats ? ceil_div(count * ceil_div(bytes, 64), beats) : 0;
   }
   void lines(int64_t due) {
-    if (near) return lines_near(due);
+    if (chances) return chances == 1 ? near_row<1>() : near_row<kNumLeads>();
     for (; due > 0 && count > 0; --due) {
       prefetch_l2(static_cast<const char*>(*rows) + offset);
       offset += 64;
       if (offset >= bytes) offset = 0, ++rows, --count;
     }
   }
-  void lines_near(int64_t due) {
-    while (due > 0 && count > 0) {
-      const char* line = static_cast<const char*>(*rows) + offset;
-      const int64_t now = std::min(due, ceil_div(bytes - offset, 64));
-      for (int64_t i = 0; i < now; ++i) prefetch_l1(line + i * 64);
-      due -= now, offset += now * 64;
-      if (offset >= bytes) offset = 0, ++rows, --count;
-    }
+  template <int Chances>
+  void near_row() {
+    if (count <= 0) return;
+    const Nearing<Chances> nearing(rows);
+    for (int64_t at = 0; at < bytes; at += 64) nearing.line(at);
+    ++rows, --count;
   }
   // The same for one row, without the bookkeeping: what kernels bound by arithmetic can afford.
   void line_of_each(int64_t at) const {
@@ -55,7 +78,7 @@ struct Fetch {
 // Rows shared out over the calls of a kernel.
 class Share {
  public:
-  bool near = false;  // into L1
+  int chances = 0;  // as Fetch's
 
   Share() = default;
   Share(Rows rows, int64_t count, int64_t bytes, int64_t calls)
@@ -66,7 +89,7 @@ class Share {
     const int count = std::min(each_, left_);
     left_ -= count;
     rows_ += count;
-    return {rows_ - count, count, bytes_, near};
+    return {rows_ - count, count, bytes_, chances};
   }
 
  private:

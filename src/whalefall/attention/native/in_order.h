@@ -2,8 +2,8 @@
 // in which they lie there.
 //
 // A strip of 16 keys is scored (in pairs), softened and weighed before the next, so that its rows
-// come once into L1 and are there for both uses. Meanwhile, line by line in the order of memory,
-// the rows kLead behind are brought into L1, half during the scores, half during the weights.
+// come once into L1 and are there for both uses. Meanwhile the rows that come are brought into L1
+// (`Nearing`), half during the scores, half during the weights.
 // Reading many rows side by side, as `attend` does for arithmetic's sake, reaches half of the
 // bandwidth: it defeats the machine's own prefetching, and rows asked for in L2 do not overlap with
 // the loads.
@@ -12,8 +12,6 @@
 
 namespace wf::attention {
 constexpr int kStrip = 16;
-constexpr int kLead = 14;  // rows: 16 KB of a bf16 latent
-static_assert(kLead <= kPadding);
 
 template <int R>
 constexpr bool kInOrder = R <= 2;
@@ -49,9 +47,9 @@ inline void score_pair(const typename Row::Element* const* k, int64_t at, const 
 #endif
 }
 
-// Scores of kLanes / R keys, in two chains each: s[t * R + r]. With each pair of keys a row of
-// `ahead` is brought: a line where two are used up.
-template <class Row, int R>
+// Scores of kLanes / R keys, in two chains each: s[t * R + r]. With each pair of keys a row is
+// brought as `ahead` says: a line where two are used up.
+template <class Row, int R, int Chances>
 __attribute__((noinline)) void scores_in_order(Rows key, Rows ahead, const float* q, int64_t steps,
                                                float scale, float* s) {
   using Element = typename Row::Element;
@@ -61,7 +59,7 @@ __attribute__((noinline)) void scores_in_order(Rows key, Rows ahead, const float
   vf sum[kLanes];
   for (int t = 0; t < T; t += 2) {
     const Element* k[2] = {row_at<Row>(key, t), row_at<Row>(key, t + 1)};
-    const Element* line = row_at<Row>(ahead, t / 2);
+    const Nearing<Chances> nearing(ahead + t / 2);
     const float* row = q;
     vf part[2][R][2] = {};
     int64_t at = 0;
@@ -70,7 +68,7 @@ __attribute__((noinline)) void scores_in_order(Rows key, Rows ahead, const float
 #pragma GCC unroll 2
       for (int b = 0; b < 2; ++b) {
         for (int i = 0; i < kBytes * kBeat; i += 64)
-          prefetch_l1(line + at + b * kBeat * kStep + i / sizeof(Element));
+          nearing.line((at + b * kBeat * kStep) * int64_t(sizeof(Element)) + i);
 #pragma GCC unroll 2
         for (int i = 0; i < kBeat; ++i, row += kFloats)
           score_pair<Row, R>(k, at + (b * kBeat + i) * kStep, row, b, part);
@@ -86,8 +84,8 @@ __attribute__((noinline)) void scores_in_order(Rows key, Rows ahead, const float
 }
 
 // Adds a tile, in place, to rows that all see its first `seen` keys. Its pointers behind the last
-// name the rows that are read next.
-template <class Row, int R>
+// name the rows that are read next. `Chances`: see `Nearing`.
+template <class Row, int R, int Chances>
 inline void attend_in_order(const Tile& tile, int seen, int64_t bytes, const float* q,
                             int64_t k_steps, int64_t v_steps, float scale_log2, float* o,
                             Softmax& state) {
@@ -95,11 +93,12 @@ inline void attend_in_order(const Tile& tile, int seen, int64_t bytes, const flo
   alignas(64) float s[kStrip * R + kLanes];
   for (int begin = 0; begin < seen; begin += kStrip) {
     const int tokens = std::min(kStrip, seen - begin), whole = ceil_div(tokens, T) * T;
-    const Rows ahead = tile.k + begin + kLead;
+    const Rows ahead = tile.k + begin;
     Share second(ahead + kStrip / 2, kStrip / 2, bytes, v_steps / kWide<Row, R>);
-    second.near = true;
+    second.chances = Chances;
     for (int t = 0; t < tokens; t += T)
-      scores_in_order<Row, R>(tile.k + begin + t, ahead + t / 2, q, k_steps, scale_log2, s + t * R);
+      scores_in_order<Row, R, Chances>(tile.k + begin + t, ahead + t / 2, q, k_steps, scale_log2,
+                                       s + t * R);
     for (int i = tokens * R; i < whole * R; ++i) s[i] = -kInf;
     vf factor = soften<R>(s, whole, state);
     if (!all_one(factor)) rescale<R>(o, v_steps, factor);

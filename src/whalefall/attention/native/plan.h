@@ -185,8 +185,10 @@ class Runner {
         Softmax state = target.softmax(v_steps_);
         if constexpr (kInOrder<R>) {
           if (source.in_place()) {
-            attend_in_order<Row, R>(now, most, source.k_bytes(), q + g * q_floats_, k_steps_,
-                                    v_steps_, work_.scale() * 1.44269504f, target.o, state);
+            // groups behind the first find the tile in L2
+            auto* add = g ? attend_in_order<Row, R, 1> : attend_in_order<Row, R, kNumLeads>;
+            add(now, most, source.k_bytes(), q + g * q_floats_, k_steps_, v_steps_,
+                work_.scale() * 1.44269504f, target.o, state);
             target.set(v_steps_, state);
             continue;
           }

@@ -126,6 +126,7 @@ inline vf sums(const vf* v) {
 
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }  // into L1, not to stay
 
 // ---- bfloat16: the upper half of a float
 inline float bf16_to_float(uint16_t b) {
