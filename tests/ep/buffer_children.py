@@ -334,6 +334,21 @@ def check_asynchronous_calls_finish_with_their_events(buffer: ep.Buffer) -> None
         buffer.combine(got, handle, allocate_on_comm_stream=True)
 
 
+def check_some_ranks_wait_for_a_dispatch_and_some_do_not(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    for i in range(4):
+        later = (buffer.rank + i) % 2 == 0
+        received, *_, handle, event = dispatch(buffer, x + i, idx, weights, async_finish=later)
+        assert (event.event is not None) == later
+        if later:
+            event.current_stream_wait()
+        wanted = [batch(s)[0][t] + i for s, t in arriving(buffer.rank, buffer.group_size)]
+        assert received.tolist() == [row.tolist() for row in wanted]
+        back = buffer.combine(received, handle)[0]
+        ranks = torch.tensor([len(ranks) for ranks in copies(idx, buffer.group_size)])
+        assert torch.equal(back, ((x + i).float() * ranks[:, None]).to(BF16))
+
+
 def check_async_returns_before_the_data_arrive(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank, 20)
     dispatch(buffer, x, idx, weights)

@@ -26,7 +26,7 @@ from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
 from whalefall.errors import ConfigError, LimitError, ShapeError
 
-__all__ = ["BIG_BYTES", "META_BYTES", "Combining"]
+__all__ = ["BIG_BYTES", "META_BYTES", "THREAD_BYTES", "Combining"]
 
 BIG_BYTES = 8 << 20  # results above this are written around the caches
 META_BYTES = 16

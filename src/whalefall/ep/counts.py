@@ -103,7 +103,8 @@ class Counts:
             self._fabric.pointer, count, heads.ctypes.data, heads[0].nbytes
         )
         self._fabric.check(status, "counts")
-        self.check_agreement(heads)
+        if status:
+            self.check_agreement(heads)
         return heads
 
     def check_agreement(self, heads: np.ndarray, ranks: Sequence[int] | None = None) -> None:

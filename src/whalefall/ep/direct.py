@@ -1,9 +1,10 @@
-"""Ep room: dispatch within one host, straight into the receivers' memory: two native calls.
+"""Ep room: dispatch within one host, straight into the receivers' memory: two steps.
 
 The first says how many rows go where and offers a piece of shared memory for what comes; it learns
-the same of all others. The second writes every row where its receiver will read it. What lies
-between, and so is paid for by every rank and every call, is kept short: addresses and sizes go in,
-and the caller makes its results, arrays or tensors, over the piece.
+the same of all others. The second writes every row where its receiver will read it. Python is paid
+for by every rank and every call, and where ranks share a core each finds the caches as the others
+left them: so addresses and sizes go in, the caller makes its results, arrays or tensors, over the
+piece, and a caller that waits anyway has both steps in one native call and its results made after.
 
 # T tokens, R ranks, E experts, El experts of this rank, K top-k, N rows received
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from whalefall import trace
 from whalefall.ep.arena import Part
-from whalefall.ep.combining import BIG_BYTES, Combining
+from whalefall.ep.combining import BIG_BYTES, THREAD_BYTES, Combining
 from whalefall.ep.handle import HEADER_FIELDS, Handle
 from whalefall.ep.library import KDISAGREE, KMISCOUNTED, Announcement, DispatchCall, pointer
 from whalefall.ep.shared import STEP
@@ -66,6 +67,7 @@ class Direct(Combining):
         per_rank: int | None,
         per_expert: int | None,
         alignment: int = 1,
+        at_once: bool = False,
     ) -> Announced:
         """Tell all ranks what this one will send, and learn it of all; collective.
 
@@ -75,6 +77,8 @@ class Direct(Combining):
             per_rank: address of [R] int32, tokens for each rank.
             per_expert: address of [E] int32, selections of each expert.
             alignment: the returned counts are rounded up to its multiples.
+            at_once: where there is a `piece`, the rows are in it when this returns; `take` brings
+                what belongs to them. Nothing may be under way in the communication thread.
         Raises: ShapeError if the ranks disagree, or, before anything is said, if `per_rank` is not
             what the tokens come to; RankFailure.
         """
@@ -89,7 +93,15 @@ class Direct(Combining):
             0, handle.heads_at, None, alignment,
         )  # fmt: skip
         handle.serial = self.counts.serial(number)
-        status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
+        if at_once:
+            call.base, call.threads, said.big_bytes = self.counts.tick, self.num_threads, BIG_BYTES
+            said.thread_bytes, said.cores = THREAD_BYTES, self._cores
+            status = self.lib.wf_ep_announce_and_write(
+                self.fabric.pointer, at, ctypes.addressof(said)
+            )
+            self.counts.tick += said.fits
+        else:
+            status = self.lib.wf_ep_announce(self.fabric.pointer, at, ctypes.addressof(said))
         if status == KMISCOUNTED:
             self.counts.take_back(number)
             raise ShapeError(MISCOUNTED)
@@ -109,12 +121,14 @@ class Direct(Combining):
         assert self.fabric.shared is not None
         return self.fabric.shared.offer(nbytes)
 
-    def write(self, announced: Announced, *keep: Any) -> Callable[[], None]:
-        """The data phase of a dispatch whose `call` points to the results.
+    def take(self, announced: Announced) -> None:
+        """After `announce` at once: fill the results beside x, to which `call` points."""
+        self._make_lists(announced)
+        self.lib.wf_ep_take_out(
+            self.fabric.pointer, ctypes.addressof(announced.call), ctypes.addressof(announced.said)
+        )
 
-        Args:
-            keep: what must live until it has run.
-        """
+    def _make_lists(self, announced: Announced) -> None:
         call, handle, N = announced.call, announced.handle, announced.handle.num_rows
         handle.token = handle.order_token = token = np.empty(N, np.int32)
         handle.order = None
@@ -122,7 +136,15 @@ class Direct(Combining):
         if call.per_selection:
             handle.order, handle.order_token = np.empty(N, np.int64), np.empty(N, np.int32)
             call.order, call.order_token = pointer(handle.order), pointer(handle.order_token)
-        nbytes = N * call.x_bytes
+
+    def write(self, announced: Announced, *keep: Any) -> Callable[[], None]:
+        """The data phase of a dispatch whose `call` points to the results.
+
+        Args:
+            keep: what must live until it has run.
+        """
+        self._make_lists(announced)
+        call, nbytes = announced.call, announced.handle.num_rows * announced.call.x_bytes
         call.big, call.threads = nbytes > BIG_BYTES, self.threads(nbytes)
         return partial(self._write, announced, keep)
 

@@ -85,7 +85,7 @@ class Announcement(ctypes.Structure):
         ("per_rank per_expert", _P),
         ("num_experts room room_at count call serial", _I64),
         ("heads offers", _P),
-        ("alignment rows bytes most_tokens fits", _I64),
+        ("alignment rows bytes most_tokens fits big_bytes thread_bytes cores", _I64),
     )
 
 
@@ -105,6 +105,8 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_dispatch": [_P, _P],
     "wf_ep_room": [_P, _P, _I64],
     "wf_ep_announce": [_P, _P, _P],
+    "wf_ep_announce_and_write": [_P, _P, _P],
+    "wf_ep_take_out": [_P, _P, _P],
     "wf_ep_direct": [_P, _P, _P],
     "wf_ep_offer": [_P, _P, _P],
     "wf_ep_again": [_P, _P, _P],
@@ -124,6 +126,7 @@ _NOTHING = (
     "wf_ep_give_up",
     "wf_ep_done",
     "wf_ep_cast",
+    "wf_ep_take_out",
 )
 
 

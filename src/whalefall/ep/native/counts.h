@@ -70,4 +70,18 @@ inline bool all_agree(const Group& g, const Fields& fields) {
   return true;
 }
 
+// Collect header number `count` of every rank into out [R, bytes]; a masked rank's is all zeros.
+inline int64_t collect(const Group& g, uint32_t count, void* out, int64_t bytes) {
+  for (int s = 0; s < g.num_ranks; s++) {
+    auto* to = static_cast<uint8_t*>(out) + s * bytes;
+    int64_t status = await_rank(g, s, g.stream[s]->posted, count + 1);
+    if (status < 0) return status;
+    if (status > 0)
+      memset(to, 0, bytes);
+    else
+      memcpy(to, g.mailbox[s] + (count % g.mailboxes) * g.mailbox_bytes, bytes);
+  }
+  return 0;
+}
+
 }  // namespace wf_ep

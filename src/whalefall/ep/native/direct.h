@@ -191,10 +191,9 @@ inline bool write_all(const Group& g, const Dispatch& d, Direct& to) {
 }
 
 // What is small leaves the piece, so that it is kept only as long as its rows are.
-inline void take_out(const Group& g, const Dispatch& d, const Direct& to) {
-  int64_t rows = to.rows[g.rank], each = d.per_selection ? 1 : d.top_k;
+inline void take_out(const Dispatch& d, const uint8_t* piece, int64_t rows) {
+  int64_t each = d.per_selection ? 1 : d.top_k;
   Sections s = sections_of(form_of(d), rows);
-  const uint8_t* piece = to.to[g.rank];
   memcpy(d.recv_token, piece + s.token, 4 * rows);
   if (d.recv_idx) memcpy(d.recv_idx, piece + s.idx, 8 * rows * d.top_k);
   if (d.recv_weights) memcpy(d.recv_weights, piece + s.weights, 4 * rows * each);

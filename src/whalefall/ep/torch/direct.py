@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from whalefall.ep.combining import Combining
-from whalefall.ep.direct import Announced, Direct
+from whalefall.ep.direct import Announced
 from whalefall.ep.engine import Engine
 from whalefall.ep.handle import Handle, Want
 from whalefall.ep.library import NOWHERE, CombineCall, DispatchCall
 
 __all__ = ["Given", "announce", "combine", "receive"]
 
-SMALL_BYTES = (
-    4 << 20
-)  # up to here malloc keeps what is freed, and torch's own memory is good enough
+# Up to here torch's own memory is good enough; more malloc may give back and must get page by page.
+SMALL_BYTES = 1 << 17
 INT32, INT64, FLOAT32, BF16 = torch.int32, torch.int64, torch.float32, torch.bfloat16
 
 
@@ -67,7 +66,9 @@ class Known(NamedTuple):
         )  # fmt: skip
 
 
-def announce(engine: Engine, given: Given, alignment: int, known: Known | None) -> Announced | None:
+def announce(
+    engine: Engine, given: Given, alignment: int, known: Known | None, at_once: bool
+) -> Announced | None:
     """Announce a dispatch; None, before anything is said, where a tensor does not lie as it must.
 
     Raises: ShapeError if the ranks disagree; RankFailure.
@@ -102,13 +103,11 @@ def announce(engine: Engine, given: Given, alignment: int, known: Known | None) 
         x.shape[1] * item, scale_bytes, K, T, 0, 0, 0, E // R,
     )  # fmt: skip
     handle = Handle(Want(E, K), engine.rank, engine.topology, kept, None)
-    return exchange.announce(call, handle, *layout_at[1:], alignment)
+    return exchange.announce(call, handle, *layout_at[1:], alignment, at_once)
 
 
-def receive(
-    exchange: Direct, announced: Announced, given: Given
-) -> tuple[Any, Tensor | None, Tensor | None, Callable[[], None]]:
-    """Tensors for what comes (x as given, ids, weights), and the data phase that fills them."""
+def receive(announced: Announced, given: Given) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Tensors for what comes, to which the call points then: x as given, ids, weights."""
     call, N, piece = announced.call, announced.handle.num_rows, announced.piece
     assert piece is not None
     x = _over(piece.memory, given.x, N, 0)
@@ -120,8 +119,7 @@ def receive(
     if given.topk_idx is not None:
         idx, weights = torch.empty((N, call.top_k), dtype=INT64), torch.empty((N, call.top_k))
         call.recv_idx, call.recv_weights = idx.data_ptr(), weights.data_ptr()
-    move = exchange.write(announced, given, x, scale, idx, weights)
-    return x if scale is None else (x, scale), idx, weights, move
+    return x if scale is None else (x, scale), idx, weights
 
 
 def combine(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whalefall import trace
 from whalefall.ep.config import Config
 from whalefall.ep.direct import Announced
 from whalefall.ep.engine import Engine
@@ -135,10 +136,20 @@ class Normal:
         )  # fmt: skip
         announced = None
         if not num_worst_tokens:
-            announced = direct.announce(self.runtime, given, expert_alignment, self._layout)
+            at_once = not async_finish and previous_event is None and not trace.is_recording()
+            if at_once:
+                self.runtime.worker.drain()
+            announced = direct.announce(
+                self.runtime, given, expert_alignment, self._layout, at_once
+            )
             if announced is not None and announced.piece is not None:
-                *results, move = direct.receive(exchange, announced, given)
-                event = self._run(move, previous_event, async_finish)
+                results = direct.receive(announced, given)
+                if at_once:
+                    exchange.take(announced)
+                    event = EventOverlap()
+                else:
+                    move = exchange.write(announced, given, *results)
+                    event = self._run(move, previous_event, async_finish)
                 made = DispatchHandle.of(partial(_known, announced.handle), 1)
                 return (*results, announced.per_expert, made, event)
         return self._dispatch_arrays(
