@@ -340,8 +340,11 @@ def check_some_ranks_wait_for_a_dispatch_and_some_do_not(buffer: ep.Buffer) -> N
         later = (buffer.rank + i) % 2 == 0
         received, *_, handle, event = dispatch(buffer, x + i, idx, weights, async_finish=later)
         assert (event.event is not None) == later
+        again = dispatch(buffer, x - i, idx, weights)[0]  # while the other may be under way
         if later:
             event.current_stream_wait()
+        wanted = [batch(s)[0][t] - i for s, t in arriving(buffer.rank, buffer.group_size)]
+        assert again.tolist() == [row.tolist() for row in wanted]
         wanted = [batch(s)[0][t] + i for s, t in arriving(buffer.rank, buffer.group_size)]
         assert received.tolist() == [row.tolist() for row in wanted]
         back = buffer.combine(received, handle)[0]
