@@ -50,9 +50,9 @@ def dense(
 def random_rows(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, shift: float = 0.0
 ) -> Any:
-    """randn / 10 + shift within ±1; of many rows, each is one of 32,768 drawn."""
+    """randn / 10 + shift within ±1; of many rows, each is one of 8,192 drawn."""
     count = int(np.prod(shape[:-1]))
-    drawn = rng.standard_normal((min(count, 1 << 15), shape[-1]), np.float32) / 10 + np.float32(
+    drawn = rng.standard_normal((min(count, 1 << 13), shape[-1]), np.float32) / 10 + np.float32(
         shift
     )
     rows = drawn.clip(-1, 1).astype(dtype)

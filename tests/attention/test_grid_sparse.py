@@ -32,7 +32,7 @@ SHAPES = [
     *((2046, 2048, 2), (2046, 2048, 64), (2046, 2048, 576)),
 ]
 CORNERS = [(512, 64, 61), (650, 576, 53)]
-DRAWN = 1 << 15  # different rows of a cache
+DRAWN = 1 << 13  # different rows of a cache
 INVALID = [-(2**31), -123456, -1, 114514, 1919810, 2147480000, 2**31 - 1]
 
 
