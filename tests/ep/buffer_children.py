@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 import traceback
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from whalefall import ep, trace
+from whalefall.ep.library import library
 from whalefall.ep.torch import combine as differentiable_combine
 from whalefall.ep.torch import dispatch as differentiable_dispatch
 from whalefall.errors import (
@@ -19,7 +21,6 @@ from whalefall.errors import (
     DtypeError,
     LimitError,
     ShapeError,
-    UnsupportedError,
     WhalefallError,
 )
 
@@ -214,10 +215,45 @@ def check_fp8_rows_bring_their_scales(buffer: ep.Buffer) -> None:
     assert got_scales.tolist() == [all_scales[s][t].tolist() for s, t in rows]
 
 
-def check_logfmt_is_refused_before_anything_is_sent(buffer: ep.Buffer) -> None:
-    x, idx, weights = batch(buffer.rank)
-    with pytest.raises(UnsupportedError, match="use_logfmt is not built; rows go as bf16"):
-        buffer.low_latency_combine(x, idx, weights, (), use_logfmt=True)
+def check_logfmt_rounds_each_row_and_sends_fewer_bytes(buffer: ep.Buffer) -> None:
+    for scale, share in ((0.01, 0.7), (100.0, 1.1)):  # all blocks are coded; none is
+        x, idx, weights = batch(buffer.rank)
+        x = (x.float() * scale).to(BF16)
+        dispatch = partial(buffer.low_latency_dispatch, x, idx, M, E, use_fp8=False)
+        got, _, handle, _, _ = dispatch()
+        rows = got.clone()
+        before = sent_between_hosts(buffer)
+        plain, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
+        as_bf16 = sent_between_hosts(buffer) - before
+        _, _, handle, _, _ = dispatch()
+        before = sent_between_hosts(buffer)
+        back, _, _ = buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True)
+        sent = sent_between_hosts(buffer) - before
+        row = through_logfmt(x)
+        acc = torch.zeros(x.shape)
+        for k in range(K):
+            there = idx[:, k] >= 0
+            acc[there] += weights[there, k, None] * row[there]
+        assert torch.equal(back, acc.to(BF16))
+        assert torch.equal(back, plain) == (scale > 1)
+        if as_bf16 > 10_000:
+            assert share - 0.1 < sent / as_bf16 < share
+    with pytest.raises(ConfigError, match="use_logfmt and zero_copy exclude each other"):
+        buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True, zero_copy=True)
+
+
+def sent_between_hosts(buffer: ep.Buffer) -> int:
+    """Bytes that this rank has sent to other hosts, once nothing is under way."""
+    dist.barrier(group=buffer.group)
+    time.sleep(0.02)
+    return buffer.runtime.low_latency.links.bytes_sent
+
+
+def through_logfmt(x: torch.Tensor) -> torch.Tensor:
+    """What bf16 rows are after they travelled as LogFMT-10, float32 (test_logfmt.py judges it)."""
+    out = torch.empty(x.shape)
+    library().wf_ep_through_log(x.data_ptr(), *x.shape, out.data_ptr())
+    return out
 
 
 def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:

@@ -105,6 +105,7 @@ class Combining:
         bias: Bias = (None, None),
         zero_copy_stride: int = 0,
         waited_ns: np.ndarray | None = None,
+        log_format: bool = False,
     ) -> Pending:
         """Prepare the way back.
 
@@ -119,13 +120,14 @@ class Combining:
             bias: up to two [T, H] bf16, added first.
             zero_copy_stride: bytes between rows that lie in this rank's slot already.
             waited_ns: [R] int64, added to: nanoseconds spent waiting for each rank.
+            log_format: rows travel as LogFMT-10 (bf16, per selection with weights, H in 128).
         Returns: the pending data phase; its result is `out`.
         """
         call = CombineCall(
             pointer(x), x.strides[0] if len(x) else 0, x.shape[-1], x.dtype == np.float32,
             pointer(row_weights), bias0=pointer(bias[0]), bias1=pointer(bias[1]),
             topk_weights=pointer(topk_weights), out=pointer(out), out_fp32=out.dtype == np.float32,
-            out_weights=pointer(out_weights), zero_copy=zero_copy_stride > 0,
+            out_weights=pointer(out_weights), zero_copy=zero_copy_stride > 0, log_format=log_format,
         )  # fmt: skip
         keep = (x, out, row_weights, topk_weights, out_weights, bias)
         if self.num_hosts == 1 and not self.one_tick:

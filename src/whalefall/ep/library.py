@@ -74,7 +74,7 @@ class CombineCall(ctypes.Structure):
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),
-        ("shared_at most serial call", _I64),
+        ("shared_at most serial call log_format", _I64),
     )
 
 
@@ -116,6 +116,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],
     "wf_ep_combine_forward": [_P, _P, *[_I64] * 6, _P, _P, _P],
     "wf_ep_combine": [_P, _P, _P, _I64, _I64, _I64],
+    "wf_ep_through_log": [_P, _I64, _I64, _P],
     "wf_ep_cast": [_P, _I64, _I64, _I64, _I64, _P, _P],
 }
 _NOTHING = (

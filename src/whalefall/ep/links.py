@@ -307,18 +307,20 @@ class HostLinks(Links):
         """As a proxy: send what this host has for the ranks that it serves, for block i."""
         row = -(-call.hidden * (4 if call.fp32 else 2) // 4) * 4
         row = -(-(row + (4 * call.top_k if call.row_weights else 0)) // 64) * 64
+        if call.log_format:  # at most; most rows are shorter
+            row += call.hidden // 32
         for source, (token, mask, idx) in handle.forward.items():
             first, last = np.searchsorted(token, [i * call.block, (i + 1) * call.block])
             rows = int(last - first)
             if handle.want.per_selection and rows:
                 rows = self._selections_here(handle, idx[first:last])
             data = np.empty(rows * row, np.uint8)
-            self.lib.wf_ep_combine_forward(
+            used = self.lib.wf_ep_combine_forward(
                 self.fabric.pointer, ctypes.addressof(call), source, i, most, stride, int(first),
                 int(last), mask.ctypes.data, idx.ctypes.data, data.ctypes.data,
             )  # fmt: skip
             frame = Frame("partial", call.base + i)
-            self._to_source[source].put(partial(_send, frame, data))
+            self._to_source[source].put(partial(_send, frame, data[:used]))
 
     def _selections_here(self, handle: Handle, idx: np.ndarray) -> int:
         El = handle.num_local_experts

@@ -8,7 +8,10 @@
 // Between hosts, a proxy adds its host's rows first (per rank: rounded once to bf16) or gathers
 // them (per selection), and one message a block crosses.
 #pragma once
+#include <vector>
+
 #include "counts.h"
+#include "logfmt.h"
 #include "sums.h"
 #include "wire.h"
 
@@ -40,11 +43,12 @@ inline Slot slot_of(uint8_t* memory, int num_ranks, int64_t max_entries) {
 inline int64_t weights_at(const Combine& c) { return up(c.hidden * elem(c), 4); }
 inline int64_t tail(const Combine& c) { return c.row_weights ? 4 * c.top_k : 0; }
 inline int64_t staged_bytes(const Combine& c, int64_t stride) {
+  if (c.log_format) return up(log_most_bytes(c.hidden), 64);
   return stride ? stride : up(weights_at(c) + tail(c), 64);
 }
 
 inline int32_t form_of(const Combine& c) {
-  return static_cast<int32_t>((c.fp32 ? 1 : 0) | (c.row_weights ? 2 : 0));
+  return static_cast<int32_t>((c.fp32 ? 1 : 0) | (c.row_weights ? 2 : 0) | (c.log_format ? 4 : 0));
 }
 
 inline const Elsewhere& said_at(const Group& g, int rank, uint32_t tick) {
@@ -110,7 +114,11 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
       slot.place[used] = static_cast<uint32_t>(stays ? from : used);
       uint8_t* to = slot.rows + used++ * bytes;
       if (stays) continue;
-      memcpy(to, c.x + from * c.x_stride, c.hidden * elem(c));
+      const uint8_t* row = c.x + from * c.x_stride;
+      if (c.log_format)
+        log_encode(reinterpret_cast<const uint16_t*>(row), c.hidden, to);
+      else
+        memcpy(to, row, c.hidden * elem(c));
       if (c.row_weights) memcpy(to + weights_at(c), c.row_weights + from * c.top_k, 4 * c.top_k);
     }
   }
@@ -168,7 +176,9 @@ struct Collector {
   const Combine& c;
   Reader reader;
   int64_t own;  // this rank's next own entry
-  int64_t remote_bytes, remote_next[64] = {};
+  int64_t remote_bytes, remote_at[64] = {};
+  std::vector<uint8_t> coded;  // own rows of a token, as they would travel
+  std::vector<float> wide;     // rows of a token that travelled as LogFMT
 
   Collector(const Group& g, const Combine& c, uint32_t tick, int64_t max_entries, int64_t stride,
             int64_t own)
@@ -176,7 +186,9 @@ struct Collector {
         c(c),
         reader(g, c, g.rank, tick, max_entries, stride),
         own(own),
-        remote_bytes(up(weights_at(c) + tail(c), 64)) {}
+        remote_bytes(up(weights_at(c) + tail(c), 64)),
+        coded(c.log_format ? c.top_k * log_most_bytes(c.hidden) : 0),
+        wide(c.log_format ? c.top_k * c.hidden : 0) {}
 
   // The next row that `rank` has for this rank; null where that rank is masked.
   const uint8_t* next(int rank, const float** weights) {
@@ -191,7 +203,8 @@ struct Collector {
       row = reader.take(g.local_of[rank]);
     } else {
       int host = c.host_of[rank];
-      row = c.remote[host] + remote_next[host]++ * remote_bytes;
+      row = c.remote[host] + remote_at[host];
+      remote_at[host] += c.log_format ? log_bytes(row, c.hidden) : remote_bytes;
     }
     *weights = reinterpret_cast<const float*>(row + weights_at(c));
     return row;
@@ -200,6 +213,11 @@ struct Collector {
   void push(Terms& terms, int rank, float weight, int host) {
     const uint8_t* row = next(rank, &terms.row_weights[terms.n]);
     if (!row) return;
+    if (c.log_format && rank == g.rank) {
+      uint8_t* to = coded.data() + terms.n * log_most_bytes(c.hidden);
+      log_encode(reinterpret_cast<const uint16_t*>(row), c.hidden, to);
+      row = to;
+    }
     terms.row[terms.n] = row;
     terms.weight[terms.n] = weight;
     terms.host[terms.n++] = host;
@@ -225,6 +243,18 @@ struct Collector {
       push(terms, rank, 1, host);
       if (remote) host_done = host;
     }
+  }
+
+  // Add up rows that travelled as LogFMT.
+  void add_decoded(Terms& terms, int64_t t) {
+    for (int j = 0; j < terms.n; j++) {
+      float* to = wide.data() + j * c.hidden;
+      log_decode(terms.row[j], c.hidden, to);
+      terms.row[j] = reinterpret_cast<const uint8_t*>(to);
+    }
+    Combine decoded = c;
+    decoded.fp32 = 1;
+    add_terms(decoded, terms, t);
   }
 
   // Put out the rows of token t unadded, zeros where there is none; `skip`: only move on.
@@ -258,7 +288,10 @@ inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t f
     }
     collector.collect(t, terms);
     if (t < first) continue;
-    add_terms(c, terms, t);
+    if (c.log_format)
+      collector.add_decoded(terms, t);
+    else
+      add_terms(c, terms, t);
     if (c.out_weights) add_weights(c, terms, t);
   }
   *own = collector.own;
@@ -276,11 +309,14 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
       for (int64_t k = 0; k < c.top_k; k++) {
         int rank;
         if (!rank_of_expert(c, idx[j * c.top_k + k], &rank) || g.local_of[rank] < 0) continue;
-        if (g.masked[rank])
-          memset(to, 0, c.hidden * elem(c));
+        const uint8_t* row = g.masked[rank] ? nullptr : reader.take(g.local_of[rank]);
+        int64_t used = c.hidden * elem(c);
+        if (c.log_format) used = row ? log_bytes(row, c.hidden) : log_most_bytes(c.hidden);
+        if (row)
+          memcpy(to, row, used);
         else
-          memcpy(to, reader.take(g.local_of[rank]), c.hidden * elem(c));
-        to += bytes;
+          memset(to, 0, used);
+        to += c.log_format ? used : bytes;
       }
       continue;
     }

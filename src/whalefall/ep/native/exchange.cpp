@@ -263,3 +263,14 @@ WF_EXPORT void wf_ep_cast(const uint16_t* x, int64_t stride, int64_t tokens, int
   for (int64_t t = 0; t < tokens; t++)
     cast_row(x + t * stride, hidden, round_scale, out + t * hidden, scales + t * (hidden / 128));
 }
+
+// Rows [rows, hidden] of bf16 through LogFMT and back, as floats; returns the bytes between.
+WF_EXPORT int64_t wf_ep_through_log(const uint16_t* x, int64_t rows, int64_t hidden, float* out) {
+  std::vector<uint8_t> row(log_most_bytes(hidden));
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < rows; i++, x += hidden, out += hidden) {
+    bytes += log_encode(x, hidden, row.data());
+    log_decode(row.data(), hidden, out);
+  }
+  return bytes;
+}

@@ -31,6 +31,7 @@ struct Combine {
   int64_t shared_at;             // x begins there in this rank's shared memory; -1: it is private
   int64_t most;                  // tokens of a rank
   int64_t serial, call;          // of the dispatch; how many collectives this rank called before
+  int64_t log_format;            // bf16 rows travel as LogFMT-10 (per selection)
 };
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }
