@@ -257,6 +257,7 @@ class Combining:
     def _post_form(self, call: CombineCall) -> tuple[int, int]:
         """Tell the ranks of other hosts too what will come back."""
         form = (1 if call.fp32 else 0) | (2 if call.row_weights else 0)
+        form |= 4 if call.log_format else 0  # `form_of` of combine.h
         fields = {
             "kind": COMBINE, "call": call.call, "x_bytes": call.hidden, "flags": form,
             "extra": call.serial,

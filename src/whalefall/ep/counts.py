@@ -140,9 +140,9 @@ def _disagreement(
             f"dispatch {mine}; all ranks must agree"
         )
     if kind == COMBINE:
-        name = {"x_bytes": "hidden", "flags": "dtype or topk_weights"}[name]
+        name = {"x_bytes": "hidden", "flags": "dtype, topk_weights or use_logfmt"}[name]
         if name != "hidden":
-            its, mine = _FORMS[its & 3], _FORMS[mine & 3]  # type: ignore[assignment]
+            its, mine = _form(its), _form(mine)  # type: ignore[assignment]
         return (
             f"ep: combine: ranks disagree on {name}: rank {other} gives {its}, rank {rank} {mine}; "
             "all ranks must agree"
@@ -153,7 +153,11 @@ def _disagreement(
     )
 
 
-_FORMS = ("bfloat16", "float32", "bfloat16 with topk_weights", "float32 with topk_weights")
+def _form(flags: int) -> str:
+    """What `form_of` of combine.h says in words."""
+    words = ["float32" if flags & 1 else "bfloat16"]
+    words += ["topk_weights"] if flags & 2 else []
+    return " with ".join([*words, *(["use_logfmt"] if flags & 4 else [])])
 
 
 def mailbox_bytes(num_ranks: int, max_experts: int) -> int:
