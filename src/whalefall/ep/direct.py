@@ -90,12 +90,11 @@ class Direct(Combining):
         handle.heads_at = ctypes.addressof(told)
         said = Announcement(
             per_rank, per_expert, E, room // STEP, room_at // STEP, number, self.counts.next_call(),
-            0, handle.heads_at, None, alignment,
+            0, handle.heads_at, None, alignment, 0, 0, 0, 0, BIG_BYTES, THREAD_BYTES, self._cores,
         )  # fmt: skip
         handle.serial = self.counts.serial(number)
         if at_once:
-            call.base, call.threads, said.big_bytes = self.counts.tick, self.num_threads, BIG_BYTES
-            said.thread_bytes, said.cores = THREAD_BYTES, self._cores
+            call.base, call.threads = self.counts.tick, self.num_threads
             status = self.lib.wf_ep_announce_and_write(
                 self.fabric.pointer, at, ctypes.addressof(said)
             )
@@ -106,9 +105,10 @@ class Direct(Combining):
             self.counts.take_back(number)
             raise ShapeError(MISCOUNTED)
         handle.told = told
-        if status == KDISAGREE:
-            self.counts.check_agreement(handle.heads)
-        self.fabric.check(status, "counts")
+        if status:
+            if status == KDISAGREE:
+                self.counts.check_agreement(handle.heads)
+            self.fabric.check(status, "dispatch" if said.fits else "counts")
         handle.num_rows, handle.most_tokens = said.rows, said.most_tokens
         self._needed = max(int(said.bytes * 1.1), self._needed * 7 // 8)
         return Announced(call, said, handle, piece if said.fits else None, told[R * length :])

@@ -105,7 +105,7 @@ class Handle:
         self, want: Want, rank: int, topology: Topology, in_rank: Any, topk_idx: np.ndarray | None
     ) -> None:
         self.want, self.rank, self.topology = want, rank, topology
-        self.num_tokens = len(in_rank)
+        self.num_tokens = in_rank.shape[0]
         self._in_rank, self.topk_idx = in_rank, topk_idx
         self.forward: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 

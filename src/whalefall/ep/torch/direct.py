@@ -11,6 +11,7 @@ left to `given.py`, which copies it or says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def announce(
     exchange, E = engine.normal, per_expert.numel()
     if not exchange.is_direct or not _has_rows(x):
         return None
-    T, R, K, scale_bytes = len(x), exchange.size, 0, 0
+    T, R, K, scale_bytes = x.shape[0], exchange.size, 0, 0
     if known is not None and known.tokens == T and known.are(given):
         layout_at = known.at
     else:
@@ -102,7 +103,7 @@ def announce(
         x.data_ptr(), _at(scale), _at(idx), _at(weights), layout_at[0], x.stride(0) * item,
         x.shape[1] * item, scale_bytes, K, T, 0, 0, 0, E // R,
     )  # fmt: skip
-    handle = Handle(Want(E, K), engine.rank, engine.topology, kept, None)
+    handle = Handle(_want(E, K), engine.rank, engine.topology, kept, None)
     return exchange.announce(call, handle, *layout_at[1:], alignment, at_once)
 
 
@@ -132,8 +133,11 @@ def combine(
     if exchange.num_hosts > 1 or len(biases) != 2 or not _has_rows(x) or x.dtype is not BF16:
         return None
     N, H = x.shape
-    if handle.num_rows > N or not all(b is None or _is(b, BF16, (T, H)) for b in biases):
+    if handle.num_rows > N:
         return None
+    for given in biases:
+        if given is not None and not _is(given, BF16, (T, H)):
+            return None
     out_weights = None
     if topk_weights is not None:
         K = handle.want.top_k
@@ -151,6 +155,9 @@ def combine(
     )  # fmt: skip
     keep = x, out, topk_weights, out_weights, biases
     return out, out_weights, exchange.sum_up(call, handle, N, *keep)
+
+
+_want = cache(Want)
 
 
 def _has_rows(x: Any) -> bool:

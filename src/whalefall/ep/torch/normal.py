@@ -255,7 +255,12 @@ class Normal:
         self.runtime.normal.num_threads = self._threads
         whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
         if whole is not None:
-            return (*whole[:2], self._run(whole[2], previous_event, async_finish))
+            out, summed, add_up = whole
+            if async_finish or previous_event is not None:
+                return out, summed, self._run(add_up, previous_event, async_finish)
+            self.runtime.worker.drain()
+            add_up()
+            return out, summed, EventOverlap()
         given = bf16(x, "x")
         if given.ndim != 2 or len(given) < native.num_rows:
             raise ShapeError(
