@@ -75,7 +75,7 @@ def check_low_latency_combines_by_different_handles_are_refused(buffer: ep.Buffe
         with pytest.raises(ShapeError, match=GIVES):
             finish(*buffer.low_latency_combine(rows, idx, weights, mine, **more)[1:])
         more["use_logfmt"] = buffer.rank > 0
-        with pytest.raises(ShapeError, match="use_logfmt: .* bfloat16 with use_logfmt"):
+        with pytest.raises(ShapeError, match=r"use_logfmt: .* bfloat16 with use_logfmt"):
             finish(*buffer.low_latency_combine(rows, idx, weights, one, **more)[1:])
     out, _, _ = buffer.low_latency_combine(through_experts(rows, first), idx, weights, one)
     assert torch.equal(out, weighted(x, idx, weights))

@@ -157,3 +157,12 @@ def test_events_wait_run_their_hook_once_and_can_be_released() -> None:
 def test_a_buffer_needs_a_group() -> None:
     with pytest.raises(ConfigError, match="neither group nor comm"):
         ep.Buffer(None)
+
+
+@pytest.mark.ranks
+def test_whatever_is_wrong_is_refused_in_one_line_and_leaves_no_rank_out_of_step(
+    start, tmp_path
+) -> None:
+    tasks = start("refuse_everything", 1, module="bad_children", folder=str(tmp_path))
+    said = launch.run(tasks, 100)[0]
+    assert not said, "\n".join(said[:20])

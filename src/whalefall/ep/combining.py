@@ -71,6 +71,8 @@ class Combining:
 
     def check_handle(self, handle: Handle) -> None:
         """Raise ConfigError for the handle of a dispatch of another group."""
+        if not isinstance(handle, Handle):
+            raise ConfigError(f"ep: handle is a {type(handle).__name__}, wanted dispatch's own")
         ours, its = self.fabric.topology, handle.topology
         if its is not ours and its != ours:
             raise ConfigError(

@@ -6,8 +6,9 @@ Source: DeepEP `Config`, `Buffer.get_dispatch_config`, `get_low_latency_rdma_siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from whalefall.ep.arguments import whole
 from whalefall.errors import ConfigError
 
 __all__ = ["Config", "combine_config", "dispatch_config", "low_latency_size_hint"]
@@ -33,9 +34,9 @@ class Config:
     num_max_rdma_chunked_recv_tokens: int = 256
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            whole(getattr(self, field.name), f"Config: {field.name}")
         send, recv = self.num_max_rdma_chunked_send_tokens, self.num_max_rdma_chunked_recv_tokens
-        if self.num_sms < 0:
-            raise ConfigError(f"Config: num_sms is {self.num_sms}, wanted 0 or more")
         if not 0 < self.num_max_nvl_chunked_send_tokens < self.num_max_nvl_chunked_recv_tokens:
             raise ConfigError(
                 f"Config: nvl send {self.num_max_nvl_chunked_send_tokens}, receive "
@@ -54,6 +55,7 @@ class Config:
             hidden_bytes: of one token's row.
             num_ranks: of the group.
         """
+        _sizes(hidden_bytes, num_ranks)
         channels, peers = self.num_sms // 2, min(num_ranks, NVL_PEERS)
         nodes = max(num_ranks // NVL_PEERS, 1)
         queue = self.num_max_nvl_chunked_recv_tokens
@@ -62,12 +64,18 @@ class Config:
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes for the traffic between hosts; 0 for at most 8 ranks."""
+        _sizes(hidden_bytes, num_ranks)
         if num_ranks <= NVL_PEERS:
             return 0
         channels, nodes = self.num_sms // 2, num_ranks // NVL_PEERS
         queue = self.num_max_rdma_chunked_recv_tokens
         heads = 144 * channels * nodes
         return _up(heads + 2 * channels * nodes * queue * (hidden_bytes + 2072))
+
+
+def _sizes(hidden_bytes: int, num_ranks: int) -> None:
+    whole(hidden_bytes, "Config: hidden_bytes")
+    whole(num_ranks, "Config: num_ranks", 1)
 
 
 # ranks: nvl send, nvl receive, rdma send, rdma receive
@@ -85,8 +93,7 @@ _COMBINE = {
 
 
 def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int, num_sms: int) -> Config:
-    if num_ranks < 1:
-        raise ConfigError(f"ep: {num_ranks} ranks, wanted 1 or more")
+    whole(num_ranks, "ep: num_ranks", 1)
     known = min((k for k in table if k >= num_ranks), default=max(table))
     return Config(num_sms, *table[known])
 
@@ -109,6 +116,12 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int
         hidden: elements of a row.
         num_experts: E.
     """
+    for name, value in (
+        ("max_tokens", max_tokens),
+        ("hidden", hidden),
+        ("num_experts", num_experts),
+    ):
+        whole(value, f"ep: {name}")
     scales = hidden // 128
     dispatch = 16 + max(2 * hidden, hidden + 4 * scales)
     combine = 4 * scales + 2 * hidden

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from whalefall import comm, env
+from whalefall.ep import rows as rules
 from whalefall.ep.arena import Arena
+from whalefall.ep.arguments import arrays, engine_arguments, flag, seconds, whole
 from whalefall.ep.connect import close_all, host_name, open_links
 from whalefall.ep.counts import mailbox_bytes
 from whalefall.ep.exchange import Exchange
@@ -31,15 +33,7 @@ from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout, Received, Want
 from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.ep.meeting import Hello, meet, number_engine, process_name
-from whalefall.ep.rows import (
-    Bias,
-    Pending,
-    Rows,
-    check_combine,
-    check_rows,
-    contiguous_rows,
-    result,
-)
+from whalefall.ep.rows import Bias, Pending, Rows, contiguous_rows, result
 from whalefall.ep.topology import Topology
 from whalefall.ep.worker import Event, Worker, holding
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -50,7 +44,7 @@ CHUNK_BYTES = 2 << 20
 SLOTS = 2
 SHARED_BYTES = 16 << 30  # address space for results that neighbours write or read
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
-MAX_EXPERTS = 4096
+MAX_EXPERTS, MAX_TOP_K = 4096, 128
 VERSION = 2
 
 
@@ -94,15 +88,21 @@ class Engine:
         host: str | None = None,
         shared_bytes: int = SHARED_BYTES,
     ) -> None:
+        engine_arguments(
+            group, host, low_latency_bytes=low_latency_bytes, slot_bytes=slot_bytes, hidden=hidden,
+            shared_bytes=shared_bytes, num_threads=num_threads, num_experts=num_experts,
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
         self.group, self.rank, self.num_ranks = group, group.rank, group.size
-        self.timeout_s = float(env.get("WHALEFALL_EP_TIMEOUT")) if timeout_s is None else timeout_s
+        given_s = env.get("WHALEFALL_EP_TIMEOUT") if timeout_s is None else timeout_s
+        self.timeout_s = seconds(given_s, "Engine: timeout_s")
         self.num_experts, self.hidden, self._closed = num_experts, hidden, False
         comm.sweep("ep-")
         library()  # compiled before anyone waits for us
         config: dict[str, int | float | None] = {
             "version": VERSION, "chunk_bytes": chunk_bytes, "low_latency_bytes": low_latency_bytes,
-            "timeout_s": self.timeout_s, "shrink": int(shrink), "hidden": hidden,
-            "num_experts": num_experts, "shared_bytes": shared_bytes,
+            "timeout_s": self.timeout_s, "hidden": hidden, "num_experts": num_experts,
+            "shrink": int(flag(shrink, "Engine: shrink")), "shared_bytes": shared_bytes,
         }  # fmt: skip
         hello = Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", process_name(), config)
         hellos = meet(group, hello)
@@ -136,9 +136,7 @@ class Engine:
         fabric = Fabric(
             plan, self.topology, self.rank, self._lock, lambda: self.group.all_gather(b"")
         )
-        links: Links = Links()
-        if len(self.topology.hosts) > 1:
-            links = open_links(self.group, fabric)
+        links = open_links(self.group, fabric) if len(self.topology.hosts) > 1 else Links()
         return Exchange(fabric, links, self.arena, one_tick, self._number)
 
     # ---- layout
@@ -152,10 +150,12 @@ class Engine:
         Raises: ShapeError, DtypeError; LimitError for an expert that does not exist.
         """
         self.check_experts(num_experts)
+        arrays("layout", topk_idx=topk_idx if topk_idx is not None else 0)
         if topk_idx.ndim != 2 or topk_idx.dtype != np.int64:
             raise DtypeError(
                 f"ep: topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}, wanted int64 [T, K]"
             )
+        whole(topk_idx.shape[1], "ep: top-k", 0, MAX_TOP_K)
         topk_idx = np.ascontiguousarray(topk_idx)
         T, R, H = len(topk_idx), self.num_ranks, len(self.topology.hosts)
         layout = Layout(
@@ -176,7 +176,11 @@ class Engine:
 
     def check_experts(self, num_experts: int) -> None:
         """Raise ShapeError for a number of experts that cannot be."""
-        if num_experts <= 0 or num_experts % self.num_ranks or num_experts > MAX_EXPERTS:
+        if (
+            whole(num_experts, "ep: num_experts") == 0
+            or num_experts % self.num_ranks
+            or num_experts > MAX_EXPERTS
+        ):
             raise ShapeError(
                 f"ep: {num_experts} experts, wanted a multiple of {self.num_ranks} ranks up to "
                 f"{MAX_EXPERTS}"
@@ -199,7 +203,11 @@ class Engine:
             `per_expert` [El] rows of each group; `handle` for `combine_selections`.
         Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
         """
-        return _run(self._selections(x, topk_idx, num_experts))
+        return self._done(self._selections(x, topk_idx, num_experts))
+
+    def _done(self, pending: Pending) -> Any:
+        pending.run()
+        return pending.result
 
     def begin_dispatch_selections(
         self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int
@@ -210,7 +218,7 @@ class Engine:
         return pending.result, self.submit(pending.run)
 
     def _selections(self, x: np.ndarray, topk_idx: np.ndarray, num_experts: int) -> Pending:
-        check_rows(x, topk_idx, self.hidden, "dispatch_selections")
+        rules.check_rows(x, topk_idx, self.hidden, "dispatch_selections")
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
         rows = Rows(contiguous_rows(x), None, np.array(topk_idx, order="C"))  # the handle's own
@@ -254,11 +262,11 @@ class Engine:
         topk_weights: np.ndarray | None,
         out: np.ndarray | None,
     ) -> tuple[np.ndarray, Pending]:
+        self.normal.check_handle(handle)
         if not handle.want.per_selection:
             raise ConfigError("ep: combine_selections wants the handle of dispatch_selections")
+        rules.check_combine(rows, handle, topk_weights)
         T, K, H = len(handle.in_rank), handle.want.top_k, rows.shape[-1]
-        self.normal.check_handle(handle)
-        check_combine(rows, handle, topk_weights)
         summed = topk_weights is not None
         out = result(
             self.arena, out, (T, H) if summed else (T, K, H),
@@ -289,7 +297,8 @@ class Engine:
         Returns: rows ordered by source rank, then token.
         Raises: ShapeError, DtypeError, LimitError; RankFailure naming the rank that failed.
         """
-        check_rows(x, topk_idx, self.hidden, "dispatch")
+        rules.check_rows(x, topk_idx, self.hidden, "dispatch")
+        rules.check_beside(topk_idx, topk_weights, scale)
         layout = self.layout(topk_idx, num_experts)
         self.worker.drain()
         rows = Rows(
@@ -297,7 +306,7 @@ class Engine:
             np.ascontiguousarray(topk_idx),
             None if topk_weights is None else np.ascontiguousarray(topk_weights),
         )  # fmt: skip
-        return _run(self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k)))
+        return self._done(self.normal.dispatch(rows, layout, Want(num_experts, rows.top_k)))
 
     def combine(
         self,
@@ -318,10 +327,10 @@ class Engine:
         Returns: [T, H], rounded once at the end (between hosts each host's sum is rounded too);
             [T, K] float32 or None.
         """
+        self.normal.check_handle(handle)
         if handle.want.per_selection:
             raise ConfigError("ep: combine wants the handle of dispatch, not dispatch_selections")
-        self.normal.check_handle(handle)
-        check_combine(rows, handle, topk_weights, bias)
+        rules.check_combine(rows, handle, topk_weights, bias)
         T = handle.num_tokens
         out = result(self.arena, out, (T, rows.shape[1]), rows.dtype)
         weights = None if topk_weights is None else np.ascontiguousarray(topk_weights)
@@ -336,6 +345,7 @@ class Engine:
 
         On one host it lies where neighbours can read it, so that combine sends rows without a copy.
         """
+        shape, dtype = rules.layout_of(shape, dtype)
         shared, nbytes = self.normal.fabric.shared, math.prod(shape) * np.dtype(dtype).itemsize
         part = shared.take(nbytes) if shared is not None and nbytes else None
         if part is None:
@@ -372,6 +382,7 @@ class Engine:
         self.worker.drain()
         counts, hosts = self.normal.counts, len(self.topology.hosts)
         empty = Layout.nothing(self.num_ranks, hosts)
+        whole(number, "ep: gather: number")
         fields = {"kind": 2, "tokens": number, "call": counts.next_call()}
         heads = counts.collect(counts.post(fields, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)
@@ -392,9 +403,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _run(pending: Pending) -> Received:
-    pending.run()
-    received: Received = pending.result
-    return received

@@ -236,7 +236,7 @@ class Fabric:
             KSILENT: f"was silent for {self.plan.timeout_s} s", KDEAD: "is dead",
         }[kind]  # fmt: skip
         if rank == self.rank:
-            how = f"(this one) {how}, and the others went on without it"
+            how = f"(this one) {how}: a hook was not called, or the others went on without it"
         return RankFailure(f"ep: {where}: rank {rank} {how}", rank=rank)
 
     def give_up(self, status: int, error: WhalefallError) -> NoReturn:

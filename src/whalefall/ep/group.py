@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from whalefall import comm
+from whalefall.ep.arguments import seconds, whole
 from whalefall.errors import ConfigError, RankFailure
 
 __all__ = ["FileGroup", "Group", "TcpGroup"]
@@ -43,7 +44,7 @@ class Group(Protocol):
 
 
 def _check(rank: int, size: int) -> None:
-    if not 0 <= rank < size:
+    if not 0 <= whole(rank, "ep: rank") < whole(size, "ep: size", 1):
         raise ConfigError(f"ep: rank is {rank} of {size}, wanted 0 … {size - 1}")
 
 
@@ -67,6 +68,9 @@ class FileGroup:
         self, folder: str | os.PathLike[str], rank: int, size: int, timeout_s: float = 60.0
     ) -> None:
         _check(rank, size)
+        timeout_s = seconds(timeout_s, "ep: timeout_s")
+        if not isinstance(folder, str | os.PathLike):
+            raise ConfigError(f"ep: folder is a {type(folder).__name__}, wanted a path")
         self.folder, self.rank, self.size, self.timeout_s = Path(folder), rank, size, timeout_s
         self.folder.mkdir(parents=True, exist_ok=True)
         self._round = 0
@@ -113,6 +117,7 @@ class TcpGroup:
         self, host: str, port: int, rank: int, size: int, token: bytes, timeout_s: float = 60.0
     ) -> None:
         _check(rank, size)
+        timeout_s = seconds(timeout_s, "ep: timeout_s")
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._peers: dict[int, comm.Channel] = {}
         end = time.monotonic() + timeout_s

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from whalefall.ep.arena import Arena
+from whalefall.ep.arguments import ADDRESSES, arrays, whole
 from whalefall.ep.handle import Handle, Want
-from whalefall.errors import DtypeError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, ShapeError
 
 __all__ = ["Bias", "Pending", "Rows", "check_combine", "check_rows", "contiguous_rows"]
-__all__ += ["result"]
+__all__ += ["check_beside", "layout_of", "result"]
 
 Bias = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -88,6 +89,14 @@ def check_combine(
     rows: np.ndarray, handle: Handle, weights: np.ndarray | None = None, bias: Bias = (None, None)
 ) -> None:
     """Raise ShapeError or DtypeError for rows, their weights or biases that combine cannot take."""
+    if not isinstance(bias, tuple) or len(bias) != 2:
+        raise ConfigError(
+            f"ep: combine: bias is a {type(bias).__name__}, wanted two arrays or None"
+        )
+    arrays("combine", rows=rows if rows is not None else 0, topk_weights=weights)
+    arrays("combine", bias=bias[0], second_bias=bias[1])
+    if rows.ndim != 2:
+        raise ShapeError(f"ep: combine: rows are {list(rows.shape)}, wanted [rows, hidden]")
     K, T = handle.want.top_k, handle.num_tokens
     if weights is not None:
         wanted = (T if handle.want.per_selection else len(rows), K)
@@ -102,13 +111,29 @@ def check_combine(
                 f"ep: combine: bias is {one.dtype} {list(one.shape)}, wanted bfloat16 "
                 f"[{T}, {rows.shape[-1]}]"
             )
-    if rows.ndim != 2 or len(rows) < handle.num_rows:
+    if len(rows) < handle.num_rows:
         raise ShapeError(
             f"ep: combine: rows are {list(rows.shape)}, wanted [{handle.num_rows}, hidden] as "
             "received"
         )
     if rows.dtype.name not in ("bfloat16", "float32"):
         raise DtypeError(f"ep: combine: rows are {rows.dtype}, wanted bfloat16 or float32")
+
+
+def layout_of(shape: Any, dtype: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """A shape and a dtype, checked.
+
+    Raises: DtypeError, ConfigError.
+    """
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise DtypeError(f"ep: dtype is a {type(dtype).__name__}, wanted one of numpy's") from None
+    lengths = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    shape = tuple(whole(n, "ep: shape", 0, ADDRESSES) for n in lengths)
+    if math.prod(shape) * dtype.itemsize > ADDRESSES:
+        raise ConfigError(f"ep: shape is {list(shape)}, wanted one that fits memory")
+    return shape, dtype
 
 
 def result(
@@ -120,6 +145,7 @@ def result(
     """
     if out is None:
         return arena.empty(shape, dtype)
+    arrays("combine", out=out)
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         raise ShapeError(
             f"ep: combine: out is {out.dtype} {list(out.shape)}, wanted contiguous {dtype} "
@@ -130,9 +156,25 @@ def result(
 
 def check_rows(x: np.ndarray, topk_idx: np.ndarray | None, hidden: int | None, where: str) -> None:
     """Raise ShapeError for tokens that dispatch cannot take; `hidden` is the engine's, if known."""
+    arrays(where, x=x if x is not None else 0, topk_idx=topk_idx)
     if x.ndim != 2:
         raise ShapeError(f"ep: {where}: x is {list(x.shape)}, wanted [tokens, hidden]")
     if hidden not in (None, x.shape[1]):
         raise ShapeError(f"ep: {where}: hidden is {x.shape[1]}, engine was made for {hidden}")
-    if topk_idx is not None and len(topk_idx) != len(x):
-        raise ShapeError(f"ep: {where}: topk_idx has {len(topk_idx)} tokens, x has {len(x)}")
+    if topk_idx is not None and topk_idx.shape[:1] != x.shape[:1]:
+        raise ShapeError(f"ep: {where}: topk_idx has {topk_idx.shape[:1]} tokens, x has {len(x)}")
+
+
+def check_beside(
+    topk_idx: np.ndarray, weights: np.ndarray | None, scale: np.ndarray | None
+) -> None:
+    """Raise ShapeError or DtypeError for weights or scales that do not fit the tokens."""
+    arrays("dispatch", topk_idx=topk_idx if topk_idx is not None else 0, scale=scale)
+    arrays("dispatch", topk_weights=weights)
+    if weights is not None and (weights.shape != topk_idx.shape or weights.dtype != np.float32):
+        raise ShapeError(
+            f"ep: dispatch: topk_weights is {weights.dtype} {list(weights.shape)}, wanted float32 "
+            f"{list(topk_idx.shape)}"
+        )
+    if scale is not None and (scale.ndim < 2 or len(scale) != len(topk_idx)):
+        raise ShapeError(f"ep: dispatch: scale is {list(scale.shape)}, wanted [{len(topk_idx)}, …]")

@@ -46,6 +46,8 @@ def bf16(t: torch.Tensor, name: str) -> np.ndarray:
     if t.dtype != torch.bfloat16:
         raise DtypeError(f"ep: {name} is {t.dtype}, wanted torch.bfloat16")
     t = t.detach()
+    if not t.dim():
+        raise ShapeError(f"ep: {name} is a number, wanted rows")
     if t.stride(-1) != 1:
         t = t.contiguous()
     return np.asarray(t.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
@@ -71,3 +73,5 @@ def _check(t: torch.Tensor, name: str) -> None:
         raise DtypeError(f"ep: {name} is a {type(t).__name__}, wanted a tensor")
     if t.device.type != "cpu":
         raise DtypeError(f"ep: {name} is on {t.device}, wanted a CPU tensor; .cpu() makes one")
+    if t.layout != torch.strided:
+        raise DtypeError(f"ep: {name} is {t.layout}, wanted torch.strided; .to_dense() makes one")

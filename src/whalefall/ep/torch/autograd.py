@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from whalefall.ep.torch.buffer import Buffer
+from whalefall.errors import ConfigError
 
 __all__ = ["combine", "dispatch"]
 
@@ -70,6 +71,8 @@ def dispatch(
         num_experts: E.
     Returns: recv_x, recv_topk_idx, recv_topk_weights, tokens of each local expert, handle.
     """
+    if not isinstance(buffer, Buffer):
+        raise ConfigError(f"ep: buffer is a {type(buffer).__name__}, wanted an ep.Buffer")
     result: tuple[Tensor, Tensor, Tensor, list[int], Any] = _Dispatch.apply(
         buffer, x, topk_idx, topk_weights, num_experts
     )

@@ -74,20 +74,33 @@ def announce(
 
     Raises: ShapeError if the ranks disagree; RankFailure.
     """
+    try:
+        called = _called(engine, given, known)
+    except AttributeError:  # something is no tensor: given.py says what
+        return None
+    if called is None:
+        return None
+    return engine.normal.announce(*called, alignment, at_once)
+
+
+def _called(
+    engine: Engine, given: Given, known: Known | None
+) -> tuple[DispatchCall, Handle, int, int] | None:
+    """The native arguments, the handle, and where the counts lie."""
     x, scale, in_rank, per_rank, per_expert, idx, weights = given
     exchange, E = engine.normal, per_expert.numel()
     if not exchange.is_direct or not _has_rows(x):
         return None
     T, R, K, scale_bytes = x.shape[0], exchange.size, 0, 0
     if known is not None and known.tokens == T and known.are(given):
-        layout_at = known.at
+        layout_at = known.at[1:]
     else:
         if not (_is(in_rank, torch.bool, (T, R)) and _is(per_rank, INT32, (R,))):
             return None
         if not _is(per_expert, INT32, (E,)):
             return None
         engine.check_experts(E)
-        layout_at = in_rank.data_ptr(), per_rank.data_ptr(), per_expert.data_ptr()
+        layout_at = per_rank.data_ptr(), per_expert.data_ptr()
     if scale is not None:
         if scale.dim() != 2 or not _is(scale, scale.dtype, (T, scale.shape[1])):
             return None
@@ -100,11 +113,11 @@ def announce(
         return None
     item, kept = x.element_size(), in_rank.clone()  # the caller may change it after the call
     call = DispatchCall(
-        x.data_ptr(), _at(scale), _at(idx), _at(weights), layout_at[0], x.stride(0) * item,
+        x.data_ptr(), _at(scale), _at(idx), _at(weights), _at(kept), x.stride(0) * item,
         x.shape[1] * item, scale_bytes, K, T, 0, 0, 0, E // R,
     )  # fmt: skip
     handle = Handle(_want(E, K), engine.rank, engine.topology, kept, None)
-    return exchange.announce(call, handle, *layout_at[1:], alignment, at_once)
+    return call, handle, *layout_at
 
 
 def receive(announced: Announced, given: Given) -> tuple[Any, Tensor | None, Tensor | None]:
@@ -128,6 +141,16 @@ def combine(
     bias: Tensor | tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor | None, Callable[[], None]] | None:  # fmt: skip
     """The result of a combine, its weights, and what fills them; None: not for tensors as these."""
+    try:
+        return _combined(exchange, x, handle, topk_weights, bias)
+    except AttributeError:  # something is no tensor: given.py says what
+        return None
+
+
+def _combined(
+    exchange: Combining, x: Tensor, handle: Handle, topk_weights: Tensor | None,
+    bias: Tensor | tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor | None, Callable[[], None]] | None:  # fmt: skip
     biases = bias if isinstance(bias, tuple) else (bias, None)
     T, K = handle.num_tokens, 0
     if exchange.num_hosts > 1 or len(biases) != 2 or not _has_rows(x) or x.dtype is not BF16:

@@ -54,9 +54,10 @@ def bias_rows(bias: Tensor | None, tokens: int, hidden: int) -> np.ndarray | Non
     """A bias [T, H] bf16 as an array; None stays None."""
     if bias is None:
         return None
-    if tuple(bias.shape) != (tokens, hidden):
+    given = bf16(bias, "bias")
+    if given.shape != (tokens, hidden):
         raise ShapeError(f"Buffer.combine: bias is {list(bias.shape)}, wanted [{tokens}, {hidden}]")
-    return bf16(bias.contiguous(), "bias")
+    return np.ascontiguousarray(given)
 
 
 def layout_of(handle: Handle) -> Layout:

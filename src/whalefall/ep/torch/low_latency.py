@@ -9,6 +9,7 @@ Source: DeepEP `Buffer.low_latency_*`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whalefall.ep.arguments import ADDRESSES, flag, whole
 from whalefall.ep.config import low_latency_size_hint
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
@@ -25,7 +27,7 @@ from whalefall.ep.library import library
 from whalefall.ep.rows import Rows
 from whalefall.ep.torch.arrays import array, bf16, rows, tensor
 from whalefall.ep.torch.handles import LowLatencyHandle
-from whalefall.errors import ConfigError, LimitError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 __all__ = ["LowLatency"]
 
@@ -53,6 +55,8 @@ class LowLatency:
     ) -> None:
         """Collective, as in the original; here the two forms share no memory: only a barrier."""
         low = self._low
+        for value in (num_max_dispatch_tokens_per_rank, hidden, num_experts):
+            whole(value, "clean_low_latency_buffer: a size")
         empty = Layout.nothing(self.runtime.num_ranks, len(self.runtime.topology.hosts))
         self.runtime.worker.drain()
         fields = {"kind": 3, "num_experts": num_experts, "call": low.counts.next_call()}
@@ -94,30 +98,33 @@ class LowLatency:
             ConfigError, ShapeError, DtypeError; RankFailure.
         """
         low, M = self._low, num_max_dispatch_tokens_per_rank
-        _one_of(async_finish, return_recv_hook)
-        if x.dim() != 2:
+        async_finish, return_recv_hook = _one_of(async_finish, return_recv_hook)
+        use_fp8, round_scale = flag(use_fp8, "use_fp8"), flag(round_scale, "round_scale")
+        use_ue8m0 = flag(use_ue8m0, "use_ue8m0")
+        if bf16(x, "x").ndim != 2:
             raise ShapeError(f"low_latency_dispatch: x is {list(x.shape)}, wanted [tokens, hidden]")
         T, H = x.shape
+        whole(M, "low_latency_dispatch: num_max_dispatch_tokens_per_rank")
+        whole(num_experts, "low_latency_dispatch: num_experts", 1)
         self._check_low_latency(T, H, M, num_experts, use_fp8, round_scale, use_ue8m0)
         idx = array(topk_idx, torch.int64, "topk_idx").copy()
-        if len(idx) != T:
-            raise ShapeError(f"low_latency_dispatch: topk_idx has {len(idx)} tokens, x has {T}")
+        if idx.ndim != 2 or len(idx) != T:
+            raise ShapeError(f"low_latency_dispatch: topk_idx is {idx.shape}, wanted [{T}, top-k]")
         layout = self.runtime.layout(idx, num_experts)
         if use_fp8:
             values, scales = _cast(bf16(x, "x"), round_scale, use_ue8m0)
             sent = Rows(values, scales, idx)
         else:
-            bf16(x, "x")
             sent = Rows(rows(x, "x"), None, idx)
         R, El = self.runtime.num_ranks, num_experts // self.runtime.num_ranks
         want = Want(num_experts, sent.top_k, True, R * M)
         waited = _stats(dispatch_wait_recv_cost_stats, torch.int64, R)
+        total = _stats(cumulative_local_expert_recv_stats, torch.int32, El)
         pending = low.low_latency_dispatch(sent, layout, want, waited)
         received = pending.result
         count = torch.zeros(El, dtype=torch.int32)
         source = torch.zeros((El, R * M), dtype=torch.int32)
         ranges = torch.zeros((El, R), dtype=torch.int64)
-        total = _stats(cumulative_local_expert_recv_stats, torch.int32, El)
 
         def receive() -> None:
             pending.receive()
@@ -167,14 +174,15 @@ class LowLatency:
             combine_wait_recv_cost_stats: [R] int64, nanoseconds waited are added to it.
         Returns: [T, H] bf16, event, hook or None.
         """
-        _one_of(async_finish, return_recv_hook)
+        async_finish, return_recv_hook = _one_of(async_finish, return_recv_hook)
+        zero_copy, use_logfmt = flag(zero_copy, "zero_copy"), flag(use_logfmt, "use_logfmt")
         if use_logfmt and zero_copy:
             raise ConfigError("low_latency_combine: use_logfmt and zero_copy exclude each other")
         low = self._low
         native, M, H, E = _of(handle, low)
         El = E // self.runtime.num_ranks
         room = El * self.runtime.num_ranks * M
-        if x.numel() != room * H:
+        if bf16(x, "x").size != room * H:
             raise ShapeError(
                 f"low_latency_combine: x is {list(x.shape)}, wanted [{El}, {room // El}, {H}]"
             )
@@ -192,6 +200,7 @@ class LowLatency:
         else:
             given = bf16(x, "x").reshape(room, H)
         result = out if out is not None else torch.empty((len(idx), H), dtype=torch.bfloat16)
+        bf16(result, "out")
         if result.shape != (len(idx), H) or not result.is_contiguous():
             raise ShapeError(
                 f"low_latency_combine: out is {list(result.shape)}, wanted [{len(idx)}, {H}]"
@@ -241,12 +250,20 @@ class LowLatency:
             offset: in bytes.
             use_rdma_buffer: the low-latency form's memory.
         """
+        use_rdma_buffer = flag(use_rdma_buffer, "use_rdma_buffer")
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(f"Buffer: dtype is a {type(dtype).__name__}, wanted a torch.dtype")
+        whole(offset, "Buffer: offset", 0, ADDRESSES)
+        if size is not None and not isinstance(size, tuple | list):
+            raise ConfigError(f"Buffer: size is a {type(size).__name__}, wanted a torch.Size")
+        for n in size or ():
+            whole(n, "Buffer: size", 0, ADDRESSES)
         exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
         nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         if exchange is None or not 0 <= offset <= nbytes:
             raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
         item = torch.empty(0, dtype=dtype).element_size()
-        count = (nbytes - offset) // item if size is None else int(np.prod(size))
+        count = (nbytes - offset) // item if size is None else math.prod(size)
         if offset + count * item > nbytes:
             raise LimitError(
                 f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
@@ -261,15 +278,16 @@ class LowLatency:
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Treat a rank as gone (`mask=True`), or as there again."""
-        if not 0 <= rank_to_mask < self.runtime.num_ranks:
+        if not 0 <= whole(rank_to_mask, "Buffer: rank_to_mask", -1) < self.runtime.num_ranks:
             raise LimitError(
                 f"Buffer: rank_to_mask is {rank_to_mask}, wanted 0 … {self.runtime.num_ranks - 1}"
             )
-        self._low.fabric.masked[rank_to_mask] = int(mask)
+        self._low.fabric.masked[rank_to_mask] = flag(mask, "Buffer: mask")
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill `mask_status` [R] int32: 1 for a rank that is treated as gone."""
-        _stats(mask_status, torch.int32, self.runtime.num_ranks)
+        if _stats(mask_status, torch.int32, self.runtime.num_ranks) is None:
+            raise DtypeError("Buffer: mask_status is None, wanted a tensor to fill")
         mask_status.copy_(torch.from_numpy(self._low.fabric.masked))
 
     def low_latency_clean_mask_buffer(self) -> None:
@@ -327,14 +345,18 @@ def _of(handle: Any, low: Exchange) -> tuple[Handle, int, int, int]:
     return (handle.native, *handle[2:])
 
 
-def _one_of(async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
+def _one_of(async_finish: bool, return_recv_hook: bool) -> tuple[bool, bool]:
+    ways = flag(async_finish, "async_finish"), flag(return_recv_hook, "return_recv_hook")
+    if all(ways):
         raise ConfigError("low latency: async_finish and return_recv_hook exclude each other")
+    return ways
 
 
 def _stats(given: Tensor | None, dtype: torch.dtype, length: int) -> np.ndarray | None:
     if given is None:
         return None
+    if not isinstance(given, Tensor):
+        raise DtypeError(f"low latency: statistics are a {type(given).__name__}, wanted a tensor")
     if given.dtype != dtype or given.numel() != length or not given.is_contiguous():
         raise ShapeError(f"low latency: statistics are {given.dtype} {list(given.shape)}, wanted "
                          f"contiguous {dtype} [{length}]")  # fmt: skip

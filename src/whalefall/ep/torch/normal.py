@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whalefall import trace
+from whalefall.ep.arguments import flag, whole
 from whalefall.ep.config import Config
 from whalefall.ep.direct import Announced
 from whalefall.ep.engine import Engine
@@ -107,14 +108,8 @@ class Normal:
             too small; RankFailure.
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
-        if expert_alignment < 1:
-            raise ConfigError(
-                f"Buffer.dispatch: expert_alignment is {expert_alignment}, wanted 1 or more"
-            )
-        if num_worst_tokens < 0:
-            raise ConfigError(
-                f"Buffer.dispatch: num_worst_tokens is {num_worst_tokens}, wanted ≥ 0"
-            )
+        expert_alignment = whole(expert_alignment, "Buffer.dispatch: expert_alignment", 1, 1 << 20)
+        num_worst_tokens = whole(num_worst_tokens, "Buffer.dispatch: num_worst_tokens")
         exchange = self.runtime.normal
         exchange.num_threads = self._threads
         self._await_announced()
@@ -267,6 +262,8 @@ class Normal:
                 f"Buffer.combine: x is {list(x.shape)}, wanted [{native.num_rows}, hidden]"
             )
         T = len(native.in_rank)
+        if isinstance(bias, tuple) and len(bias) > 2:
+            raise ConfigError(f"Buffer.combine: {len(bias)} biases, wanted at most two")
         biases = [
             bias_rows(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
         ]
@@ -296,6 +293,7 @@ class Normal:
         """
         self.runtime.check_open()
         native = native_of(handle, self.runtime)
+        whole(hidden, "Buffer.get_combine_buffer: hidden", 0, 1 << 24)
         return from_bf16(self.runtime.empty((native.num_rows, hidden), ml_dtypes.bfloat16))
 
     def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
@@ -330,7 +328,10 @@ class Normal:
 
     def _before(self, previous: EventOverlap | None, async_finish: bool, on_comm: bool) -> None:
         self.runtime.check_open()
-        if on_comm and not (previous is not None and async_finish):
+        asynchronous = flag(async_finish, "Buffer: async_finish")
+        if flag(on_comm, "Buffer: allocate_on_comm_stream") and not (
+            previous is not None and asynchronous
+        ):
             raise ConfigError(
                 "Buffer: allocate_on_comm_stream needs previous_event and async_finish=True"
             )
