@@ -140,8 +140,9 @@ def _disagreement(
             f"dispatch {mine}; all ranks must agree"
         )
     if kind == COMBINE:
-        name = {"x_bytes": "hidden", "flags": "dtype, topk_weights or use_logfmt"}[name]
+        name = {"x_bytes": "hidden", "flags": "dtype or topk_weights"}[name]
         if name != "hidden":
+            name = "use_logfmt" if (its ^ mine) & 4 else name
             its, mine = _form(its), _form(mine)  # type: ignore[assignment]
         return (
             f"ep: combine: ranks disagree on {name}: rank {other} gives {its}, rank {rank} {mine}; "
