@@ -6,7 +6,7 @@
 namespace wf::attention {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kTile = 64;
-constexpr int kPadding = 20;                       // pointers behind a tile's last, all valid
+constexpr int kPadding = 24;                       // pointers behind a tile's last, all valid
 constexpr int kScores = kLanes == 4 ? 8 : kLanes;  // accumulators of `scores`
 
 // Stored rows, by address.
@@ -21,7 +21,7 @@ inline const typename Row::Element* row_at(Rows rows, int64_t t) {
 // a page just begun is a stall, since the machine's own prefetching takes a microsecond to find its
 // stride there. So a line is asked for `Chances` times, so many rows before it is used: past L2,
 // where it would push out another. Rows that are in L2 need one chance.
-constexpr int kLeads[] = {8, 11, 14, 17, 20};
+constexpr int kLeads[] = {9, 12, 15, 18, 21};
 constexpr int kNumLeads = sizeof kLeads / sizeof *kLeads;
 static_assert(kLeads[kNumLeads - 1] <= kPadding);
 template <int Chances>
