@@ -279,7 +279,7 @@ def check_combine_adds_in_rank_order_after_the_bias(buffer: ep.Buffer) -> None:
 
 def check_results_in_the_combine_buffer_are_added_where_they_are(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
-    received, *_, handle, _ = dispatch(buffer, x, idx, weights)
+    received, _, ws, _, handle, _ = dispatch(buffer, x, idx, weights)
     for i in range(3):
         returned = (received.float() * (1.7 + i)).to(BF16)
         wanted = buffer.combine(returned, handle)[0]
@@ -294,6 +294,9 @@ def check_results_in_the_combine_buffer_are_added_where_they_are(buffer: ep.Buff
         got = buffer.combine(rows, handle)[0]
         rows.zero_()  # nobody reads any more
         assert torch.equal(got, wanted)
+        for mine in (received, received.clone()) if buffer.rank % 2 else (received, received):
+            _, back_weights, _ = buffer.combine(mine, handle, topk_weights=ws)
+            assert torch.equal(back_weights, torch.where(idx >= 0, weights, torch.zeros(())))
     with pytest.raises(ConfigError, match="wanted dispatch's own"):
         buffer.get_combine_buffer((1, 2), H)
 

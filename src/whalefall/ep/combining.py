@@ -148,9 +148,7 @@ class Combining:
             keep: what must live until it has run.
         """
         most, ticks = self._plan(call, handle, num_rows)
-        call.shared_at, call.serial = -1, handle.serial
-        if not call.row_weights:
-            call.shared_at = self._shared_at(call, num_rows)
+        call.shared_at, call.serial = self._shared_at(call, num_rows), handle.serial
         return partial(self._sum_up, call, handle, ticks, most, keep)
 
     def _sum_up(

@@ -78,22 +78,30 @@ inline uint32_t tick_after(const Group& g, uint32_t tick) {
   return last;
 }
 
+// Where the weights of `entries` rows that stay elsewhere lie, behind their places.
+inline uint8_t* weights_beside(const Slot& slot, int64_t entries) {
+  auto* memory = reinterpret_cast<uint8_t*>(slot.elsewhere);
+  return memory + up(reinterpret_cast<uint8_t*>(slot.place + entries) - memory, 64);
+}
+
 // Stage this rank's rows for tokens below `end` of all other sources; entries come in
 // the order of tokens, so the cursor stands at the first that was not staged yet. Rows that stay in
-// shared memory cost an index each: those of the later tokens are named at once too, and where all
-// ranks' rows stay, all are added up at once (`all_stay`).
+// shared memory cost an index (and their weights) each: the first tick names those of all tokens,
+// and where all ranks' rows stay, all are added up at once (`all_stay`).
 inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t max_entries,
                           int64_t stride, uint32_t tick, int32_t next) {
   uint8_t* memory = slot_at(g, g.rank, tick);
   Slot slot = slot_of(memory, g.num_ranks, max_entries);
   bool shared = c.shared_at >= 0, stays = c.zero_copy || shared;
+  bool whole = shared && tick == static_cast<uint32_t>(c.base);
   int64_t bytes = staged_bytes(c, stride), head = slot.rows - memory, entries = 0, used = 0;
   auto listed = [&](int64_t s, int64_t j) {
-    return j < c.order_start[s + 1] && (shared || c.order_token[j] < end);
+    return j < c.order_start[s + 1] && (whole || c.order_token[j] < end);
   };
   for (int s = 0; s < g.num_ranks; s++)
     for (int64_t j = c.cursor[s]; s != g.rank && listed(s, j); j++) entries++;
-  if (shared) head += 4 * entries;
+  uint8_t* weights = weights_beside(slot, entries);
+  if (shared) head = weights - memory + entries * tail(c);
   if (entries > max_entries && !shared) return kNoRoom;
   if (int64_t status = reserve(g, tick, head + (stays ? 0 : entries * bytes))) return status;
   *slot.elsewhere = {c.shared_at,
@@ -112,6 +120,8 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
       if (s == g.rank) continue;
       int64_t from = c.order ? c.order[j] : j;
       slot.place[used] = static_cast<uint32_t>(stays ? from : used);
+      if (shared && c.row_weights)
+        memcpy(weights + used * tail(c), c.row_weights + from * c.top_k, tail(c));
       uint8_t* to = slot.rows + used++ * bytes;
       if (stays) continue;
       const uint8_t* row = c.x + from * c.x_stride;
@@ -139,6 +149,7 @@ struct Reader {
   const Combine& c;
   const uint32_t* place[kMaxRanks];
   const uint8_t* rows[kMaxRanks];
+  const uint8_t* weights[kMaxRanks];  // of the next row, where they are not behind it; or null
   int64_t bytes[kMaxRanks];
 
   Reader(const Group& g, const Combine& c, int source, uint32_t tick, int64_t max_entries,
@@ -150,10 +161,19 @@ struct Reader {
       bool here = slot.elsewhere->at < 0;
       rows[l] = here ? slot.rows : g.shared[g.rank_of[l]] + slot.elsewhere->at;
       bytes[l] = here ? staged_bytes(c, stride) : slot.elsewhere->stride;
+      int64_t entries = slot.start[g.num_ranks];
+      weights[l] = here ? nullptr : weights_beside(slot, entries) + slot.start[source] * tail(c);
     }
   }
 
-  const uint8_t* take(int local) { return rows[local] + *place[local]++ * bytes[local]; }
+  const uint8_t* take(int local, const float** its_weights = nullptr) {
+    const uint8_t* row = rows[local] + *place[local]++ * bytes[local];
+    if (its_weights)
+      *its_weights =
+          reinterpret_cast<const float*>(weights[local] ? weights[local] : row + weights_at(c));
+    if (weights[local]) weights[local] += tail(c);
+    return row;
+  }
 };
 
 inline void add_weights(const Combine& c, const Terms& terms, int64_t t) {
@@ -197,15 +217,11 @@ struct Collector {
       *weights = c.row_weights ? c.row_weights + from * c.top_k : nullptr;
       return c.x + from * c.x_stride;
     }
-    const uint8_t* row;
-    if (g.local_of[rank] >= 0) {
-      if (g.masked[rank]) return nullptr;
-      row = reader.take(g.local_of[rank]);
-    } else {
-      int host = c.host_of[rank];
-      row = c.remote[host] + remote_at[host];
-      remote_at[host] += c.log_format ? log_bytes(row, c.hidden) : remote_bytes;
-    }
+    if (g.local_of[rank] >= 0)
+      return g.masked[rank] ? nullptr : reader.take(g.local_of[rank], weights);
+    int host = c.host_of[rank];
+    const uint8_t* row = c.remote[host] + remote_at[host];
+    remote_at[host] += c.log_format ? log_bytes(row, c.hidden) : remote_bytes;
     *weights = reinterpret_cast<const float*>(row + weights_at(c));
     return row;
   }
