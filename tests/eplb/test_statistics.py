@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from whalefall import eplb
-from whalefall.errors import ConfigError, ShapeError
+from whalefall.errors import ConfigError, ShapeError, WhalefallError
 
 HOUR_S = 3600.0
 
@@ -81,3 +81,38 @@ def test_a_replica_at_home_saves_the_crossing() -> None:
 def test_traffic_of_an_expert_nowhere_says_so() -> None:
     with pytest.raises(ShapeError, match="no slot"):
         eplb.count_traffic([[5]], [0], [0, 1, 2, 3], 2, 8)
+
+
+GOOD = np.ones((2, 4))
+SLOTS = np.tile(np.arange(4), (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: eplb.MovingAverage(2, 4).update(GOOD * np.nan), "layer 0, expert 0 is nan"),
+        (lambda: eplb.Window(2, 4).update(-GOOD), "layer 0, expert 0 is -1.0"),
+        (lambda: eplb.DayForecast(2, 4).update(GOOD, float("nan")), "time_s is nan"),
+        (lambda: eplb.DayForecast(2, 4).loads("noon"), "time_s is 'noon'"),
+        (lambda: eplb.MovingAverage(2, 4, half_life=float("inf")), "half_life is inf"),
+        (lambda: eplb.Window(2.0, 4), "num_layers is 2.0"),
+        (
+            lambda: eplb.Window(2, 4, size=1 << 70),
+            "size is 1180591620717411303424; it must be at most",
+        ),
+        (lambda: eplb.count_experts([[0, 4]], 4), "topk_idx are 0 … 4; give -1 … 3"),
+        (lambda: eplb.count_experts([[0.5]], 4), "topk_idx have dtype float64"),
+        (lambda: eplb.gpu_loads(GOOD, SLOTS - 1, 2), "phy2log are -1 … 2; give 0 … 3"),
+        (
+            lambda: eplb.gpu_loads(GOOD, SLOTS, 3),
+            r"phy2log has shape \(2, 4\); give .2, a mult",
+        ),
+        (lambda: eplb.gpu_loads(GOOD, SLOTS, 2, share=-GOOD), "is -1.0"),
+        (lambda: eplb.count_traffic([[0]], [2], [0, 1], 2, 10), "token_node are 2 … 2; give 0 … 1"),
+        (lambda: eplb.count_traffic([[0]], [0], [0, 1], 0, 10), "0 nodes"),
+    ],
+)
+def test_what_would_spoil_the_counts_is_refused_in_one_line(call, words: str) -> None:
+    with pytest.raises(WhalefallError, match=words) as refused:
+        call()
+    assert "\n" not in str(refused.value)

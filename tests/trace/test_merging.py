@@ -99,3 +99,10 @@ def test_written_files_are_gzip_where_the_name_says(tmp_path: Path) -> None:
     trace.start()
     trace.stop(tmp_path / "t.json.gz")
     assert json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
+
+
+def test_cut_keeps_names_that_are_half_a_surrogate_pair(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('{"traceEvents": [{"ph": "X", "name": "\\ud800", "ts": 1, "dur": 2}]}')
+    assert trace.cut(path, tmp_path / "cut.json", 0, 9) == 1
+    assert '"\\ud800"' in (tmp_path / "cut.json").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +65,54 @@ def _array(value: Any, name: str, wanted: str) -> npt.NDArray[Any]:
         raise ShapeError(f"eplb: {name} are no array: {error}; give {wanted}") from None
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
     """`value` as an int; DtypeError or LimitError where it is none, or more than 31 bits hold."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise DtypeError(f"eplb: {name} is {value!r}; give an integer")
+        raise DtypeError(f"eplb: {name} is {_short(value)}; give an integer")
     if value > LARGEST:
-        raise LimitError(f"eplb: {name} is {value}; it must be at most {LARGEST}")
+        raise LimitError(f"eplb: {name} is {_short(value)}; it must be at most {LARGEST}")
     return int(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite number above 0; ConfigError where it is none."""
+    number = finite(name, value)
+    if number <= 0:
+        raise ConfigError(f"eplb: {name} is {number}; it must be positive")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """`value` as a float; ConfigError where it is no finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"eplb: {name} is {_short(value)}; give a finite number")
+    return number
+
+
+def indices(name: str, value: Any, end: int, least: int = 0) -> npt.NDArray[np.int64]:
+    """`value` as integers from `least` to below `end`; DtypeError or LimitError else."""
+    array = _array(value, name, "integers")
+    if (
+        array.dtype.kind == "f"
+        and (array == np.floor(array)).all()
+        and (abs(array) < LARGEST).all()
+    ):
+        array = array.astype(np.int64)  # JSON and CSV have no others
+    if array.size and array.dtype.kind not in "iu":
+        raise DtypeError(f"eplb: {name} have dtype {array.dtype}; give integers")
+    if array.size and not least <= int(array.min()) <= int(array.max()) < end:
+        found = int(array.min()), int(array.max())
+        raise LimitError(f"eplb: {name} are {found[0]} … {found[1]}; give {least} … {end - 1}")
+    return array.astype(np.int64)
+
+
+def _short(value: Any) -> str:
+    known = isinstance(value, str | int | float | None) and len(str(value)[:99]) < 40
+    return repr(value) if known else f"a {type(value).__name__}"
 
 
 def check_shape(
@@ -87,7 +129,7 @@ def check_shape(
         "num_gpus": num_gpus,
     }  # fmt: skip
     for name, value in given.items():
-        if _whole(name, value) < 1:
+        if whole(name, value) < 1:
             raise ShapeError(f"eplb: {name} is {value}; it must be at least 1")
     replicas, groups, nodes, gpus = map(int, given.values())
     if replicas < experts:
@@ -116,7 +158,7 @@ def check_moving(balance: Any, max_moves: Any) -> tuple[float, int | None]:
         raise ConfigError(f"eplb: balance is {balance}; it must be above 0 and at most 1")
     if max_moves is None:
         return float(balance), None
-    if _whole("max_moves", max_moves) < 0:
+    if whole("max_moves", max_moves) < 0:
         raise ConfigError(f"eplb: max_moves is {max_moves}; it must not be negative")
     return float(balance), int(max_moves)
 
@@ -130,6 +172,7 @@ def _whole_numbers(previous: Any, wanted: str) -> npt.NDArray[np.int64]:
         shown = f"{previous!r}" if array.ndim == 0 else f"of dtype {array.dtype}"
         raise DtypeError(f"eplb: previous is {shown}; give {wanted}, integers")
     if array.dtype.kind == "f":
+        array = array.astype(np.float64)
         broken = array[(array != np.floor(array)) | (np.abs(array) > LARGEST)]
         if len(broken):
             raise DtypeError(f"eplb: previous holds {broken[0]}; give {wanted}, integers")

@@ -17,9 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.eplb import cpu, published
-from whalefall.eplb.arguments import Shape, check_loads, check_moving, check_previous, check_shape
+from whalefall.eplb.arguments import (
+    Shape,
+    check_loads,
+    check_moving,
+    check_previous,
+    check_shape,
+    indices,
+    whole,
+)
 from whalefall.eplb.moving import or_anew
-from whalefall.errors import ConfigError, MissingError
+from whalefall.errors import ConfigError, MissingError, ShapeError
 
 __all__ = ["Placement", "gpu_loads", "rebalance", "rebalance_experts"]
 
@@ -186,8 +194,22 @@ def gpu_loads(
         num_gpus: GPUs the slots belong to, in order.
         share: [layers, slots] part of its expert's tokens that a slot gets; equal by default.
     Returns: [layers, num_gpus] float64.
+    Raises: ShapeError, DtypeError, LimitError, ConfigError for what does not fit.
     """
-    w_LE, phy2log_LP = np.asarray(weight, np.float64), np.asarray(phy2log, np.int64)
+    check_loads(weight)
+    w_LE = np.asarray(weight, np.float64)
+    phy2log_LP = indices("phy2log", phy2log, w_LE.shape[1])
+    fits = phy2log_LP.ndim == 2 and len(phy2log_LP) == len(w_LE)
+    if whole("num_gpus", num_gpus) < 1 or not fits or phy2log_LP.shape[1] % num_gpus:
+        raise ShapeError(
+            f"eplb: phy2log has shape {phy2log_LP.shape}; give [{len(w_LE)}, a multiple of "
+            f"{num_gpus} GPUs]"
+        )
+    if share is not None:
+        check_loads(share)
+        share = np.asarray(share, np.float64)
+        if share.shape != phy2log_LP.shape:
+            raise ShapeError(f"eplb: share has shape {share.shape}; give {phy2log_LP.shape}")
     if share is None:
         _, logcnt = invert(phy2log_LP, w_LE.shape[1])
         share = 1 / np.take_along_axis(logcnt, phy2log_LP, axis=1)

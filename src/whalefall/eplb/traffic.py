@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from whalefall.eplb.arguments import indices, whole
 from whalefall.errors import ShapeError
+
+MAX_EXPERTS = 1 << 20  # of a table with a row for each
 
 __all__ = ["Traffic", "count_traffic"]
 
@@ -51,11 +54,14 @@ def count_traffic(
     Returns: the counts; replicas elsewhere are taken in turn, token by token.
     Raises: ShapeError for sizes that do not fit.
     """
-    chosen_TK, home_T = np.asarray(topk_idx, np.int64), np.asarray(token_node, np.int64)
-    slot_P = np.asarray(phy2log, np.int64)
+    if whole("num_nodes", num_nodes) < 1 or whole("bytes_per_token", bytes_per_token) < 0:
+        raise ShapeError(f"eplb: {num_nodes} nodes, {bytes_per_token} bytes a token")
+    chosen_TK = indices("topk_idx", topk_idx, MAX_EXPERTS, -1)
+    home_T = indices("token_node", token_node, num_nodes)
+    slot_P = indices("phy2log", phy2log, MAX_EXPERTS)
     if chosen_TK.ndim != 2 or home_T.shape != chosen_TK.shape[:1]:
         raise ShapeError(f"eplb: topk_idx {chosen_TK.shape}, token_node {home_T.shape}")
-    if slot_P.ndim != 1 or len(slot_P) % num_nodes:
+    if slot_P.ndim != 1 or not len(slot_P) or len(slot_P) % num_nodes:
         raise ShapeError(f"eplb: {slot_P.shape} slots do not divide over {num_nodes} nodes")
     experts = int(max(slot_P.max(), chosen_TK.max(initial=-1))) + 1
     on_EN = np.zeros((experts, num_nodes), bool)

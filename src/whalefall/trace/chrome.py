@@ -67,7 +67,11 @@ def _write_events(
     file.write(json.dumps(keys, default=str)[:-1].encode() + b',\n"traceEvents": [')
     count = 0
     for event in events:
-        file.write((b",\n" if count else b"\n") + encoder.encode(event))
+        try:
+            line = encoder.encode(event)
+        except UnicodeEncodeError:  # half of a pair of surrogates: only as an escape
+            line = json.dumps(event, default=str).encode()
+        file.write((b",\n" if count else b"\n") + line)
         count += 1
     file.write(b"\n]}\n")
     return count
