@@ -96,11 +96,8 @@ def finite(name: str, value: Any) -> float:
 def indices(name: str, value: Any, end: int, least: int = 0) -> npt.NDArray[np.int64]:
     """`value` as integers from `least` to below `end`; DtypeError or LimitError else."""
     array = _array(value, name, "integers")
-    if (
-        array.dtype.kind == "f"
-        and (array == np.floor(array)).all()
-        and (abs(array) < LARGEST).all()
-    ):
+    exact = array.astype(np.float64) if array.dtype.kind == "f" else np.full(1, 0.5)
+    if (exact == np.floor(exact)).all() and (abs(exact) < LARGEST).all():
         array = array.astype(np.int64)  # JSON and CSV have no others
     if array.size and array.dtype.kind not in "iu":
         raise DtypeError(f"eplb: {name} have dtype {array.dtype}; give integers")
