@@ -120,8 +120,8 @@ def test_mha_prefill(
         for s, head in itertools.product(range(2), range(0, h, 16 if timed else 1)):
             begin, end = k_starts[s], k_starts[s + 1]
             keys, values = (floats(x[begin:end, head * h_kv // h]) for x in (k, v))
-            for t in range(q_starts[s], q_starts[s + 1], 512):
-                rows = slice(t, min(t + 512, q_starts[s + 1]))
+            for t in range(q_starts[s], q_starts[s + 1], 128):
+                rows = slice(t, min(t + 128, q_starts[s + 1]))
                 seen, most = None, len(keys)
                 if causal:
                     seen = torch.arange(rows.start, rows.stop) - int(q_starts[s + 1] - nk[s] - 1)
