@@ -35,6 +35,7 @@ __all__ = [
     "fma_peak",
     "kept",
     "limits",
+    "line_transfer_ns",
     "memory_bytes",
     "read_bandwidth",
 ]
@@ -74,6 +75,8 @@ def _library(level: str | None = None) -> Library:
     library.wf_seconds_with_factor.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p]
     library.wf_seconds_of_dots.restype = ctypes.c_double
     library.wf_seconds_of_dots.argtypes = [ctypes.c_int64]
+    library.wf_seconds_of_turns.restype = ctypes.c_double
+    library.wf_seconds_of_turns.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     return library
 
 
@@ -104,6 +107,21 @@ def fma_peak(rounds: int = 7) -> float:
         flops = library.wf_fma(6_000, sink)
         samples.append(flops / (time.perf_counter() - start))
     return statistics.median(samples)
+
+
+def line_transfer_ns(rounds: int = 2_000) -> float | None:
+    """Nanoseconds that a cache line takes from the first core to the last; None with one core.
+
+    Where they share a last-level cache it is some 40 to 70, else 150 and more. A virtual machine's
+    cores may be in one cache now and in two later, and with two, memory is read nearly twice as
+    fast: a figure of many gigabytes a second means little without this one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return None
+    turns = _library().wf_seconds_of_turns
+    seconds = min(turns(rounds, cores[0], cores[-1]) for _ in range(25))
+    return seconds / (2 * rounds) * 1e9
 
 
 @functools.cache
@@ -259,4 +277,6 @@ def describe(measure: bool = False) -> dict[str, Any]:
         facts["read_gb_s"] = round(measured["read_bytes_s"] / 1e9, 1)
         facts["fma_gflops"] = round(measured["fma_flops"] / 1e9, 1)
         facts["bf16_gflops"] = round(bf16_flops() / 1e9, 1)
+        if measure and (line_ns := line_transfer_ns()) is not None:
+            facts["core_to_core_ns"] = round(line_ns)
     return facts

@@ -146,6 +146,7 @@ def save(room: str, rows: Sequence[Row], versions: Mapping[str, str] | None = No
         "cpu": facts["cpu"],
         "isa": facts["isa"],
         "cores": facts["cores"],
+        "core_to_core_ns": machine.line_transfer_ns() if facts["compiler"] != "none" else None,
         "commit": commit(root),
         "command": command_of(room),
         "versions": dict(versions or {}),
@@ -230,10 +231,12 @@ def misses(results: Sequence[Mapping[str, Any]]) -> str:
 def section(result: Mapping[str, Any]) -> str:
     """One room's results as markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    distance = result.get("core_to_core_ns")
+    cores = f"{result['cores']} cores{f' {distance:.0f} ns apart' if distance else ''}"
     lines = [
         f"## {result['room']}",
         "",
-        f"{result['date']}, {result['cpu']}, {result['cores']} cores, ISA level `{result['isa']}`, "
+        f"{result['date']}, {result['cpu']}, {cores}, ISA level `{result['isa']}`, "
         f"commit {result['commit']}{', ' + versions if versions else ''}. `{result['command']}`",
         "",
         "| what | against | ours | theirs | ratio | target | reached |",

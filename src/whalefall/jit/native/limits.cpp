@@ -1,6 +1,13 @@
-// What the machine can do: read bandwidth of a large buffer, and the peak of fp32 FMA.
+// What the machine can do: read bandwidth of a large buffer, the peak of fp32 FMA, and how far two
+// cores are from each other.
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
+
 #include "whalefall/pool.h"
 
 namespace {
@@ -88,6 +95,23 @@ __attribute__((noinline)) void multiply_pairs(int64_t rounds) {
 #else
 void multiply_pairs(int64_t) {}  // the level has no such instruction
 #endif
+
+struct alignas(64) Turn {
+  std::atomic<int64_t> value{0};
+};
+
+// Each side waits for its numbers, every second one, and says the next.
+void play(Turn& turn, int64_t mine, int64_t rounds, int core) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  for (int64_t i = mine; i < 2 * rounds; i += 2) {
+    while (turn.value.load(std::memory_order_acquire) != i) {
+    }
+    turn.value.store(i + 1, std::memory_order_release);
+  }
+}
 }  // namespace
 
 // Reads `bytes` at `data` (64-byte aligned) once, on all threads; returns something that depends on
@@ -127,5 +151,16 @@ WF_EXPORT double wf_seconds_of_dots(int64_t rounds) {
   if (WF_ISA < 3) return 0;
   auto start = std::chrono::steady_clock::now();
   multiply_pairs(rounds);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Seconds that a cache line takes from one core to another and back, `rounds` times.
+WF_EXPORT double wf_seconds_of_turns(int64_t rounds, int32_t one, int32_t other) {
+  Turn turn;
+  auto start = std::chrono::steady_clock::now();
+  std::thread first(play, std::ref(turn), 0, rounds, one);
+  std::thread second(play, std::ref(turn), 1, rounds, other);
+  first.join();
+  second.join();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
