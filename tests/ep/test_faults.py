@@ -53,6 +53,15 @@ def test_every_other_rank_names_the_killed_one_and_nothing_stays(start, tmp_path
     assert regions() <= before
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(("way", "victim"), [("selections", 3), ("hook", 2)])
+def test_who_waits_for_a_waiting_rank_names_the_stopped_one(
+    start, tmp_path, way: str, victim: int
+) -> None:
+    for said in others(start, tmp_path, (way, TWO, False, victim, 0.01), "stop", 2.0):
+        assert said["rank"] == victim and "was silent for 2.0 s" in said["error"], said
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("seed", range(60))

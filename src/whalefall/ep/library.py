@@ -116,10 +116,18 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_combine_sum": [_P, _P, _I64, _I64, _I64, _P],
     "wf_ep_combine_forward": [_P, _P, *[_I64] * 6, _P, _P, _P],
     "wf_ep_combine": [_P, _P, _P, _I64, _I64, _I64],
+    "wf_ep_awaits": [_P, _I64],
+    "wf_ep_awaited": [_P],
+    "wf_ep_silence": [_P, _I64],
+    "wf_ep_told_awaited": [_P, _I64, _I64],
+    "wf_ep_forwards": [],
     "wf_ep_through_log": [_P, _I64, _I64, _P],
     "wf_ep_cast": [_P, _I64, _I64, _I64, _I64, _P, _P],
 }
 _NOTHING = (
+    "wf_ep_awaits",
+    "wf_ep_forwards",
+    "wf_ep_told_awaited",
     "wf_ep_combine_said",
     "wf_ep_staged",
     "wf_ep_posted",

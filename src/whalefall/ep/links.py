@@ -108,6 +108,7 @@ class _Sender:
                 call(self.channel)
             except (OSError, comm.CommError):
                 self.broken = True
+                time.sleep(LOOK_S)  # why it left may have come before; the one that receives reads
                 self._failed(KDEAD)
 
     def close(self) -> None:
@@ -155,6 +156,8 @@ class HostLinks(Links):
             threading.Thread(target=self._receive_stream, args=(s, c), daemon=True)
             for s, c in down.items()
         ]
+        self._ended = threading.Event()
+        self._threads.append(threading.Thread(target=self._tell_whom_it_awaits, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -200,10 +203,12 @@ class HostLinks(Links):
         def wait() -> None:
             for host in self._to_proxy:
                 seen, end = -1, 0.0
-                while not done.acquire(timeout=LOOK_S):
-                    if sent[0] != seen:  # it moves
-                        seen, end = sent[0], self._deadline()
-                    self._check(host, end, "dispatch")
+                with self._awaiting(host) as say:
+                    while not done.acquire(timeout=LOOK_S):
+                        say()
+                        if sent[0] != seen:  # it moves
+                            seen, end = sent[0], self._deadline()
+                        self._check(host, end, "dispatch")
 
         return wait
 
@@ -214,7 +219,7 @@ class HostLinks(Links):
         """Raise RankFailure if a host's proxy has failed, or the time is up."""
         status = self._lost.get(host, 0)
         if not status and time.monotonic() > end:
-            status = -(KSILENT + self._proxy[host])
+            status = self.lib.wf_ep_silence(self.fabric.pointer, self._proxy[host])
         self.fabric.check(status, where)
 
     def _receive_partials(self, host: int, channel: comm.Channel) -> None:
@@ -223,6 +228,9 @@ class HostLinks(Links):
                 frame, payload = channel.recv(Frame)
                 if frame.kind == "failed":
                     self._lost.setdefault(host, frame.number)
+                    self.lib.wf_ep_failed(self.fabric.attached, self._proxy[host], frame.number)
+                elif frame.kind == "awaits":
+                    self._hear(self._proxy[host], frame.number)
                 else:
                     self._partials[host].put((frame.number, payload.obj))
         except (OSError, comm.CommError):
@@ -237,12 +245,41 @@ class HostLinks(Links):
         for sender in [*self._to_proxy.values(), *self._to_source.values()]:
             sender.put_if_room(partial(_send, Frame("failed", status), b""))
 
+    @contextlib.contextmanager
+    def _awaiting(self, host: int) -> Iterator[Callable[[], None]]:
+        """Say that this rank waits for a host's proxy; the call says it anew."""
+        say = partial(self.lib.wf_ep_awaits, self.fabric.attached, self._proxy[host])
+        say()
+        try:
+            yield say
+        finally:
+            self.lib.wf_ep_awaits(self.fabric.attached, -1)
+
+    def _tell_whom_it_awaits(self) -> None:
+        """Tell the ranks of other hosts whom this one waits for, while it does for long.
+
+        Who waits for this rank shall name the one that keeps all waiting.
+        """
+        pause_s, awaited = min(1.0, self.fabric.plan.timeout_s / 8), -1
+        while not self._ended.wait(pause_s):
+            before, awaited = awaited, self.lib.wf_ep_awaited(self.fabric.attached)
+            if before >= 0 and awaited in (before, -1):
+                for sender in [*self._to_proxy.values(), *self._to_source.values()]:
+                    sender.put_if_room(partial(_send, Frame("awaits", awaited), b""))
+
+    def _hear(self, rank: int, awaited: int) -> None:
+        self.lib.wf_ep_told_awaited(self.fabric.attached, rank, awaited)
+
     def _next_partial(self, host: int) -> tuple[int, Any]:
         end = self._deadline()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._partials[host].get(timeout=LOOK_S)
-            self._check(host, end, "combine")
+        with contextlib.suppress(queue.Empty):
+            return self._partials[host].get_nowait()
+        with self._awaiting(host) as say:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return self._partials[host].get(timeout=LOOK_S)
+                say()
+                self._check(host, end, "combine")
 
     @contextlib.contextmanager
     def partials(self, call: CombineCall, i: int) -> Iterator[None]:
@@ -273,6 +310,9 @@ class HostLinks(Links):
             if frame.kind == "failed":
                 self.lib.wf_ep_failed(fabric.attached, source, frame.number)
                 return bytearray(nbytes)
+            if frame.kind == "awaits":
+                self._hear(source, frame.number)
+                return bytearray(nbytes)
             if frame.kind == "header":
                 where, room = (
                     fabric.mailbox_address(source, frame.number),
@@ -285,11 +325,14 @@ class HostLinks(Links):
                 raise comm.CommError(f"ep: {frame.kind} of {nbytes} bytes from rank {source}")
             return (ctypes.c_uint8 * nbytes).from_address(where)
 
+        self.lib.wf_ep_forwards()
         try:
             while True:
                 frame, _ = channel.recv(Frame, into=target)
                 if frame.kind == "failed":
                     return
+                if frame.kind == "awaits":
+                    continue
                 post = self.lib.wf_ep_posted if frame.kind == "header" else self.lib.wf_ep_staged
                 post(fabric.attached, source, frame.number)
         except (OSError, comm.CommError):
@@ -330,6 +373,7 @@ class HostLinks(Links):
     def close(self) -> None:
         """Close all connections, after what is queued has been sent."""
         self._closing = True
+        self._ended.set()
         for sender in [*self._to_proxy.values(), *self._to_source.values()]:
             sender.close()
         for thread in self._threads:

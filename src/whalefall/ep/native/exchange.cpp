@@ -68,8 +68,33 @@ WF_EXPORT void wf_ep_posted(const Group* g, int64_t rank, uint32_t count) {
 
 // Nothing more will come from `rank` of another host: whoever waits for it gets `status`.
 WF_EXPORT void wf_ep_failed(const Group* g, int64_t rank, int64_t status) {
-  g->stream[rank]->failed.store(static_cast<uint32_t>(-status));
+  uint32_t nothing = 0;  // the first reason stays: a rank that gives up closes its connections too
+  g->stream[rank]->failed.compare_exchange_strong(nothing, static_cast<uint32_t>(-status));
 }
+
+// This rank waits for `rank` outside of this library; -1: no longer.
+WF_EXPORT void wf_ep_awaits(const Group* g, int64_t rank) {
+  say(g->control[g->local]->waiting, static_cast<int>(rank));
+}
+
+// The status of a wait for `rank` outside of this library whose time is up.
+WF_EXPORT int64_t wf_ep_silence(const Group* g, int64_t rank) {
+  int64_t status = told(*g);
+  return status ? status : -(kSilent + culprit(*g, static_cast<int>(rank)));
+}
+
+// The rank that this one waits for, -1: none.
+WF_EXPORT int64_t wf_ep_awaited(const Group* g) {
+  return g->control[g->local]->waiting.awaited.load() - 1;
+}
+
+// A rank of another host tells that it waits for `awaited`; -1: no longer.
+WF_EXPORT void wf_ep_told_awaited(const Group* g, int64_t rank, int64_t awaited) {
+  say(g->stream[rank]->waiting, static_cast<int>(awaited));
+}
+
+// This thread forwards for other ranks: what it waits for is not what its rank waits for.
+WF_EXPORT void wf_ep_forwards() { Awaiting::is_forwarding() = true; }
 
 // This rank takes part in nothing more: whoever waits for it gets `status`.
 WF_EXPORT void wf_ep_give_up(const Group* g, int64_t status) {

@@ -42,16 +42,24 @@ struct Word {
   char pad[56];
 };
 
+// Whom a rank waits for, and when it last said so: a process that was stopped says nothing new.
+struct Waiting {
+  std::atomic<int32_t> awaited;  // 1 + that rank; 0: it does not wait
+  std::atomic<int64_t> said_ns;
+};
+
 struct Control {                 // one a local rank
   Word pulled;                   // ticks done
   std::atomic<int64_t> gave_up;  // the status that ended its collectives, else 0
+  Waiting waiting;
 };
 
 struct Stream {                  // one a rank of the group, on each host
   Word staged;                   // ticks filled
   Word posted;                   // headers posted
   std::atomic<uint32_t> failed;  // why nothing comes from another host any more: -status, else 0
-  char pad[60];
+  Waiting waiting;               // of another host's rank, as it was told
+  char pad[40];
 };
 
 // The view of one process. Arrays are the caller's.
@@ -124,6 +132,72 @@ inline bool spin(const Group& g, const Word& w, uint32_t target) {
   return false;
 }
 
+inline void say(Waiting& waiting, int rank) {
+  waiting.said_ns.store(now_ns());
+  waiting.awaited.store(rank + 1);
+}
+
+// Says whom this rank waits for, for as long as this lives. Only the first of its threads to wait
+// says it, and one that forwards for another rank never does.
+struct Awaiting {
+  static bool& is_forwarding() {
+    static thread_local bool is = false;
+    return is;
+  }
+  Waiting& waiting;
+  bool mine = false;
+
+  Awaiting(const Group& g, int rank) : waiting(g.control[g.local]->waiting) {
+    int32_t nobody = 0;
+    if (!is_forwarding()) mine = waiting.awaited.compare_exchange_strong(nobody, rank + 1);
+    again();
+  }
+  void again() {
+    if (mine) waiting.said_ns.store(now_ns());
+  }
+  ~Awaiting() {
+    if (mine) waiting.awaited.store(0);
+  }
+};
+
+// Whom all wait for in the end who wait for `rank`, which may only wait in turn. What was said long
+// ago is no longer so.
+inline int culprit(const Group& g, int rank) {
+  int last = rank;
+  for (int i = 0; i < g.num_ranks; i++) {
+    int l = g.local_of[last];
+    const Waiting& its = l >= 0 ? g.control[l]->waiting : g.stream[last]->waiting;
+    int next = its.awaited.load() - 1;
+    if (next < 0 || now_ns() - its.said_ns.load() > g.timeout_ns / 2) return last;
+    if (next == g.rank) return rank;  // each waits for the other
+    last = next;
+  }
+  return rank;
+}
+
+// The status with which some other rank ended its collectives, else 0.
+inline int64_t told(const Group& g) {
+  for (int r = 0; r < g.num_ranks; r++) {
+    int l = g.local_of[r];
+    if (r == g.rank || g.masked[r]) continue;
+    int64_t status =
+        l >= 0 ? g.control[l]->gave_up.load() : -static_cast<int64_t>(g.stream[r]->failed.load());
+    if (status) return status;
+  }
+  return 0;
+}
+
+// The status of a wait for `silent` whose time was up `late` ns ago; 0: wait on. What ranks of
+// another host wait for is not seen here, so they get more time to find out, and tell; more again
+// where a neighbour, who may be the silent one, brings what they send.
+inline int64_t silence(const Group& g, int owner, int silent, int64_t late) {
+  if (int64_t status = told(g)) return status;
+  int who = culprit(g, silent);
+  int64_t patience = g.timeout_ns / 4 + 1'000'000'000;  // PATIENCE of links.py
+  if (g.local_of[silent] < 0 && owner != g.local) patience *= 2;
+  return g.local_of[who] >= 0 || late > patience ? -(kSilent + who) : 0;
+}
+
 // Wait until w reaches target. `owner`: the local rank that moves it; `stream`: where a proxy notes
 // a broken connection, or null; `silent`: whom to name if only time runs out. 0, or a status that
 // names the rank which will not come.
@@ -131,6 +205,7 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
                      int silent) {
   if (spin(g, w, target)) return 0;
   int64_t end = now_ns() + g.timeout_ns, status = 0;
+  Awaiting said(g, silent);
   w.sleepers.fetch_add(1);
   for (;;) {
     uint32_t seen = w.value.load();
@@ -138,14 +213,15 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
     timespec slice = {0, kSliceNs};
     syscall(SYS_futex, &w.value, FUTEX_WAIT, seen, &slice, nullptr, 0);
     if (reached(w, target)) break;
+    said.again();
     if (stream && stream->failed.load()) {
       status = -static_cast<int64_t>(stream->failed.load());
     } else if (int64_t its = g.control[owner]->gave_up.load()) {
       status = its;  // whom it waited for in vain, not itself
     } else if (!is_alive(g, owner)) {
       status = -(kDead + g.rank_of[owner]);
-    } else if (now_ns() > end) {
-      status = -(kSilent + silent);
+    } else if (int64_t late = now_ns() - end; late > 0) {
+      status = silence(g, owner, silent, late);
     }
     if (status) {
       if (reached(w, target)) status = 0;  // it came at the last moment
