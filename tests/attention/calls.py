@@ -24,9 +24,19 @@ def cache_struct(cache: Any) -> native.Cache:
 
 
 def paged(
-    q: Any, cache: Any, tables: Any, keys: Any, v_width: int, scale: float, sink: Any = None
+    q: Any,
+    cache: Any,
+    tables: Any,
+    keys: Any,
+    v_width: int,
+    scale: float,
+    sink: Any = None,
+    bf16_q: bool = False,
 ) -> tuple[Any, Any]:
-    """out [T, H, v_width] fp32 and lse [T, H] of q [T, H, W] fp32 over a cache [B, P, Hkv, W]."""
+    """out [T, H, v_width] fp32 and lse [T, H] of q [T, H, W] fp32 over a cache [B, P, Hkv, W].
+
+    `bf16_q`: q may be rounded to bf16, so that bf16 dots serve where they are fast.
+    """
     tokens, heads, width = q.shape
     tables, keys = np.ascontiguousarray(tables, np.int32), np.asarray(keys, np.int32)
     pointers = addresses(tables)
@@ -38,7 +48,7 @@ def paged(
         *(pointers.ctypes.data, keys.ctypes.data, tokens, heads, cache.shape[2], width, v_width),
         *(cache_struct(cache), scale, np.inf, 0, 0, code),
     )
-    native.paged_entry(code, heads // cache.shape[2])(ctypes.addressof(args))
+    native.paged_entry(code, heads // cache.shape[2], bf16_q)(ctypes.addressof(args))
     return out, lse
 
 

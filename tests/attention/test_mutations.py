@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 NATIVE = "src/whalefall/attention/native"
 SAMPLE = "test_decode.py::test_a_sample_of_the_original_grid"
 PAGED = "test_serving.py::test_paged_mla_agrees_with_float64"
+GROWING = "test_serving.py::test_maxima_that_grow_along_the_keys"
 VARLEN = "test_serving.py::test_varlen_attention_agrees_with_float64"
 SPARSE = "test_sparse.py::test_sparse_prefill"
 
@@ -56,7 +57,8 @@ BREAKS = {
         SAMPLE, "1-1-20-1-1-False-False",
     ),
     "see one key behind the last, many heads": Break(
-        "attend.h", "if (t >= seen[r]) s[t * R + r] = -kInf", "if (t > seen[r]) s[t * R + r] = 0",
+        "attend.h", "if (t >= group.seen[r]) s[t * R + r] = -kInf",
+        "if (t > group.seen[r]) s[t * R + r] = 0",
         PAGED, "16-576-512-bfloat16",
     ),
     "see keys behind the last, one head": Break(
@@ -84,16 +86,16 @@ BREAKS = {
         SPARSE, "5-128-128-64-576-True",
     ),
     "merge runs without their maxima": Break(
-        "block.h", "b = exp2_of_negative(other.max - point);", "b = set1(1.0f);",
+        "block.h", "b = power_of_two(other.point - origin);", "b = set1(1.0f);",
         PAGED, "16-576-512-bfloat16",
     ),
     "keep old values when the maximum grows, many heads": Break(
-        "attend.h", "if (!all_one(factor)) rescale<R>(o, v_steps, factor);", "",
-        PAGED, "16-576-512-bfloat16",
+        "attend.h", "if (group.rescaled) rescale<R>(o, end - step, group.factor);", "",
+        GROWING, "16-False",
     ),
     "keep old values when the maximum grows, one head": Break(
         "in_order.h", "if (!all_one(factor)) rescale<R>(o, v_steps, factor);", "",
-        PAGED, "1-576-512-bfloat16",
+        GROWING, "1-False",
     ),
     "give each token its neighbour's table": Break(
         "mla.h", "table_(args.tables[block.token])",

@@ -58,6 +58,21 @@ def test_paged_mla_agrees_with_float64(
             assert (lse[t] == np.inf).all() and (out[t] == 0).all()
 
 
+@pytest.mark.parametrize("bf16_q", [False, True])
+@pytest.mark.parametrize("heads", [1, 16])
+def test_maxima_that_grow_along_the_keys(level: str, heads: int, bf16_q: bool) -> None:
+    n, width, v_width = 700, 576, 512
+    q, cache, tables = problem(heads, width, [n], BF16)
+    q = q.astype(BF16).astype(np.float32)
+    for key in range(n):  # by 2^8 every other tile: the softmax has to move its point
+        cache[tables[0, key // 64], key % 64] *= BF16(1 + key / 50)
+    out, lse = paged(q, cache, tables, [n], v_width, width**-0.5, bf16_q=bf16_q)
+    want, _, want_lse = expected(q[0], cache, tables[0], n, v_width, width**-0.5)
+    # scores up to 50 in fp32; weights in bf16 for dots
+    assert np.abs(out[0] - want).max() < (2**-8 if bf16_q else 1e-5) * np.abs(want).max()
+    assert np.abs(lse[0] - want_lse).max() < 1e-5
+
+
 @pytest.mark.parametrize("page", [16, 64, 100, 256])
 def test_any_page_size(level: str, page: int) -> None:
     q, cache, tables = problem(4, 96, [70, 300], BF16, page)

@@ -1,11 +1,14 @@
-// One tile of up to 64 keys for a group of R query rows: scores, online softmax, weighted values.
+// One tile of up to 64 keys for groups of R query rows: scores, online softmax, weighted values.
 //
 //   s[t,r] = q_r . k_t * scale * log2(e)     p = 2^(s - m)     O_r = O_r * 2^(m_old - m) + p V
 //
 // Rows of K and V are reached by pointer, so that pages, gathered indices and plain arrays are one
-// kernel. Registers: R * T accumulators of scores (avx2: 4 rows x 2 keys), then R * 2 of O. The
-// tile's stored rows (72 KiB for 64 x 576 bf16) stay in L2 over all groups of a block, a group's q
-// and O (18 KiB) in L1. Bound: FMA ports from 4 rows on, memory below.
+// kernel. Registers: R * T accumulators of scores (avx2: 4 rows x 2 keys), then R * 2 of O. All
+// groups are scored, then all softened, which hides one's chain of maximum, exponentials and sum
+// behind the next; then values go by strips of 128 columns. L1 holds a group's q during scores
+// (18 KiB; 9 in bf16), a strip of V over all groups during values (16 KiB), with a group's part of
+// O (4 KiB); L2 the tile's stored rows (72 KiB for 64 x 576 bf16), all q and O. Bound: FMA or dot
+// ports from 4 rows on, memory below.
 //
 // A row's bits depend on its own q, keys and length only, never on the rows beside it: each score
 // is one chain of multiply-adds and one fixed sum, each output one chain over the keys in order.
@@ -13,6 +16,8 @@
 #include "weigh.h"
 
 namespace wf::attention {
+constexpr int kStripColumns = 128;  // of V, that stay in L1 over all groups
+
 template <class Row, int R>
 inline void score_step(const typename Row::Element* const* k, int64_t step, const float* q,
                        vf* sum) {
@@ -48,63 +53,86 @@ inline void score_step(const typename Row::Element* const* k, int64_t step, cons
 #endif
 }
 
-// Scores of kScores / R keys with R rows: s[t * R + r]. q: see `pack_queries`.
+// The maximum over s, a lane for each of its lanes.
+inline vf highest(const float* s, int end, vf best) {
+  for (int i = 0; i < end; i += kLanes) best = max(best, load(s + i));
+  return best;
+}
+
+// Scores of `tokens` keys with R rows, kScores / R keys at a time: s[t * R + r]; returns their
+// maximum, a lane for each lane of s. q: see `pack_queries`.
 template <class Row, int R>
-__attribute__((noinline)) void scores(Rows key, const float* q, int64_t steps, float scale,
-                                      const Fetch& fetch, float* s) {
+__attribute__((noinline)) vf scores(Rows key, int tokens, const float* q, int64_t steps,
+                                    float scale, Share share, float* s) {
   constexpr int T = kScores / R, kFloats = R * kQueryFloats<Row>;
   constexpr int64_t kBytes = kStep * sizeof(typename Row::Element);
   constexpr int64_t kBeat = kBytes < 64 ? 64 / kBytes : 1;  // steps that use up a line
-  const typename Row::Element* k[T];
-  vf sum[T * R];
+  vf best = set1(-kInf);
+  for (int t = 0; t < tokens; t += T, key += T, s += kScores) {
+    const typename Row::Element* k[T];
+    vf sum[T * R];
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) k[t] = row_at<Row>(key, t);
+    for (int i = 0; i < T; ++i) k[i] = row_at<Row>(key, i);
 #pragma GCC unroll 16
-  for (int i = 0; i < T * R; ++i) sum[i] = vf{};
-  int64_t step = 0;
-  [[maybe_unused]] Fetch cursor = R < 4 ? fetch : Fetch{};
-  [[maybe_unused]] const int64_t each = R < 4 ? fetch.each(steps / kBeat) : 0;
-  if (fetch.count)
-    for (; step + kBeat <= steps; step += kBeat, q += kBeat * kFloats) {
-      if constexpr (R < 4)
-        cursor.lines(each);
-      else
-        fetch.line_of_each(step * kBytes);
+    for (int i = 0; i < T * R; ++i) sum[i] = vf{};
+    const float* row = q;
+    int64_t step = 0;
+    Fetch fetch = share.next();
+    [[maybe_unused]] const int64_t each = R < 4 ? fetch.each(steps / kBeat) : 0;
+    if (fetch.count)
+      for (; step + kBeat <= steps; step += kBeat, row += kBeat * kFloats) {
+        if constexpr (R < 4)
+          fetch.lines(each);
+        else
+          fetch.line_of_each(step * kBytes);
 #pragma GCC unroll 4
-      for (int i = 0; i < kBeat; ++i) score_step<Row, R>(k, step + i, q + i * kFloats, sum);
-    }
-  for (; step < steps; ++step, q += kFloats) score_step<Row, R>(k, step, q, sum);
+        for (int i = 0; i < kBeat; ++i) score_step<Row, R>(k, step + i, row + i * kFloats, sum);
+      }
+    for (; step < steps; ++step, row += kFloats) score_step<Row, R>(k, step, row, sum);
 #pragma GCC unroll 16
-  for (int i = 0; i < T * R; i += kLanes) store(s + i, sums(sum + i) * scale);
+    for (int i = 0; i < T * R; i += kLanes) store(s + i, sums(sum + i) * scale);
+    best = highest(s, kScores, best);
+  }
+  return best;
 }
 
-// Maximum (in units of log2) and sum of exponentials; lane l belongs to row l % R.
+// Of the scores so far (in units of log2): the maximum, the point against which exponentials are
+// taken, and their sum. Lane l belongs to row l % R. The point follows the maximum only when it
+// is left behind by more than kSlack, so that what was summed is rarely rescaled: weights up to
+// 2^kSlack are as exact as those up to 1.
 struct Softmax {
-  vf max = set1(-kInf), sum = vf{};
+  vf max = set1(-kInf), point = set1(-kInf), sum = vf{};
 };
+constexpr float kSlack = 8.0f;
 
-// The reference point of the exponentials: the maximum, but 0 while no key was seen.
-inline vf reference_point(vf m) { return select(m == -kInf, vf{}, m); }
+// What is subtracted for a point: itself, but 0 while no key was seen.
+inline vf origin_of(vf point) { return select(point == -kInf, vf{}, point); }
 
-// s[t * R + r], t < tokens, becomes the weights; returns the factor for what was summed before.
-template <int R>
-inline vf soften(float* s, int tokens, Softmax& state) {
-  vf best = state.max;
+// The scores s[t * R + r], t < tokens, become weights, as `weigh` wants them; returns the factor
+// for what was summed before. `best`: see `highest`.
+template <class Row, int R>
+inline vf soften(float* s, int tokens, vf best, Softmax& state) {
   const int end = tokens * R;
-  for (int i = 0; i < end; i += kLanes) best = max(best, load(s + i));
-  best = across<R>(best, [](vf a, vf b) { return max(a, b); });
-  vf point = reference_point(best);
+  state.max = across<R>(max(best, state.max), [](vf a, vf b) { return max(a, b); });
+  const vf before = state.point;
+  state.point = select(state.max > before + kSlack, state.max, before);
+  const vf origin = origin_of(state.point);
+  const KeepWeights<Row, R> keep;
   vf total{};
-  for (int i = 0; i < end; i += kLanes) {
-    vf p = exp2_of_negative(load(s + i) - point);
-    store(s + i, p);
-    total += p;
+#pragma GCC unroll 2
+  for (int i = 0; i < end; i += 2 * kLanes) {
+    vf a = power_of_two(load(s + i) - origin), b{};
+    total += a;
+    if (i + kLanes < end) {
+      b = power_of_two(load(s + i + kLanes) - origin);
+      total += b;
+    }
+    keep(s, i, a, b);
   }
   total = across<R>(total, [](vf a, vf b) { return a + b; });
-  vf before = exp2_of_negative(state.max - point);
-  state.sum = state.sum * before + total;
-  state.max = best;
-  return before;
+  const vf factor = power_of_two(before - origin);
+  state.sum = state.sum * factor + total;
+  return factor;
 }
 
 // o = o * factor[r] for each row r of R.
@@ -131,64 +159,99 @@ struct Tile {
   int n = 0;
 };
 
-// The tile after the one at hand, and which group of how many is at work: each of the first few
-// brings its share of the next tile's rows into L2 during its scores; one that is alone, half of
-// them during its weights.
+// The tile after the one at hand, and how many groups work on it: each of the first two brings its
+// share of the next tile's rows into L2 during its scores; one that is alone, half of them during
+// its weights.
 struct Ahead {
   const Tile* next = nullptr;  // null: nothing to bring
-  int64_t k_bytes = 0, v_bytes = 0, group = 0, groups = 1;
+  int64_t k_bytes = 0, v_bytes = 0, groups = 1;
 
-  Share during_scores(int64_t calls) const {
-    if (!next || group >= groups) return {};
-    return {next->k + first(), same() ? half() - first() : end() - first(), k_bytes, calls};
+  Share during_scores(int64_t group, int64_t calls) const {
+    if (!next || group >= bringing()) return {};
+    return {next->k + first(group), same() ? half(group) - first(group) : end(group) - first(group),
+            k_bytes, calls};
   }
-  Share during_weights(int64_t calls) const {
-    if (!next || group >= groups) return {};
-    if (same()) return {next->k + half(), end() - half(), k_bytes, calls};
-    return {next->v + first(), end() - first(), v_bytes, calls};
+  Share during_weights(int64_t group, int64_t calls) const {
+    if (!next || group >= bringing()) return {};
+    if (same()) return {next->k + half(group), end(group) - half(group), k_bytes, calls};
+    return {next->v + first(group), end(group) - first(group), v_bytes, calls};
   }
 
  private:
+  int64_t bringing() const { return std::min<int64_t>(groups, 2); }
   bool same() const { return next->k[0] == next->v[0]; }
-  int64_t first() const { return next->n * group / groups; }
-  int64_t end() const { return next->n * (group + 1) / groups; }
-  int64_t half() const { return groups > 1 ? end() : end() / 2; }
+  int64_t first(int64_t group) const { return next->n * group / bringing(); }
+  int64_t end(int64_t group) const { return next->n * (group + 1) / bringing(); }
+  int64_t half(int64_t group) const { return groups > 1 ? end(group) : end(group) / 2; }
 };
 
-// Adds a tile to a group: row r sees its first seen[r] keys. `k_steps`, `v_steps`: row widths.
+// A group of R rows at a tile: row r sees its first seen[r] keys.
 template <class Row, int R>
-inline void attend(const Tile& tile, const Ahead& ahead, const int* seen, const float* q,
-                   int64_t k_steps, int64_t v_steps, float scale_log2, float* o, Softmax& state) {
+struct Group {
+  const float* q;
+  float* s;  // [kTile + kPadding][R]: the tile's scores, then its weights
+  float* o;
+  Softmax state;
+  int seen[R];
+  int most, least;  // of seen
+  vf best;          // the maximum of the scores, as `soften` wants it
+  vf factor;        // of what `o` holds
+  bool rescaled;    // whether that is not 1 for all rows
+  Share share;      // of the next tile's rows, during the weights
+
+  // Keys that all rows see. A row's pairs for dots are the same whatever others see.
+  int common() const { return kDots<Row> && most > least ? least / 2 * 2 : least; }
+};
+
+// Scores of a group with the keys that some row sees, -inf where a row does not; returns their
+// maximum as `soften` wants it.
+template <class Row, int R>
+inline vf score(const Tile& tile, Share share, int64_t k_steps, float scale,
+                const Group<Row, R>& group) {
   constexpr int T = kScores / R;
-  alignas(64) float s[(kTile + kPadding) * R];
-  int most = seen[0], least = seen[0];
-  for (int r = 1; r < R; ++r) {
-    most = seen[r] > most ? seen[r] : most;
-    least = seen[r] < least ? seen[r] : least;
-  }
-  Share share = ahead.during_scores(ceil_div(most, T));
-  for (int t = 0; t < most; t += T)
-    scores<Row, R>(tile.k + t, q, k_steps, scale_log2, share.next(), s + t * R);
-  int tokens = (most + T - 1) / T * T;
-  for (int t = least; t < tokens; ++t)
+  const int tokens = int(ceil_div(group.most, T) * T);
+  float* s = group.s;
+  const vf best = scores<Row, R>(tile.k, tokens, group.q, k_steps, scale, share, s);
+  if (group.least == tokens) return best;
+  for (int t = group.least; t < tokens; ++t)
     for (int r = 0; r < R; ++r)
-      if (t >= seen[r]) s[t * R + r] = -kInf;
-  vf factor = soften<R>(s, tokens, state);
-  if (!all_one(factor)) rescale<R>(o, v_steps, factor);
-  const Weights<Row>* p = reinterpret_cast<const Weights<Row>*>(s);
-  int common = least;
-#ifdef WF_DOT
-  alignas(64) int32_t pairs[(kTile + kPadding) * R / 2];
-  if constexpr (kDots<Row>) {
-    pair_weights<R>(s, tokens, pairs);
-    p = pairs;
-    if (most > least) common = least / 2 * 2;  // a row's pairs are the same whatever others see
+      if (t >= group.seen[r]) s[t * R + r] = -kInf;
+  return highest(s, tokens * R, set1(-kInf));
+}
+
+// The columns of steps `step` … `end` - 1 of a group's values.
+template <class Row, int R>
+inline void add_values(const Tile& tile, int64_t step, int64_t end, Group<Row, R>& group) {
+  float* o = group.o + step * 2 * R * kLanes;
+  const auto* p = reinterpret_cast<const Weights<Row>*>(group.s);
+  const int common = group.common();
+  if (group.rescaled) rescale<R>(o, end - step, group.factor);
+  weigh<Row, R, R>(tile.v, step, end, p, 0, common, group.share, o);
+  Share none;
+  for (int r = 0; r < R; ++r)
+    if (group.seen[r] > common)
+      weigh<Row, 1, R>(tile.v, step, end, p + r, common, group.seen[r], none, o + r * kLanes);
+}
+
+// Adds a tile to groups. `k_steps`, `v_steps`: row widths.
+template <class Row, int R>
+inline void attend(const Tile& tile, const Ahead& ahead, Group<Row, R>* groups, int64_t k_steps,
+                   int64_t v_steps, float scale_log2) {
+  constexpr int T = kScores / R;
+  constexpr int64_t kStrip = std::max(kWide<Row, R>, kStripColumns / kStep);
+  for (int64_t g = 0; g < ahead.groups; ++g) {
+    const int64_t calls = ceil_div(groups[g].most, T);
+    groups[g].best = score(tile, ahead.during_scores(g, calls), k_steps, scale_log2, groups[g]);
+    groups[g].share = ahead.during_weights(g, v_steps / kWide<Row, R>);
   }
-#endif
-  weigh<Row, R, R>(tile.v, v_steps, p, 0, common, ahead.during_weights(v_steps / kWide<Row, R>), o);
-  if (most > least)
-    for (int r = 0; r < R; ++r)
-      if (seen[r] > common)
-        weigh<Row, 1, R>(tile.v, v_steps, p + r, common, seen[r], {}, o + r * kLanes);
+  for (int64_t g = 0; g < ahead.groups; ++g) {
+    Group<Row, R>& group = groups[g];
+    const int tokens = int(ceil_div(group.most, T) * T);
+    group.factor = soften<Row, R>(group.s, tokens, group.best, group.state);
+    group.rescaled = !all_one(group.factor);
+  }
+  for (int64_t step = 0; step < v_steps; step += kStrip)
+    for (int64_t g = 0; g < ahead.groups; ++g)
+      add_values(tile, step, std::min(step + kStrip, v_steps), groups[g]);
 }
 }  // namespace wf::attention

@@ -48,15 +48,16 @@ class Arena {
 template <int R>
 struct Partial {
   float* o;
-  static int64_t floats(int64_t v_steps) { return v_steps * 2 * R * kLanes + 2 * kLanes; }
+  static int64_t floats(int64_t v_steps) { return v_steps * 2 * R * kLanes + 3 * kLanes; }
   Softmax softmax(int64_t v_steps) const {
     const float* end = o + v_steps * 2 * R * kLanes;
-    return {load(end), load(end + kLanes)};
+    return {load(end), load(end + kLanes), load(end + 2 * kLanes)};
   }
   void set(int64_t v_steps, const Softmax& state) {
     float* end = o + v_steps * 2 * R * kLanes;
     store(end, state.max);
-    store(end + kLanes, state.sum);
+    store(end + kLanes, state.point);
+    store(end + 2 * kLanes, state.sum);
   }
   void clear(int64_t v_steps) {
     std::memset(o, 0, size_t(v_steps * 2 * R * kLanes) * sizeof(float));
@@ -65,14 +66,14 @@ struct Partial {
   // Adds a later run's result to this one's.
   void merge(int64_t v_steps, const Partial& later) {
     Softmax mine = softmax(v_steps), other = later.softmax(v_steps);
-    vf best = max(mine.max, other.max), point = reference_point(best);
-    vf a = exp2_of_negative(mine.max - point), b = exp2_of_negative(other.max - point);
+    vf point = max(mine.point, other.point), origin = origin_of(point);
+    vf a = power_of_two(mine.point - origin), b = power_of_two(other.point - origin);
     vf row_a[R], row_b[R];
     for (int r = 0; r < R; ++r) row_a[r] = set1(a[r]), row_b[r] = set1(b[r]);
     for (int64_t i = 0, at = 0; i < v_steps * 2; ++i)
       for (int r = 0; r < R; ++r, at += kLanes)
         store(o + at, fma(load(o + at), row_a[r], load(later.o + at) * row_b[r]));
-    set(v_steps, {best, fma(mine.sum, a, other.sum * b)});
+    set(v_steps, {max(mine.max, other.max), point, fma(mine.sum, a, other.sum * b)});
   }
 };
 
@@ -102,13 +103,14 @@ inline void finish(const Partial<R>& partial, const Query* rows, int64_t width, 
   Softmax state = partial.softmax(v_steps);
   for (int r = 0; r < R; ++r) {
     if (!rows[r].wanted) continue;
-    double sum = state.sum[r], top = state.max[r] * kLn2;
+    double sum = state.sum[r];
     // A row without weight (no keys, or all at -inf) gives 0; NaN stays NaN in `out`.
-    double lse = sum > 0 ? top + std::log(sum) : (sum == 0 ? to.lonely_lse : kInf);
+    double lse =
+        sum > 0 ? state.point[r] * kLn2 + std::log(sum) : (sum == 0 ? to.lonely_lse : kInf);
     double factor = sum == 0 ? 0.0 : 1.0 / sum;
     if (to.sink && sum > 0) factor /= 1.0 + std::exp(double(to.sink[rows[r].head]) - lse);
     if (to.lse) to.lse[rows[r].lse] = float(lse);
-    if (to.max_logits) to.max_logits[rows[r].lse] = float(top);
+    if (to.max_logits) to.max_logits[rows[r].lse] = float(state.max[r] * kLn2);
     vf scale = set1(float(factor));
     const float* o = partial.o + r * kLanes;
     for (int64_t i = 0; i < width; i += kStep, o += 2 * R * kLanes) {

@@ -100,17 +100,10 @@ inline void attend_in_order(const Tile& tile, int seen, int64_t bytes, const flo
       scores_in_order<Row, R, Chances>(tile.k + begin + t, ahead + t / 2, q, k_steps, scale_log2,
                                        s + t * R);
     for (int i = tokens * R; i < whole * R; ++i) s[i] = -kInf;
-    vf factor = soften<R>(s, whole, state);
+    vf factor = soften<Row, R>(s, whole, highest(s, whole * R, set1(-kInf)), state);
     if (!all_one(factor)) rescale<R>(o, v_steps, factor);
-    const Weights<Row>* p = reinterpret_cast<const Weights<Row>*>(s);
-#ifdef WF_DOT
-    alignas(64) int32_t pairs[kLanes * R];
-    if constexpr (kDots<Row>) {
-      pair_weights<R>(s, whole, pairs);
-      p = pairs;
-    }
-#endif
-    weigh<Row, R, R>(tile.v + begin, v_steps, p, 0, tokens, second, o);
+    const auto* p = reinterpret_cast<const Weights<Row>*>(s);
+    weigh<Row, R, R>(tile.v + begin, 0, v_steps, p, 0, tokens, second, o);
   }
 }
 }  // namespace wf::attention

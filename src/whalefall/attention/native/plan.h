@@ -44,6 +44,7 @@ class Runner {
   using Row = typename Work::Row;
   static constexpr int R = Work::kRows;
   using Result = Partial<R>;
+  static constexpr int64_t kScoreFloats = (kTile + kPadding) * R;
 
  public:
   explicit Runner(const Work& work)
@@ -119,8 +120,8 @@ class Runner {
     work_.queries(block, rows.data());
     const int64_t groups = block.rows / R, size = groups * result_floats_;
     static thread_local Arena arena;
-    float* q = arena.floats(groups * q_floats_ + 2 * size);
-    float* all = q + groups * q_floats_;
+    float* q = arena.floats(groups * (q_floats_ + kScoreFloats) + 2 * size);
+    float* all = q + groups * (q_floats_ + kScoreFloats);
     float* last = all + size;
     auto source = work_.source(block);
     if (!kInOrder<R>) bring_first(block, task, source);
@@ -155,12 +156,15 @@ class Runner {
     if (first.k[0] != first.v[0]) v.lines(first.n * ceil_div(source.v_bytes(), 64));
   }
 
+  // q: packed queries; behind them, memory for a tile's scores.
   template <class Source>
   void add_run(const Block& block, int64_t run, const Task& task, const Query* rows, Source& source,
-               const float* q, float* to) const {
-    const int64_t groups = block.rows / R;
+               float* q, float* to) const {
+    const float scale = work_.scale() * 1.44269504f;
     const int64_t end = std::min((run + 1) * block.run_tiles, block.tiles());
     const int64_t last = std::min(task.end_run * block.run_tiles, block.tiles()) - 1;
+    static thread_local std::vector<Group<Row, R>> groups;
+    groups.resize(size_t(block.rows / R));
     Tile tiles[2];
     int64_t first = run * block.run_tiles;
     if (first < end) fill(block, source, first, tiles[0]);
@@ -170,34 +174,53 @@ class Runner {
       if (more) fill(block, source, tile + 1, next);
       if (kInOrder<R> && more) std::copy_n(next.k, kPadding, now.k + now.n);
       source.expand(now);
-      for (int64_t g = 0; g < groups; ++g) {
-        int seen[R], most = 0;
-        for (int r = 0; r < R; ++r) {
-          int64_t left = rows[g * R + r].keys - tile * kTile;
-          seen[r] = int(std::max<int64_t>(0, std::min<int64_t>(left, kTile)));
-          most = std::max(most, seen[r]);
-        }
-        if (most == 0) continue;
-        Ahead ahead;
-        if (more)
-          ahead = {&next, source.k_bytes(), source.v_bytes(), g, std::min<int64_t>(groups, 2)};
-        Result target = result(to, g);
-        Softmax state = target.softmax(v_steps_);
-        if constexpr (kInOrder<R>) {
-          if (source.in_place()) {
+      const int64_t used = gather(block, tile, rows, q, to, groups.data());
+      if (in_place(source)) {
+        if constexpr (kInOrder<R>)
+          for (int64_t g = 0; g < used; ++g) {
             // groups behind the first find the tile in L2
             auto* add = g ? attend_in_order<Row, R, 1> : attend_in_order<Row, R, kNumLeads>;
-            add(now, most, source.k_bytes(), q + g * q_floats_, k_steps_, v_steps_,
-                work_.scale() * 1.44269504f, target.o, state);
-            target.set(v_steps_, state);
-            continue;
+            add(now, groups[g].most, source.k_bytes(), groups[g].q, k_steps_, v_steps_, scale,
+                groups[g].o, groups[g].state);
           }
-        }
-        attend<Row, R>(now, ahead, seen, q + g * q_floats_, k_steps_, v_steps_,
-                       work_.scale() * 1.44269504f, target.o, state);
-        target.set(v_steps_, state);
+      } else {
+        const Ahead ahead{more ? &next : nullptr, source.k_bytes(), source.v_bytes(), used};
+        attend<Row, R>(now, ahead, groups.data(), k_steps_, v_steps_, scale);
       }
+      for (int64_t g = 0; g < used; ++g) Result{groups[g].o}.set(v_steps_, groups[g].state);
     }
+  }
+  template <class Source>
+  static bool in_place(const Source& source) {
+    if constexpr (kInOrder<R>)
+      return source.in_place();
+    else
+      return false;
+  }
+
+  // The groups that see keys of a tile; how many.
+  int64_t gather(const Block& block, int64_t tile, const Query* rows, float* q, float* to,
+                 Group<Row, R>* groups) const {
+    const int64_t all = block.rows / R;
+    int64_t used = 0;
+    for (int64_t g = 0; g < all; ++g, rows += R) {
+      Group<Row, R>& group = groups[used];
+      group.most = 0, group.least = kTile;
+      for (int r = 0; r < R; ++r) {
+        const int64_t left = rows[r].keys - tile * kTile;
+        group.seen[r] = int(std::max<int64_t>(0, std::min<int64_t>(left, kTile)));
+        group.most = std::max(group.most, group.seen[r]);
+        group.least = std::min(group.least, group.seen[r]);
+      }
+      if (group.most == 0) continue;
+      const Result target = result(to, g);
+      group.q = q + g * q_floats_;
+      group.s = q + all * q_floats_ + used * kScoreFloats;
+      group.o = target.o;
+      group.state = target.softmax(v_steps_);
+      ++used;
+    }
+    return used;
   }
 
   // Adds run `run` to those before it, for the groups that have keys in it.

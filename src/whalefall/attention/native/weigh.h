@@ -8,6 +8,31 @@ namespace wf::attention {
 template <class Row>
 using Weights = std::conditional_t<kDots<Row>, int32_t, float>;
 
+// Puts the weights of 2 * kLanes / R keys, i = t * R + r on, where `s` has their scores.
+template <class Row, int R>
+struct KeepWeights {
+  void operator()(float* s, int i, vf a, vf b) const {
+    store(s + i, a);
+    store(s + i + kLanes, b);
+  }
+};
+#ifdef WF_DOT
+template <int R>
+struct KeepWeights<DotRow, R> {
+  __m512i order;
+  KeepWeights() {
+    alignas(64) int16_t from[2 * kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      for (int upper = 0; upper < 2; ++upper)
+        from[2 * i + upper] = int16_t((i / R * 2 + upper) * R + i % R);
+    order = _mm512_load_si512(from);
+  }
+  void operator()(float* s, int i, vf a, vf b) const {
+    _mm512_storeu_si512(s + i / 2, _mm512_permutexvar_epi16(order, to_halves(a, b)));
+  }
+};
+#endif
+
 template <class Row, int R, int S, int Steps>
 inline void weigh_step(const typename Row::Element* v, const float* p, vf (*sum)[2][R]) {
 #pragma GCC unroll 16
@@ -103,31 +128,20 @@ __attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const i
     store(o + (i / R * S + i % R) * kLanes, sum[i / (2 * R)][i / R % 2][i % R]);
 }
 
-// s[t * R + r] of `tokens` keys, an even number, as pairs of bf16.
-template <int R>
-inline void pair_weights(const float* s, int tokens, int32_t* pairs) {
-  alignas(64) int16_t from[2 * kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    for (int upper = 0; upper < 2; ++upper)
-      from[2 * i + upper] = int16_t((i / R * 2 + upper) * R + i % R);
-  const __m512i order = _mm512_load_si512(from);
-  for (int i = 0; i < tokens * R; i += 2 * kLanes, pairs += kLanes)
-    _mm512_storeu_si512(
-        pairs, _mm512_permutexvar_epi16(order, to_halves(load(s + i), load(s + i + kLanes))));
-}
 #endif
 
 template <class Row, int R>
 constexpr int kWide = (kDots<Row> ? 8 : 4) / R;  // steps of columns in one call of `weigh_columns`
 
+// The columns of steps `step` … `end_step` - 1; o: of the first of them.
 template <class Row, int R, int S>
-inline void weigh(Rows value, int64_t steps, const Weights<Row>* p, int begin, int end, Share share,
-                  float* o) {
-  int64_t step = 0;
-  for (; step + kWide<Row, R> <= steps; step += kWide<Row, R>, o += kWide<Row, R> * 2 * S * kLanes)
-    weigh_columns<Row, R, S, kWide<Row, R>>(value, step * kStep, p, begin, end, share.next(), o);
-  if constexpr (kWide<Row, R> > 1)
-    for (; step < steps; ++step, o += 2 * S * kLanes)
+inline void weigh(Rows value, int64_t step, int64_t end_step, const Weights<Row>* p, int begin,
+                  int end, Share& share, float* o) {
+  constexpr int kAtOnce = kWide<Row, R>;
+  for (; step + kAtOnce <= end_step; step += kAtOnce, o += kAtOnce * 2 * S * kLanes)
+    weigh_columns<Row, R, S, kAtOnce>(value, step * kStep, p, begin, end, share.next(), o);
+  if constexpr (kAtOnce > 1)
+    for (; step < end_step; ++step, o += 2 * S * kLanes)
       weigh_columns<Row, R, S, 1>(value, step * kStep, p, begin, end, {}, o);
 }
 }  // namespace wf::attention
