@@ -80,6 +80,32 @@ def test_a_sequence_without_keys_is_zero_with_lse_minus_infinity(level: str) -> 
     assert (out == 0).all() and (lse == -np.inf).all()
 
 
+def values_that_start_with_the_keys(x: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys and values of one start in x [64, 1, 48], by how they go on differently."""
+    doubled = (2 * x.strides[0], *x.strides[1:])
+    return {
+        "wider": (x[..., :24], x[..., :40]),
+        "narrower": (x[..., :24], x[..., :16]),
+        "one row": (x[..., :24], np.broadcast_to(x[:1, :, :24], (64, 1, 24))),
+        "other stride": (
+            x[:32, :, :24],
+            np.lib.stride_tricks.as_strided(x, (32, 1, 24), doubled),
+        ),
+    }
+
+
+@pytest.mark.parametrize("how", ["wider", "narrower", "one row", "other stride"])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_values_may_start_where_the_keys_start(level: str, dtype: Any, how: str) -> None:
+    rng = np.random.default_rng(6)
+    x, q = (rng.standard_normal(s).astype(dtype) for s in ((64, 1, 48), (5, 1, 24)))
+    k, v = values_that_start_with_the_keys(x)[how]
+    cu, n = (starts([5]), starts([len(k)])), len(k)
+    out, lse = flash_attn_varlen_func(q, k, v, *cu, 5, n)
+    want, want_lse = flash_attn_varlen_func(q, k.copy(), v.copy(), *cu, 5, n)
+    assert out.tobytes() == want.tobytes() and lse.tobytes() == want_lse.tobytes()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_parts_merge_to_the_whole(level: str, dtype: Any) -> None:
     rng = np.random.default_rng(3)

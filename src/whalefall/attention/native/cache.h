@@ -16,14 +16,15 @@ struct Cache {
 };
 
 // Copies a tile's rows to scratch where they cannot be read in place: FP8, or a width that is no
-// multiple of a step (its end is filled with zeros).
+// multiple of a step (its end is filled with zeros). `latent`: values are the first columns of the
+// keys' rows. Addresses do not tell: two arrays may start at one place and go on differently.
 template <class Row>
 class Expander {
   using Element = typename Row::Element;
 
  public:
-  Expander(int64_t k_width, int64_t v_width, bool fp8)
-      : k_width_(k_width), v_width_(v_width), fp8_(fp8) {}
+  Expander(int64_t k_width, int64_t v_width, bool fp8, bool latent)
+      : k_width_(k_width), v_width_(v_width), fp8_(fp8), latent_(latent) {}
   bool needed() const { return fp8_ || k_width_ % kStep || v_width_ % kStep; }
   int64_t k_bytes() const { return fp8_ ? kFp8RowBytes : k_width_ * int64_t(sizeof(Element)); }
   int64_t v_bytes() const { return v_width_ * int64_t(sizeof(Element)); }
@@ -31,16 +32,15 @@ class Expander {
   void operator()(Tile& tile) const {
     if (!needed()) return;
     static thread_local Arena arena;
-    const bool same = tile.k[0] == tile.v[0];
-    const int64_t k_pitch = pitch(k_width_), v_pitch = same ? 0 : pitch(v_width_);
+    const int64_t k_pitch = pitch(k_width_), v_pitch = latent_ ? 0 : pitch(v_width_);
     float* base = arena.floats((kTile * (k_pitch + v_pitch) * int64_t(sizeof(Element)) + 3) / 4);
     Element* k = reinterpret_cast<Element*>(base);
     Element* v = k + kTile * k_pitch;
     for (int t = 0; t < tile.n; ++t, k += k_pitch, v += v_pitch) {
       copy(tile.k[t], k_width_, k);
-      if (!same) copy(tile.v[t], v_width_, v);
+      if (!latent_) copy(tile.v[t], v_width_, v);
       tile.k[t] = k;
-      tile.v[t] = same ? k : v;
+      tile.v[t] = latent_ ? k : v;
     }
     for (int t = tile.n; t < tile.n + kPadding; ++t)
       tile.k[t] = tile.k[tile.n - 1], tile.v[t] = tile.v[tile.n - 1];
@@ -56,6 +56,6 @@ class Expander {
   }
 
   const int64_t k_width_, v_width_;
-  const bool fp8_;
+  const bool fp8_, latent_;
 };
 }  // namespace wf::attention

@@ -75,7 +75,7 @@ class VarlenWork {
   class Source {
    public:
     Source(const VarlenArgs& args, const Block& block)
-        : args_(args), expander_(args.width, args.v_width, false) {
+        : args_(args), expander_(args.width, args.v_width, false, false) {
       const int64_t kv_head = block.head / (args.heads / args.kv_heads);
       const int64_t first = args.k_starts[block.index];
       k_ = static_cast<const Element*>(args.k) + first * args.k_token + kv_head * args.k_head;

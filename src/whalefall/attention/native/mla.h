@@ -90,7 +90,7 @@ class PagedWork {
         : cache_(args.cache),
           table_(args.tables[block.token]),
           kv_head_(block.index),
-          expander_(args.width, args.v_width, args.cache_type == Type::fp8) {}
+          expander_(args.width, args.v_width, args.cache_type == Type::fp8, true) {}
     void fill(int64_t tile, Tile& to) const {
       for (int t = 0; t < to.n;) {
         const int64_t key = tile * kTile + t, offset = key % cache_.page;

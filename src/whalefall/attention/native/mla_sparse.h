@@ -100,7 +100,7 @@ class SparseWork {
   class Source {
    public:
     Source(const SparseArgs& args, const Block& block)
-        : expander_(args.width, args.v_width, args.cache_type == Type::fp8) {
+        : expander_(args.width, args.v_width, args.cache_type == Type::fp8, true) {
       rows_.reserve(size_t(block.keys));
       for (const Chosen* chosen : {&args.main, &args.extra})
         if (chosen->indices)
