@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from whalefall import eplb
+from whalefall.eplb import arguments, published
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 SIZES = (72, 4, 2, 8)
@@ -59,6 +60,55 @@ def test_max_moves_is_kept_and_more_moves_never_hurt(budget: int) -> None:
     assert (new.load <= stale * (1 + 1e-6)).all()
     if budget >= 3:
         assert new.load.sum() < stale.sum()
+
+
+def test_an_expert_twice_on_a_gpu_weighs_twice_there() -> None:
+    # with one replica fewer, expert 2 (12 tokens, twice on GPU 0) puts 12 there, not 10
+    previous = [[2, 2, 1, 2, 0, 0]]
+    new = eplb.rebalance([[8, 5, 12]], 6, 1, 1, 2, previous=previous, max_moves=1)
+    assert eplb.gpu_loads([[8, 5, 12]], new.phy2log, 2).max() <= 13.0
+
+
+def random_slots(random: np.random.Generator, experts: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """A placement of one layer by chance: every expert somewhere, some twice on a GPU."""
+    replicas, groups, nodes, _ = sizes
+    per_group, slots = experts // groups, replicas // nodes
+    rows = []
+    for held in random.permutation(groups).reshape(nodes, -1):
+        local = (held[:, None] * per_group + np.arange(per_group)).ravel()
+        spare = random.choice(local, slots - len(local))
+        rows.append(random.permutation(np.concatenate([local, spare])))
+    return np.concatenate(rows)[None]
+
+
+def published_slots(weight: np.ndarray, sizes: tuple[int, int, int, int]) -> np.ndarray:
+    """The published algorithm's placement, an expert twice on a GPU here and there."""
+    loads = arguments.check_loads(weight)
+    shape = arguments.check_shape(loads, *sizes)
+    return published.rebalance_experts_hierarchical(loads, *shape.published())[0]
+
+
+@pytest.mark.parametrize("origin", ["random", "published", "published for other loads"])
+def test_moving_never_makes_the_busiest_gpu_heavier(origin: str) -> None:
+    random = np.random.default_rng(6)
+    twice = 0
+    for _ in range(1500):
+        loads, sizes = small_case(random)
+        if origin == "random":
+            previous = random_slots(random, loads.shape[1], sizes)
+        else:
+            stale = loads if origin == "published" else random.permuted(loads, axis=1)
+            previous = published_slots(stale, sizes)
+        rows = previous.reshape(sizes[3], -1).tolist()
+        twice += any(len(set(row)) < len(row) for row in rows)
+        for max_moves in (None, 1, 3):
+            new = eplb.rebalance(loads, *sizes, previous=previous, max_moves=max_moves)
+            before, after = (
+                eplb.gpu_loads(loads, slots, sizes[3]).max() for slots in (previous, new.phy2log)
+            )
+            assert after <= before * (1 + 1e-6), (loads, sizes, previous, max_moves)
+            assert after == pytest.approx(new.load[0], rel=1e-6)
+    assert twice > 100
 
 
 def test_groups_stay_on_their_nodes_when_moving() -> None:

@@ -4,9 +4,9 @@
 //   swap     two replicas change places;
 //   replace  an expert with several replicas gives one slot to another expert.
 // A move is taken only if every GPU it touches ends below the load that the heaviest had, so
-// (largest load, GPUs that carry it) falls with each step and the search ends. Replicas of an
-// expert never meet on a GPU. With an origin, the number of (GPU, expert) pairs that are new stays
-// within a budget, and gains are weighed by their cost.
+// (largest load, GPUs that carry it) falls with each step and the search ends. No move
+// puts a second replica of an expert on a GPU. With an origin, the number of (GPU, expert) pairs
+// that are new stays within a budget, and gains are weighed by their cost.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -102,16 +102,17 @@ struct Search {
     }
   }
 
-  // Slot b, now expert x, becomes expert y: the largest load among all GPUs of x and of y.
+  // Slot b, now expert x, becomes expert y: the largest load among all GPUs of x and of y. A start
+  // may hold an expert several times on one GPU: each of them changes.
   double after_replace(int b, int y) {
     const int h = b / per_gpu, x = slot[b];
     const double rise = weight[x] / (count[x] - 1) - share(x);
     const double now_y = weight[y] / (count[y] + 1), fall = share(y) - now_y;
     double value = load[h] - share(x) + now_y;
     for (int k : gpus[x])
-      if (k != h) value = std::max(value, load[k] + rise - (held(k, y) ? fall : 0.0));
+      if (k != h) value = std::max(value, load[k] + rise * held(k, x) - fall * held(k, y));
     for (int k : gpus[y])
-      if (!held(k, x)) value = std::max(value, load[k] - fall);
+      if (!held(k, x)) value = std::max(value, load[k] - fall * held(k, y));
     return value;
   }
 
