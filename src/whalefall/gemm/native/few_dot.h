@@ -190,14 +190,15 @@ class Band {
   Band(const Weight& w, int64_t n, int64_t end, const Tokens& x)
       : w_(w), x_(x), n_(n), end_(end), scales_(w, n) {
     const int64_t tokens = x.count < kTokens ? x.count : kTokens;
-    const int64_t slices = ceil_div(tokens * w.cols * 2, slice_bytes(tokens));
+    const int64_t all = w.cols ? tokens * w.cols * 2 : 1;
+    const int64_t slices = ceil_div(all, slice_bytes(tokens));
     depth_ = ceil_div(ceil_div(w.cols, kBlock), slices) * kBlock;
   }
 
   // `next`: what is read after this band.
   void run(int64_t m, Next next, const Output& y) {
     const int count = quads(x_.count);
-    if (end_ - n_ < kBand)
+    if (end_ - n_ < kBand || w_.cols == 0)  // else the first slice sets all
       for (int i = 0; i < count * kBand; ++i) sums_[i] = vf{};
     for (int64_t k = 0; k < w_.cols; k += depth_) multiply(k, next);
     for (int q = 0; q < count; ++q) {

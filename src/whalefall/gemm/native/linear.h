@@ -227,11 +227,14 @@ inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int f
   return rows;
 }
 
+// A row's bytes, at least 1: work is divided by them, and a K of 0 is a product of zeros.
+inline int64_t row_bytes(const Weight& w) { return w.cols ? w.cols * kind_bytes(w.kind) : 1; }
+
 // Rows of W for one task of the few form: several tasks a thread, each long enough that its first
 // rows, which may come late, do not count.
 inline int64_t few_chunk(const Weight& w, bool dot) {
   if (dot) {
-    const int64_t row = w.cols * kind_bytes(w.kind);
+    const int64_t row = row_bytes(w);
     int64_t bytes = w.rows * row / (num_threads() * 3);
     bytes = bytes < 65536 ? 65536 : bytes > 524288 ? 524288 : bytes;
     const int64_t bands = ceil_div(w.rows, few::kBand);

@@ -99,7 +99,7 @@ inline void Phase::cut() {
   int64_t most = bytes_ / (num_threads() * 4);
   most = most < phase::kLeast ? phase::kLeast : most > phase::kMost ? phase::kMost : most;
   for (Cut& job : jobs_) {
-    const int64_t row = job.w->cols * kind_bytes(job.w->kind) * (job.up ? 2 : 1);
+    const int64_t row = row_bytes(*job.w) * (job.up ? 2 : 1);
     job.chunk = form_ == kMany ? phase::kManyChunk : round_up(ceil_div(most, row), 16);
     const int64_t kept = phase::kKept / few::kRowsOfX;
     if (job.up && job.chunk > kept) job.chunk = kept;
