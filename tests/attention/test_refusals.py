@@ -88,6 +88,8 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"tile_scheduler_metadata": "x"}, DtypeError, "is a str and num_splits a NoneType"),
     ({"topk_length": np.zeros(2, np.int32)}, ConfigError, "topk_length without indices"),
     ({"indices": INDEX, "causal": True}, ConfigError, "causal with indices"),
+    ({"indices": INDEX, "block_table": [[0]]}, DtypeError, "block_table: a list, wanted a numpy a"),
+    ({"indices": INDEX, "cache_seqlens": (1, 2)}, DtypeError, "cache_seqlens: a tuple, wanted a n"),
     ({"indices": INDEX[:1]}, ShapeError, r"indices has shape \[1, 1, 4\], wanted \[2, 1, 'any'\]"),
     ({"indices": INDEX, "extra_k_cache": np.zeros((1, 1, 1, 96), BF16)}, ConfigError, "together"),
     (

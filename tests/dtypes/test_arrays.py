@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -56,6 +57,24 @@ def test_other_things_are_refused_by_name() -> None:
         dtypes.view([1, 2], "weights")
     with pytest.raises(DtypeError, match="dtype complex128"):
         dtypes.view(np.zeros(2, complex))
+
+
+def test_tensors_whose_memory_does_not_hold_their_values_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    plain = torch.arange(6.0).reshape(2, 3)
+    complex_view = torch.complex(plain, plain).conj().imag
+    for lazy in (torch._neg_view(plain), complex_view):
+        with pytest.raises(UnsupportedError, match=r"x: a tensor negated.*call \.resolve_neg\(\)"):
+            dtypes.view(lazy, "x")
+        with pytest.raises(UnsupportedError, match="negated lazily"):
+            dtypes.as_numpy(lazy)
+        assert (dtypes.as_numpy(lazy.resolve_neg()) == -plain.numpy()).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse CSR is in beta
+        sparse = [plain.to_sparse(), plain.to_sparse_csr()]
+    for tensor in sparse:
+        with pytest.raises(DtypeError, match=r"x: a tensor of layout torch\.sparse.*to_dense\(\)"):
+            dtypes.view(tensor, "x")
 
 
 def test_rows_that_lie_no_whole_number_of_elements_apart_are_refused() -> None:

@@ -118,6 +118,9 @@ def flash_mla_with_kvcache(
             raise ConfigError(
                 f"{_HERE}: causal with indices; leave it out, indices choose the keys"
             )
+        for name, unused in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+            if unused is not None:
+                view(unused, f"{_HERE}: {name}")
         _sparse(
             *(call, seen, head_dim_v, scale, is_fp8_kvcache, sink),
             (k_cache, indices, topk_length),

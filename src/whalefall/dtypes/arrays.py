@@ -65,8 +65,8 @@ def view(array: Any, name: str = "array") -> View:
 
     Args:
         array: the array; `name` is how a refusal calls it.
-    Raises: DtypeError for another kind of object or dtype, UnsupportedError for a tensor that is
-        not in the memory of this machine's CPU.
+    Raises: DtypeError for another kind of object or dtype and for a sparse tensor; UnsupportedError
+        for a tensor that is not in the memory of this machine's CPU, or negated lazily.
     """
     if isinstance(array, np.ndarray):
         dtype = _NAMES.get(array.dtype)
@@ -81,6 +81,14 @@ def view(array: Any, name: str = "array") -> View:
         if array.device.type != "cpu":
             raise UnsupportedError(
                 f"{name}: a tensor on {array.device}, wanted CPU memory; move it with .cpu()"
+            )
+        if array.layout is not sys.modules["torch"].strided:
+            raise DtypeError(
+                f"{name}: a tensor of layout {array.layout}, wanted a dense one; call .to_dense()"
+            )
+        if array.is_neg():  # its memory holds the values of the other sign
+            raise UnsupportedError(
+                f"{name}: a tensor negated lazily, wanted its values in memory; call .resolve_neg()"
             )
         return View(
             array.data_ptr(), tuple(array.shape), tuple(array.stride()), _torch_name(array.dtype)
