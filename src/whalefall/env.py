@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TABLE", "Variable", "cache_dir", "get", "markdown", "native"]
+from whalefall.errors import ConfigError, WhalefallError
+
+__all__ = ["TABLE", "Variable", "cache_dir", "get", "markdown", "native", "using_cache"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,30 @@ def get(name: str) -> str:
     return os.environ.get(name, default)
 
 
-def cache_dir() -> Path:
-    """`WHALEFALL_CACHE` as a path, created where missing."""
-    path = Path(get("WHALEFALL_CACHE")).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+def cache_dir(*parts: str) -> Path:
+    """`WHALEFALL_CACHE` as a path, or a folder in it; created where missing.
+
+    Raises: ConfigError where that cannot be done.
+    """
+    with using_cache():
+        path = Path(get("WHALEFALL_CACHE")).expanduser().joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def using_cache() -> Iterator[None]:
+    """What the system refuses in the block becomes a ConfigError that names the cache folder."""
+    try:
+        yield
+    except WhalefallError:  # one of them is an OSError too
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of a user who is not there
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"cache folder {get('WHALEFALL_CACHE')}: {words}; "
+            "set WHALEFALL_CACHE to a folder that can be written to"
+        ) from None
 
 
 def markdown() -> str:

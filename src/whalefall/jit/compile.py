@@ -3,6 +3,8 @@
 The cache key covers the source, the headers it includes, options, compiler and CPU features, so a
 cache folder shared between machines never serves a binary made for another one. Of the processes
 that need the same thing at the same time one compiles, under a file lock; files appear by rename.
+Each ends with its own checksum, which is looked at before it is loaded: the loader would map what a
+full disk or a crash left of a file, and die of SIGBUS.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from whalefall import env
-from whalefall.errors import MissingError, WhalefallError
+from whalefall.errors import ConfigError, MissingError, WhalefallError
 from whalefall.jit import isa
 from whalefall.jit.compiler import Compiler, compiler
 from whalefall.jit.progress import announce
@@ -31,6 +35,7 @@ __all__ = ["INCLUDE", "CompileError", "Library", "build"]
 
 INCLUDE = Path(__file__).parent / "include"
 ABANDONED_S = 600.0  # no compiler works on one source for so long
+_SEAL = b"whalefall-crc32:"  # then 8 hexadecimal digits: what a compiled file ends with
 _OPTIONS = (
     # Contraction is off so that an FMA happens only where the source says so: the same bits at
     # every optimisation level and compiler. No -ffast-math: NaN must stay NaN.
@@ -53,7 +58,12 @@ class Library(ctypes.CDLL):
     """
 
     def __init__(self, path: Path, level: str) -> None:
-        super().__init__(str(path))
+        try:
+            super().__init__(str(path))
+        except OSError as error:
+            raise ConfigError(
+                f"jit: {error}; where its folder is mounted noexec, set WHALEFALL_CACHE to another"
+            ) from None
         self.path = path
         self.level = level
         for hook in ON_LOAD:
@@ -86,7 +96,13 @@ def cache_key(source: Path, options: Sequence[str], tool: Compiler) -> str:
     digest = hashlib.sha256()
     for path in [source, *headers(source)]:
         digest.update(path.read_bytes() + b"\0")
-    for text in (*options, *tool.command, tool.version, *sorted(isa.cpu_features())):
+    for text in (
+        _SEAL.decode(),
+        *options,
+        *tool.command,
+        tool.version,
+        *sorted(isa.cpu_features()),
+    ):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -105,7 +121,8 @@ def build(
         flags: more compiler options (a sanitizer, a warning).
         level: an ISA level; None: the best one, or what WHALEFALL_ISA forces.
     Returns: the library; the same object for the same arguments.
-    Raises: MissingError without a compiler or source, CompileError with the compiler's words.
+    Raises: MissingError without a compiler or source, CompileError with the compiler's words,
+        ConfigError for a cache folder that cannot be used.
     """
     chosen = level or isa.best_level()
     pairs = tuple(sorted((defines or {}).items()))
@@ -127,21 +144,42 @@ def _build(
     ]
     if any(path.name == "simd.h" for path in headers(source)):
         options += _measured_options(level)
-    folder = env.cache_dir() / "jit"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
-    if not target.exists():
+    name = f"{source.stem}-{level}-{cache_key(source, options, tool)}.so"
+    target = env.cache_dir("jit") / name
+    if not _intact(target):
         with _alone(target):
-            if not target.exists():
+            if not _intact(target):
+                if target.exists():
+                    warnings.warn(f"jit: {target} is damaged; compiling it anew", stacklevel=3)
                 # Where the headers lie is not in the key, what they say is: checkouts share.
                 _compile(tool, source, [*options, f"-I{INCLUDE}"], target)
     return Library(target, level)
 
 
+def _intact(target: Path) -> bool:
+    """Whether the file is there and is what `_seal` saw."""
+    try:
+        content = target.read_bytes()
+    except OSError:
+        return False
+    body = content[: -len(_SEAL) - 8]
+    return content.endswith(_SEAL + b"%08x" % zlib.crc32(body))
+
+
+def _seal(path: str) -> None:
+    """Append the checksum (a loader does not look behind the last section); on disk at return."""
+    with open(path, "r+b") as file:
+        file.write(_SEAL + b"%08x" % zlib.crc32(file.read()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """One process a machine compiles `target`; the other ranks of a unit wait for it."""
-    with target.with_suffix(".lock").open("w") as file:  # the kernel frees it if we are killed
+    with env.using_cache():
+        file = target.with_suffix(".lock").open("w")
+    with file:  # the kernel frees the lock if we are killed
         fcntl.flock(file, fcntl.LOCK_EX)
         for left in target.parent.glob(f"{target.stem}*.tmp"):  # of a process that was killed
             with contextlib.suppress(FileNotFoundError):
@@ -161,7 +199,8 @@ def _measured_options(level: str) -> list[str]:
 
 
 def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path) -> None:
-    handle, name = tempfile.mkstemp(suffix=".tmp", prefix=target.stem, dir=target.parent)
+    with env.using_cache():
+        handle, name = tempfile.mkstemp(suffix=".tmp", prefix=target.stem, dir=target.parent)
     os.close(handle)
     command = [*tool.command, *options, str(source), "-o", name, "-ldl"]
     try:
@@ -170,7 +209,9 @@ def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path)
         if done.returncode != 0:
             words = "\n".join(done.stderr.splitlines()[:20])
             raise CompileError(f"jit: {' '.join(tool.command)} refused {source.name}:\n{words}")
-        os.chmod(name, 0o755)
-        os.replace(name, target)
+        with env.using_cache():
+            _seal(name)
+            os.chmod(name, 0o755)
+            os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from whalefall import env
-from whalefall.errors import MissingError
+from whalefall.errors import ConfigError, MissingError
 
 __all__ = ["Compiler", "compiler", "find_compiler"]
 
@@ -30,7 +30,12 @@ class Compiler:
 def _candidates() -> list[tuple[str, ...]]:
     forced = env.get("WHALEFALL_CXX")
     if forced:
-        return [tuple(shlex.split(forced))]
+        try:
+            return [tuple(shlex.split(forced))]
+        except ValueError as error:
+            raise ConfigError(
+                f"WHALEFALL_CXX is {forced!r}, wanted a command as a shell takes it ({error})"
+            ) from None
     found: list[tuple[str, ...]] = [(path,) for path in map(shutil.which, NAMES) if path]
     if importlib.util.find_spec("ziglang"):
         found.append((sys.executable, "-m", "ziglang", "c++"))

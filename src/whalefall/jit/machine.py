@@ -207,24 +207,29 @@ def kept(key: str, measure: Callable[[], dict[str, float]], anew: bool = False) 
 
 def _remembered() -> dict[str, dict[str, float]]:
     try:
-        found: dict[str, dict[str, float]] = json.loads(_path().read_text(encoding="utf-8"))
+        found = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, dict)}
 
 
 @contextlib.contextmanager
 def _locked(name: str) -> Iterator[None]:
     """No other process holds the lock of that name in the cache folder meanwhile."""
-    with open(_path().with_name(f"{name}.lock"), "ab") as lock:
+    with env.using_cache():
+        lock = open(_path().with_name(f"{name}.lock"), "ab")  # noqa: SIM115
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _write(known: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     temporary = _path().with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    os.replace(temporary, _path())
+    with env.using_cache():
+        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        os.replace(temporary, _path())
     return known
 
 
