@@ -19,6 +19,7 @@ USAGE = "usage: whalefall [--version] [--help] COMMAND …\n\ncommands (whalefal
 OWN = {
     "bench": "Measure a room against its peers and this machine's limits.",
     "doctor": "Say what this machine has, and what will run on it.",
+    "jit": "Compile kernels ahead of time, or empty the cache of compiled kernels.",
 }
 
 

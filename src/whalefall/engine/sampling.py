@@ -21,7 +21,7 @@ from whalefall import jit
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.errors import MissingError
 
-__all__ = ["SampleRow", "TokenLogprobs", "sample", "sample_row", "uniform"]
+__all__ = ["SampleRow", "TokenLogprobs", "library", "sample", "sample_row", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,12 @@ class _Row(ctypes.Structure):
 
 
 @cache
-def _library() -> jit.Library:
-    library = jit.build(Path(__file__).parent / "native" / "sampling.cpp")
-    library.wf_sample.restype = None
-    library.wf_sample.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    return library
+def library() -> jit.Library:
+    """native/sampling.cpp. Raises: MissingError without a compiler."""
+    loaded = jit.build(Path(__file__).parent / "native" / "sampling.cpp")
+    loaded.wf_sample.restype = None
+    loaded.wf_sample.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return loaded
 
 
 def _list(values: Sequence[float], dtype: type, keep: list[np.ndarray]) -> int | None:
@@ -201,14 +202,14 @@ def sample(rows: Sequence[SampleRow]) -> list[tuple[int, TokenLogprobs | None]]:
     if not rows:
         return []
     try:
-        library = _library()
+        native = library()
     except MissingError:  # no compiler on this machine
         return [sample_row(row) for row in rows]
     targets = (_Row * len(rows))()
     keep: list[np.ndarray] = []
     for target, row in zip(targets, rows, strict=True):
         _fill(target, row, keep)
-    library.wf_sample(ctypes.addressof(targets), len(rows))
+    native.wf_sample(ctypes.addressof(targets), len(rows))
     return [(target.token, _logprobs(target)) for target in targets]
 
 

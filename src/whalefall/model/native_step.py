@@ -8,19 +8,18 @@ Agrees with `reference.forward`; a token's bits depend on nothing but its own se
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from whalefall import jit
 from whalefall.attention.native_calls import TYPES, paged_entry
 from whalefall.ep.routing import library as gate_library
 from whalefall.errors import WhalefallError
 from whalefall.gemm.linear import refuse_mixed_kinds, weight_struct
 from whalefall.gemm.native_calls import ACTIVATIONS, FORMS, Expert, Weight
 from whalefall.gemm.native_calls import library as gemm_library
+from whalefall.model import step_library
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import rules
 from whalefall.model.step import StepBatch
@@ -254,11 +253,7 @@ class NativeStep:
         # the row after the layers' is the MTP layer's own
         load = np.zeros((config.num_layers + 1, max(config.num_experts, 1)), np.int64)
         self.expert_load = load[:-1]
-        self._library = jit.build(Path(__file__).parent / "native" / "step.cpp")
-        self._library.wf_step.argtypes = self._library.wf_step_workspace.argtypes = [_P, _P]
-        self._library.wf_step_part.argtypes = [_P, _P, _P]
-        for entry in ("wf_step", "wf_step_workspace", "wf_step_part"):
-            getattr(self._library, entry).restype = _N
+        self._library = step_library.library()
         self._config = config
         self._bf16_q = compute != "fp32"  # core attention in bf16, as published
         self._entries: dict[int, int] = {}
