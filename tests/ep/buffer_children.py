@@ -20,6 +20,7 @@ from whalefall.errors import (
     ConfigError,
     DtypeError,
     LimitError,
+    RankFailure,
     ShapeError,
     WhalefallError,
 )
@@ -739,19 +740,29 @@ def all_checks(folder: str, rank: int, size: int, hosts: list[str] | None) -> di
     return outcome
 
 
-def go_on_without_a_rank(folder: str, rank: int, size: int) -> list:
-    """Rank 1 dies before a low-latency dispatch; the others mask it and go on."""
+def go_on_without_a_rank(
+    folder: str, rank: int, size: int, victim: int, hosts: list[str] | None = None
+) -> list:
+    """A rank dies before a low-latency dispatch; the others mask it and go on, or name it."""
+    if hosts:
+        os.environ["WHALEFALL_HOST"] = hosts[rank]
     group = join(folder, rank, size)
     hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
     buffer = ep.Buffer(group, 0, hint, low_latency_mode=True, enable_shrink=True)
     x, idx, weights = batch(rank)
     results, status = [], torch.zeros(size, dtype=torch.int32)
     for step in range(4):
-        if rank == 1 and step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+        if step == 2:
+            dist.barrier()  # what it sent before has arrived
+            if rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
         first = rank * (E // size)
-        back, _, _ = buffer.low_latency_combine(experts(got, first), idx, weights, handle)
+        try:
+            got, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+            back, _, _ = buffer.low_latency_combine(experts(got, first), idx, weights, handle)
+        except RankFailure as error:
+            results.append(error.rank)
+            continue
         buffer.low_latency_query_mask_buffer(status)
         gone = status.nonzero().flatten().tolist()
         here = torch.where(torch.isin(idx // (E // size), torch.tensor(gone)), -1, idx)

@@ -43,16 +43,38 @@ def test_check_holds_on_every_rank(buffers, group: tuple[int, int], check: str) 
     assert not any(said), "\n".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
 
 
-@pytest.mark.ranks
-def test_with_shrink_the_others_go_on_without_a_dead_rank(start, tmp_path) -> None:
-    tasks = start("go_on_without_a_rank", 4, module="buffer_children", folder=str(tmp_path))
+def without_a_rank(start, folder: Path, victim: int, hosts: list[str] | None) -> list[list]:
+    """What the other three of four ranks say of two steps with it, two without it, and a mask."""
+    tasks = start(
+        "go_on_without_a_rank", 4, module="buffer_children", folder=str(folder), victim=victim,
+        hosts=hosts,
+    )  # fmt: skip
+    said = []
     with launch.Group(tasks) as group:
-        for rank in (0, 2, 3):
-            member = group.members[f"rank {rank}"]
+        for member in (group.members[f"rank {r}"] for r in range(4) if r != victim):
             member.process.wait(timeout=100)
             assert member.exit().code == 0, str(member.exit())
-            whole, gone = [[], True], [[1], True]
-            assert member.value() == [whole, whole, gone, gone, [1, 0, 0, 0]]
+            said.append(member.value())
+    return said
+
+
+UNEVEN = ["a", "b", "b", "c"]  # 1 serves 0 and 3 on host b, 2 serves nobody
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("victim", "hosts"), [(1, None), (0, UNEVEN), (2, UNEVEN), (3, UNEVEN)])
+def test_with_shrink_the_others_go_on_without_a_dead_rank(start, tmp_path, victim, hosts) -> None:
+    whole, gone = [[], True], [[victim], True]
+    for said in without_a_rank(start, tmp_path, victim, hosts):
+        assert said[:-1] == [whole, whole, gone, gone]
+        assert said[-1] == [1, 0, 0, 0]
+
+
+@pytest.mark.ranks
+def test_with_shrink_a_dead_proxy_is_named_and_no_living_rank_masked(start, tmp_path) -> None:
+    whole = [[], True]
+    for said in without_a_rank(start, tmp_path, 1, UNEVEN):
+        assert said[:-1] == [whole, whole, 1, 1]
 
 
 @pytest.mark.ranks

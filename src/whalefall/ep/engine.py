@@ -59,7 +59,7 @@ class Engine:
         slot_bytes: address space of a slot; default: enough for the worst case of a chunk.
         timeout_s: how long a living rank may keep the others waiting; a dead one is found at
             once. Default: WHALEFALL_EP_TIMEOUT.
-        shrink: low latency goes on without failed ranks instead of raising.
+        shrink: low latency goes on without failed ranks where it can (`Buffer`: enable_shrink).
         num_threads: that copy and add; 0: by load. The bits do not depend on it.
         hidden: where known, checked to be equal on all ranks.
         num_experts: where known, checked to be equal on all ranks.

@@ -27,7 +27,7 @@ from whalefall.ep.shared import SharedArena
 from whalefall.ep.topology import Topology
 from whalefall.errors import ConfigError, LimitError, RankFailure, WhalefallError
 
-__all__ = ["CLOSED", "Fabric", "Lock", "Plan"]
+__all__ = ["CLOSED", "Fabric", "Lock", "Plan", "kind_and_rank"]
 
 PAGE = 4096
 CLOSED = "ep: the Buffer (or engine) is destroyed; make a new one"
@@ -73,6 +73,12 @@ class Plan:
         slots_at = -(-(PAGE + streams * self.head_bytes) // PAGE) * PAGE
         end = -(-(slots_at + streams * self.slots * self.slot_bytes) // PAGE) * PAGE
         return slots_at, end + self.shared_bytes
+
+
+def kind_and_rank(status: int) -> tuple[int, int]:
+    """Of a status that names a rank: KDEAD, KSILENT or KFAILED, and the rank."""
+    kind = next(k for k in (KFAILED, KSILENT, KDEAD) if -status >= k)
+    return kind, -status - kind
 
 
 class Lock:
@@ -229,8 +235,7 @@ class Fabric:
             )
         if status == KNOMEMORY:
             return LimitError(f"ep: {where}: shared memory (/dev/shm) is full")
-        kind = next(k for k in (KFAILED, KSILENT, KDEAD) if -status >= k)
-        rank = -status - kind
+        kind, rank = kind_and_rank(status)
         how = {
             KFAILED: "gave up after an error of its own",
             KSILENT: f"was silent for {self.plan.timeout_s} s", KDEAD: "is dead",

@@ -22,15 +22,14 @@ import numpy as np
 
 from whalefall import comm
 from whalefall.comm.library import address
-from whalefall.ep.fabric import Fabric
+from whalefall.ep.fabric import Fabric, kind_and_rank
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import KDEAD, KFAILED, KSILENT, CombineCall, DispatchCall, library
+from whalefall.ep.library import KDEAD, KFAILED, CombineCall, DispatchCall, library
+from whalefall.ep.sender import LOOK_S, QUEUE, Sender
 from whalefall.errors import ConfigError, RankFailure
 
 __all__ = ["HostLinks", "Links"]
 
-QUEUE = 4  # blocks on their way between two threads
-LOOK_S = 0.05  # how often a waiting thread looks whether the other host has failed
 # Another host's rank gets more time: whoever waits for the culprit itself shall say so first.
 PATIENCE = 1.25
 
@@ -75,50 +74,6 @@ class Links:
         """Close all connections."""
 
 
-class _Sender:
-    """A thread that sends what is put into its bounded queue."""
-
-    def __init__(
-        self, channel: comm.Channel, name: str, timeout_s: float, failed: Callable[[int], None]
-    ) -> None:
-        self.channel, self._timeout_s, self._failed = channel, timeout_s, failed
-        self.broken = False
-        self._calls: queue.Queue[Callable[[comm.Channel], None] | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, call: Callable[[comm.Channel], None]) -> None:
-        """Queue a call that sends; the other side has failed if it takes nothing for too long."""
-        try:
-            self._calls.put(call, timeout=self._timeout_s)
-        except queue.Full:
-            self.broken = True
-            self._failed(KSILENT)
-
-    def put_if_room(self, call: Callable[[comm.Channel], None]) -> None:
-        """Queue a call, unless the other side is too far behind."""
-        with contextlib.suppress(queue.Full):
-            self._calls.put_nowait(call)
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            if self.broken:
-                continue
-            try:
-                call(self.channel)
-            except (OSError, comm.CommError):
-                self.broken = True
-                time.sleep(LOOK_S)  # why it left may have come before; the one that receives reads
-                self._failed(KDEAD)
-
-    def close(self) -> None:
-        """End after what is queued, and close the channel."""
-        with contextlib.suppress(queue.Full):
-            self._calls.put(None, timeout=5.0)
-            self._thread.join(5.0)
-        self.channel.close()
-
-
 class HostLinks(Links):
     """The connections of one rank on one fabric.
 
@@ -140,11 +95,11 @@ class HostLinks(Links):
         self._lost: dict[int, int] = {}  # host: the status that its proxy ended with
         self._proxy = {h: fabric.topology.proxy(fabric.rank, h) for h in up}
         self._to_proxy = {
-            h: _Sender(c, f"ep up {h}", fabric.plan.timeout_s, partial(self._host_gone, h))
+            h: Sender(c, f"ep up {h}", fabric.plan.timeout_s, partial(self._host_gone, h))
             for h, c in up.items()
         }
         self._to_source = {
-            s: _Sender(c, f"ep down {s}", fabric.plan.timeout_s, partial(self._source_gone, s))
+            s: Sender(c, f"ep down {s}", fabric.plan.timeout_s, partial(self._source_gone, s))
             for s, c in down.items()
         }
         fabric.tell = self._tell
@@ -176,9 +131,10 @@ class HostLinks(Links):
 
     def send_blocks(self, call: DispatchCall, keep: list[Any]) -> Callable[[], None]:
         """Begin to send a dispatch's blocks; the result waits until all have left."""
-        done, sent = threading.Semaphore(0), [0]
+        done, sent = {host: threading.Event() for host in self._to_proxy}, [0]
 
-        def send_all(ranks: np.ndarray, keep: list[Any], channel: comm.Channel) -> None:
+        def send_all(host: int, keep: list[Any], channel: comm.Channel) -> None:
+            ranks = np.array(self.fabric.topology.hosts[host], np.int32)
             rows = min(call.block, call.tokens)
             row = -(-(call.x_bytes + call.scale_bytes + 3 + 8 * call.top_k) // 64) * 64
             room = np.empty(256 + rows * (row + 16), np.uint8)
@@ -193,34 +149,47 @@ class HostLinks(Links):
                     channel.send(Frame("block", call.base + i), room[:used])
                     sent[0] += 1
             finally:
-                done.release()
+                done[host].set()
 
         held = list(keep)  # the caller's arrays live until the last byte has left
         for host, sender in self._to_proxy.items():
-            ranks = np.array(self.fabric.topology.hosts[host], np.int32)
-            sender.put(partial(send_all, ranks, held))
+            sender.put(partial(send_all, host, held))
 
         def wait() -> None:
             for host in self._to_proxy:
-                seen, end = -1, 0.0
+                seen, end = sent[0], self._deadline()
                 with self._awaiting(host) as say:
-                    while not done.acquire(timeout=LOOK_S):
+                    while not done[host].is_set() and self._goes_on_with(host, end, "dispatch"):
                         say()
+                        done[host].wait(LOOK_S)
                         if sent[0] != seen:  # it moves
                             seen, end = sent[0], self._deadline()
-                        self._check(host, end, "dispatch")
 
         return wait
 
     def _deadline(self) -> float:
         return time.monotonic() + self.fabric.plan.timeout_s * PATIENCE + 1
 
-    def _check(self, host: int, end: float, where: str) -> None:
-        """Raise RankFailure if a host's proxy has failed, or the time is up."""
+    def _goes_on_with(self, host: int, end: float, where: str) -> bool:
+        """Whether the wait for a host goes on; with shrink it ends once all its ranks are gone.
+
+        Raises: RankFailure if its proxy has failed, or the time is up.
+        """
+        fabric, proxy = self.fabric, self._proxy[host]
         status = self._lost.get(host, 0)
         if not status and time.monotonic() > end:
-            status = self.lib.wf_ep_silence(self.fabric.pointer, self._proxy[host])
-        self.fabric.check(status, where)
+            status = self.lib.wf_ep_silence(fabric.pointer, proxy)
+        if status and fabric.plan.shrink and kind_and_rank(status)[1] == proxy:
+            self._lost.setdefault(host, status)
+            fabric.masked[proxy] = 1
+            if where == "dispatch" or self._is_gone(host):  # combine looks at its other ranks
+                return False
+        fabric.check(status, where)
+        return True
+
+    def _is_gone(self, host: int) -> bool:
+        """Whether no rank of a host takes part any more."""
+        return all(self.fabric.masked[r] for r in self.fabric.topology.hosts[host])
 
     def _receive_partials(self, host: int, channel: comm.Channel) -> None:
         try:
@@ -270,28 +239,36 @@ class HostLinks(Links):
     def _hear(self, rank: int, awaited: int) -> None:
         self.lib.wf_ep_told_awaited(self.fabric.attached, rank, awaited)
 
-    def _next_partial(self, host: int) -> tuple[int, Any]:
-        end = self._deadline()
-        with contextlib.suppress(queue.Empty):
-            return self._partials[host].get_nowait()
+    def _next_partial(self, host: int, wanted: int) -> tuple[int, Any] | None:
+        """The next block from a host that is none of an earlier tick; None: the host is gone."""
+        end, arrived = self._deadline(), self._partials[host]
         with self._awaiting(host) as say:
-            while True:
+            while not self._is_gone(host):
                 with contextlib.suppress(queue.Empty):
-                    return self._partials[host].get(timeout=LOOK_S)
+                    number, block = arrived.get(timeout=LOOK_S)
+                    if number >= wanted or not self.fabric.plan.shrink:
+                        return number, block
+                    continue  # of a tick while all its ranks were masked
                 say()
-                self._check(host, end, "combine")
+                self._goes_on_with(host, end, "combine")
+        while not arrived.empty():  # so that a host which is only masked can send on
+            arrived.get()
+        return None
 
     @contextlib.contextmanager
     def partials(self, call: CombineCall, i: int) -> Iterator[None]:
-        """Have the other hosts' partial results of block i at hand."""
+        """Have the other hosts' partial results of block i at hand; none of a host that is gone."""
         blocks: dict[int, Any] = {}
-        table = np.zeros(len(self.fabric.topology.hosts), np.uint64)
+        table, wanted = np.zeros(len(self.fabric.topology.hosts), np.uint64), call.base + i
         for host in self._partials:
-            number, blocks[host] = self._next_partial(host)
-            if number != call.base + i:
+            next_one = self._next_partial(host, wanted)
+            if next_one is None:
+                continue
+            number, blocks[host] = next_one
+            if number != wanted:
                 rank = self._proxy[host]
                 words = (
-                    f"ep: combine: rank {rank} is at tick {number}, we at {call.base + i}; ranks "
+                    f"ep: combine: rank {rank} is at tick {number}, we at {wanted}; ranks "
                     "must call the same collectives in the same order"
                 )
                 self.fabric.give_up(-(KFAILED + rank), RankFailure(words, rank=rank))
@@ -363,7 +340,11 @@ class HostLinks(Links):
                 int(last), mask.ctypes.data, idx.ctypes.data, data.ctypes.data,
             )  # fmt: skip
             frame = Frame("partial", call.base + i)
-            self._to_source[source].put(partial(_send, frame, data[:used]))
+            sender, send = self._to_source[source], partial(_send, frame, data[:used])
+            if self.fabric.masked[source]:  # nobody waits for whether it takes what it gets
+                sender.put_if_room(send)
+            else:
+                sender.put(send)
 
     def _selections_here(self, handle: Handle, idx: np.ndarray) -> int:
         El = handle.num_local_experts

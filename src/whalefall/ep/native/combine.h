@@ -220,10 +220,11 @@ struct Collector {
     if (g.local_of[rank] >= 0)
       return g.masked[rank] ? nullptr : reader.take(g.local_of[rank], weights);
     int host = c.host_of[rank];
+    if (!c.remote[host]) return nullptr;  // all its ranks are masked
     const uint8_t* row = c.remote[host] + remote_at[host];
     remote_at[host] += c.log_format ? log_bytes(row, c.hidden) : remote_bytes;
     *weights = reinterpret_cast<const float*>(row + weights_at(c));
-    return row;
+    return g.masked[rank] ? nullptr : row;
   }
 
   void push(Terms& terms, int rank, float weight, int host) {

@@ -175,14 +175,22 @@ inline int culprit(const Group& g, int rank) {
   return rank;
 }
 
-// The status with which some other rank ended its collectives, else 0.
+// The rank that a status names.
+inline int lost_rank(int64_t status) {
+  for (int64_t kind : {kFailed, kSilent, kDead})
+    if (-status >= kind) return static_cast<int>(-status - kind);
+  return -1;
+}
+
+// The status with which some other rank ended its collectives, else 0. With shrink not that of a
+// lost rank itself, which is masked once it is waited for.
 inline int64_t told(const Group& g) {
   for (int r = 0; r < g.num_ranks; r++) {
     int l = g.local_of[r];
     if (r == g.rank || g.masked[r]) continue;
     int64_t status =
         l >= 0 ? g.control[l]->gave_up.load() : -static_cast<int64_t>(g.stream[r]->failed.load());
-    if (status) return status;
+    if (status && !(g.shrink && lost_rank(status) == r)) return status;
   }
   return 0;
 }
@@ -232,27 +240,32 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
   return status;
 }
 
-// As await on a rank's stream; with shrink a rank that does not come is masked (returns 1).
-inline int64_t await_rank(const Group& g, int rank, Word& w, uint32_t target) {
-  if (g.masked[rank]) return 1;
-  int64_t status = await(g, w, target, g.owner[rank], g.stream[rank], rank);
-  if (status < 0 && g.shrink) {
-    g.masked[rank] = 1;
-    return 1;
+// As await; with shrink a rank that is lost is masked (returns 1). Only the lost one ever is: if
+// `rank` lives but what it sends is lost with its proxy, or it gave up over another, its wait
+// fails.
+inline int64_t await_unless_masked(const Group& g, int rank, Word& w, uint32_t target,
+                                   Stream* stream) {
+  while (!g.masked[rank]) {
+    int64_t status = await(g, w, target, g.owner[rank], stream, rank);
+    if (status >= 0 || !g.shrink) return status;
+    int lost = lost_rank(status);
+    bool waits = lost != g.rank_of[g.owner[rank]] && lost != g.rank && !told(g);
+    if (lost != rank && (!waits || g.masked[lost])) return status;
+    g.masked[lost] = 1;  // if another: `rank` does the same, and goes on
   }
-  return status;
+  return 1;
+}
+
+inline int64_t await_rank(const Group& g, int rank, Word& w, uint32_t target) {
+  return await_unless_masked(g, rank, w, target, g.stream[rank]);
 }
 
 // Wait until slot `tick % slots` is free: every local rank has done tick - slots.
 inline int64_t await_slot(const Group& g, uint32_t tick) {
   for (int l = 0; l < g.num_local; l++) {
-    int rank = g.rank_of[l];
-    if (g.masked[rank]) continue;
-    int64_t status = await(g, g.control[l]->pulled, tick + 1 - g.slots, l, nullptr, rank);
-    if (status < 0) {
-      if (!g.shrink) return status;
-      g.masked[rank] = 1;
-    }
+    Word& pulled = g.control[l]->pulled;
+    int64_t status = await_unless_masked(g, g.rank_of[l], pulled, tick + 1 - g.slots, nullptr);
+    if (status < 0) return status;
   }
   return 0;
 }

@@ -41,7 +41,8 @@ class Buffer(Normal, LowLatency):
         allow_nvlink_for_low_latency_mode: accepted; within a host memory is always shared.
         allow_mnnvl: accepted.
         explicitly_destroy: `destroy` will be called; else the end of the object does it.
-        enable_shrink: in the low-latency form failed ranks are masked instead of raising.
+        enable_shrink: in the low-latency form failed ranks are masked instead of raising; not one
+            through which ranks of another host send, unless it was the last of its host.
         comm: an mpi4py communicator.
     Raises: ConfigError for arguments that make no sense or differ between ranks; RankFailure.
     """
