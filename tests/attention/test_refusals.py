@@ -12,7 +12,7 @@ import pytest
 
 from tests.attention.problems import BF16
 from whalefall import attention
-from whalefall.errors import ConfigError, DtypeError, ShapeError, WhalefallError
+from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError, WhalefallError
 
 SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text(encoding="utf-8"))
 
@@ -161,6 +161,36 @@ def test_the_others_refuse() -> None:
             attention.append_latent(q[:, 0], q[:, 1, :16], cache, slots)
     with pytest.raises(ShapeError, match=r"wanted \[parts, rows …, d_v\]"):
         attention.merge_partials(q, np.zeros((4, 3), np.float32))
+
+
+def test_a_gradient_is_refused_where_torch_records_one() -> None:
+    torch = pytest.importorskip("torch")
+    names = ("q", "k_cache", "block_table", "cache_seqlens")
+    arrays = (
+        np.ones((2, 1, 4, 96), "f4"),
+        np.ones((8, 16, 1, 96), "f4"),
+        INDEX[:, 0],
+        INDEX[:, 0, 0],
+    )
+    plain = {
+        name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)
+    }
+    index = torch.zeros(2, 1, 4, dtype=torch.int32)
+    for name in ("q", "k_cache"):
+        given = {**plain, name: plain[name].clone().requires_grad_()}
+        calls = [
+            lambda given=given: decode(**given),
+            lambda given=given: attention.flash_mla_sparse_fwd(
+                given["q"][:, 0], given["k_cache"][0], index, 1.0, 16
+            ),
+        ]
+        for call in calls:
+            with torch.no_grad():
+                assert not call()[0].requires_grad
+            with pytest.raises(
+                UnsupportedError, match=r"needs a gradient; call it under torch\.no_gr"
+            ):
+                call()
 
 
 def test_nothing_to_do_is_fine() -> None:

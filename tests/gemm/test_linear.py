@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from whalefall import gemm, jit
-from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
 from whalefall.gemm.linear import expert_structs, packed_width, quantize_rows, weight_struct
 from whalefall.gemm.native_calls import ACTIVATIONS, KINDS, Input, LinearCall, Output, library
 from whalefall.jit import machine
@@ -368,6 +368,29 @@ def test_refusals_say_what_is_wrong() -> None:
         gemm.fp8_linear(x, weight, scale, ["few"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="form is 'some'"):
         gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
+
+
+def test_a_gradient_is_refused_where_torch_records_one() -> None:
+    torch = pytest.importorskip("torch")
+    x, w = torch.ones(2, 128), torch.ones(128, 128)
+    weight, scale = w.to(torch.float8_e4m3fn), torch.ones(1, 1)
+    idx, wanted = torch.zeros(2, 1, dtype=torch.int32), x.clone().requires_grad_()
+    learnt, out = torch.nn.Parameter(w), torch.empty(2, 128)
+    calls = [
+        lambda: gemm.linear(wanted, w),
+        lambda: gemm.linear(x, learnt),
+        lambda: gemm.linear(wanted, w, out=out),
+        lambda: gemm.fp8_linear(wanted, weight, scale),
+        lambda: gemm.fused_experts(wanted, [gemm.ExpertWeights(w, w, w)], idx),
+        lambda: gemm.fused_experts(x, [gemm.ExpertWeights(w, w, learnt)], idx),
+    ]
+    for call in calls:
+        with torch.no_grad():
+            assert not call().requires_grad
+        with pytest.raises(
+            UnsupportedError, match=r"gradient; call it under torch\.no_grad\(\), or"
+        ):
+            call()
 
 
 @pytest.mark.skipif(not machine.dot_is_fast(jit.levels()[-1]), reason="needs fast bf16 dots")

@@ -33,7 +33,15 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
-from whalefall.dtypes import NUMPY_DTYPES, CallMemo, View, empty_at, empty_like, view
+from whalefall.dtypes import (
+    NUMPY_DTYPES,
+    CallMemo,
+    View,
+    empty_at,
+    empty_like,
+    refuse_gradient,
+    view,
+)
 from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["flash_mla_with_kvcache"]
@@ -79,9 +87,11 @@ def flash_mla_with_kvcache(
         topk_length, extra_topk_length: [b] int32, sparse only: how many indices count.
     Returns: out [b, s_q, h_q, head_dim_v] in q's dtype, lse [b, h_q, s_q] float32 (natural log).
         A row without keys: out 0, lse +inf.
-    Raises: ShapeError, DtypeError, ConfigError.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: FlashMLA `flash_mla_with_kvcache`.
     """
+    if type(q) is not np.ndarray:
+        refuse_gradient(_HERE, (q, k_cache, attn_sink, extra_k_cache))
     check_metadata(_HERE, tile_scheduler_metadata, num_splits)
     given: tuple[Any, ...] = (q, k_cache, block_table, cache_seqlens)
     which: tuple[bool, ...] | None = None

@@ -17,7 +17,7 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
-from whalefall.dtypes import empty_like, view
+from whalefall.dtypes import empty_like, refuse_gradient, view
 from whalefall.errors import ShapeError
 
 __all__ = ["flash_mla_sparse_fwd"]
@@ -45,9 +45,10 @@ def flash_mla_sparse_fwd(
         topk_length: [s_q] int32: how many of a token's indices count.
     Returns: out [s_q, h_q, d_v] in q's dtype; max_logits and lse [s_q, h_q] float32, natural units.
         A token without keys: out 0, max_logits -inf, lse +inf.
-    Raises: ShapeError, DtypeError, ConfigError.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: FlashMLA `flash_mla_sparse_fwd`.
     """
+    refuse_gradient(_HERE, (q, kv, attn_sink))
     seen, kept = query_operand(_HERE, "q", q, "s_q, h_q, d")
     s_q, h_q, width = seen.shape
     d_v = width_of_values(_HERE, "d_v", d_v, width)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import sys
 from numbers import Integral
 from typing import Any
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from whalefall.attention.native_calls import TYPES, VarlenArgs, varlen_entry
 from whalefall.attention.operands import query_operand, scale_operand
-from whalefall.dtypes import View, as_numpy, empty_like, view
-from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
+from whalefall.dtypes import View, as_numpy, empty_like, refuse_gradient, view
+from whalefall.errors import ConfigError, DtypeError, ShapeError
 
 __all__ = [
     "flash_attn_varlen_func",
@@ -123,10 +122,6 @@ def _check_packed(where: str, name: str, packed: Any, width: Any, parts: int = 1
         )
 
 
-def _wants_gradient(array: Any) -> bool:
-    return getattr(array, "requires_grad", False) and bool(sys.modules["torch"].is_grad_enabled())
-
-
 def _attend(
     where: str,
     q: Any,
@@ -141,8 +136,7 @@ def _attend(
 ) -> tuple[Any, Any]:
     if dropout_p != 0.0:
         raise ConfigError(f"{where}: dropout_p is {dropout_p}, wanted 0")
-    if any(_wants_gradient(array) for array in (q, k, v)):
-        raise UnsupportedError(f"{where}: an input needs a gradient; call it under torch.no_grad()")
+    refuse_gradient(where, (q, k, v))
     operands = [query_operand(where, n, a, "T, h, d") for n, a in (("q", q), ("k", k), ("v", v))]
     seen_q, seen_k, seen_v = (seen for seen, _ in operands)
     _check_heads(where, seen_q, seen_k, seen_v)

@@ -11,6 +11,7 @@ from whalefall.dtypes.arrays import (
     as_numpy,
     empty_at,
     empty_like,
+    refuse_gradient,
     restore,
     view,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "float_to_e4m3",
     "float_to_ue8m0",
     "pack_ue8m0",
+    "refuse_gradient",
     "restore",
     "ue8m0_to_float",
     "unpack_ue8m0",

@@ -17,7 +17,16 @@ import numpy as np
 
 from whalefall.errors import DtypeError, UnsupportedError
 
-__all__ = ["NUMPY_DTYPES", "View", "as_numpy", "empty_at", "empty_like", "restore", "view"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "View",
+    "as_numpy",
+    "empty_at",
+    "empty_like",
+    "refuse_gradient",
+    "restore",
+    "view",
+]
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
@@ -149,6 +158,19 @@ def _torch_name(dtype: Any) -> str:
 def is_torch(array: Any) -> bool:
     """Whether `array` is a torch tensor."""
     return not isinstance(array, np.ndarray) and hasattr(array, "data_ptr")
+
+
+def refuse_gradient(where: str, arrays: Sequence[Any], instead: str = "") -> None:
+    """UnsupportedError where torch records and one of `arrays` needs a gradient: results have none.
+
+    Args:
+        where: the function; `instead` is what to use where the gradient is wanted.
+    """
+    for array in arrays:
+        if getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+            raise UnsupportedError(
+                f"{where}: an input needs a gradient; call it under torch.no_grad(){instead}"
+            )
 
 
 def as_numpy(array: Any, name: str = "array") -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from whalefall import jit
-from whalefall.dtypes import CallMemo, View, empty_like, view
+from whalefall.dtypes import CallMemo, View, as_numpy, empty_like, refuse_gradient, view
 from whalefall.dtypes.written import may_write, written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.native_calls import (
@@ -82,8 +82,9 @@ def fp8_linear(
         quantize_activations: make each 128 of a row E4M3 first (W8A8); False keeps them (W8A16).
         out: [M, N] float32 or bfloat16 to write; None allocates with the library of `x`.
         out_dtype: of an allocated result, default x's.
-    Returns: `out`.
-    Raises: ShapeError, DtypeError, ConfigError: one line each.
+    Returns: `out`, without a gradient.
+    Raises: ShapeError, DtypeError, ConfigError: one line each; UnsupportedError where a gradient
+        would be wanted.
     """
     return _run_linear("fp8_linear", x, (weight, scale), form, quantize_activations, out, out_dtype)
 
@@ -125,9 +126,10 @@ def fused_experts(
         half_activations: round fp32 activations to bf16 where the machine's bf16 dots are fast.
         out: [T, top-k, H]; None allocates in `out_dtype` (default bfloat16).
     Returns: one row per selection in top-k order; adding them up is the caller's.
-    Raises: ShapeError, DtypeError; also where w1 and w3, or two experts, differ in dtype.
+    Raises: as `fp8_linear`; DtypeError also where w1 and w3, or two experts, differ in dtype.
     """
     held = isinstance(experts, ctypes.Array) and experts._type_ is Expert
+    refuse_gradient("fused_experts", (x, topk_weights, out), _TRAINED)
     structs: Any = experts if held else expert_structs(experts)  # type: ignore[arg-type]
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
@@ -179,6 +181,7 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
         raise DtypeError(
             f"fused_experts: experts is a {type(experts).__name__}, wanted a list of ExpertWeights"
         )
+    refuse_gradient("fused_experts", [w for e in experts for w in e], _TRAINED)
     structs = (Expert * len(experts))()
     for i, e in enumerate(experts):
         structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"expert {i}: w1")
@@ -262,6 +265,7 @@ def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Wei
 
 
 _MEMO = CallMemo()
+_TRAINED = ", or train with whalefall.train, whose layers have one"
 
 
 def _run_linear(
@@ -273,14 +277,14 @@ def _run_linear(
     out: Any,
     out_dtype: str | None,
 ) -> Any:
+    refuse_gradient(name, (x, *weight, out), _TRAINED)
     given = (x, weight[0], out) if weight[1] is None else (x, *weight, out)
     rest = (name, form, quantize, jit.best_level())
     known = None if out is None else _MEMO.find(given, rest)
     if known is not None and may_write(out):
         known[0](known[1])
         return out
-    call = LinearCall()
-    call.weight = weight_struct(*weight, name)
+    call = LinearCall(weight_struct(*weight, name))
     seen = view(x, f"{name}: x")
     rows, cols = call.weight.rows, call.weight.cols
     if len(seen.shape) != 2 or seen.shape[1] != cols or _gaps(seen):
@@ -298,15 +302,13 @@ def _run_linear(
             f"{name}: out is {y.dtype} {list(y.shape)} with strides {list(y.strides)}, wanted "
             f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N"
         )
-    inputs = [view(array) for array in (x, *weight) if array is not None]
-    refuse_overlap(name, y, tuple(inputs), "out")
+    refuse_overlap(name, y, tuple(view(a) for a in (x, *weight) if a is not None), "out")
     call.x = _input(seen)
     call.y = Output(y.address, y.strides[0], None, None, KINDS[y.dtype], 0)
     call.count = seen.shape[0]
     call.form = _form(form, seen.shape[0], name)
     call.activations = ACTIVATIONS["e4m3" if quantize else "keep"]
-    run, address = library().wf_linear, ctypes.addressof(call)
-    run(address)
+    (run := library().wf_linear)(address := ctypes.addressof(call))
     if given[-1] is not None:
         _MEMO.keep(given, rest, (run, address, call))
     return out
@@ -329,8 +331,7 @@ def _input(seen: View) -> Input:
 
 def packed_width(hidden: int) -> int:
     """Bytes of a row of `quantize_rows`: E4M3 codes up to the next 128, then fp32 scales."""
-    blocks = -(-hidden // 128)
-    return blocks * (128 + 4)
+    return -(-hidden // 128) * (128 + 4)
 
 
 def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
@@ -389,8 +390,6 @@ def _check_selection(
 
 
 def _numpy_int32(topk_idx: Any, idx: View, num_experts: int) -> np.ndarray[Any, Any]:
-    from whalefall.dtypes import as_numpy
-
     index = as_numpy(topk_idx)
     if index.size and int(index.max()) >= num_experts:
         raise ShapeError(
