@@ -200,6 +200,12 @@ def test_nothing_to_do_is_fine() -> None:
     )  # fmt: skip
     assert out.shape == (0, 1, 4, 64) and lse.shape == (0, 4, 1)
     assert decode(cache_seqlens=np.zeros(2, np.int32))[1].min() == np.inf
+    for kv in (np.zeros((0, 1, 96), BF16), np.zeros((4, 1, 96), BF16)[:0]):
+        index = np.array([[[0, -1, 5]]] * 2, np.int32)
+        out, top, lse = attention.flash_mla_sparse_fwd(
+            np.ones((2, 4, 96), BF16), kv, index, 1.0, 64
+        )
+        assert (out == 0).all() and (top == -np.inf).all() and (lse == np.inf).all()
     nothing: dict[str, Any] = {"k_cache": np.zeros((0, 16, 1, 96), BF16)}
     for rest in ({"cache_seqlens": np.zeros(2, np.int32)}, {"indices": INDEX}):
         out, lse = decode(**nothing, **rest)

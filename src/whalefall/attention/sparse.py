@@ -59,7 +59,7 @@ def flash_mla_sparse_fwd(
             f"{_HERE}: kv is {rows.dtype} {list(rows.shape)}, wanted {seen.dtype} [s_kv, 1, "
             f"{width}] like q"
         )
-    if rows.strides[2] != 1 and width > 1:
+    if rows.strides[2] != 1 and width > 1 and rows.shape[0]:  # numpy's strides of nothing are 0
         raise ShapeError(f"{_HERE}: kv has stride {rows.strides[2]} in a row, wanted 1")
     index, index_kept = int32_operand(_HERE, "indices", indices, (s_q, 1, None))
     lengths, lengths_kept = None, None

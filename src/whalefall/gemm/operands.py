@@ -226,6 +226,8 @@ def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Tar
     add = target(where, "c", c, shape)
     if add.kind != to.kind:
         raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one dtype")
+    if 0 in shape:
+        return to, add  # no memory to share: torch's addresses of nothing are all 0
     if add.seen.address != to.seen.address:
         refuse_overlap(where, to.seen, (add.seen,))
     elif any(
