@@ -131,6 +131,27 @@ def test_indices_whose_requests_lie_apart_are_read_where_they_are() -> None:
     assert (apart[0] == plain[0]).all() and (apart[1] == plain[1]).all()
 
 
+def test_an_axis_of_one_may_have_any_stride() -> None:
+    rng = np.random.default_rng(7)
+    q, cache = rng.standard_normal((3, 4, 96)).astype(BF16), rng.standard_normal((6, 16, 1, 96))
+    cache = cache.astype(BF16)
+    index = rng.integers(0, 96, (3, 8)).astype(np.int32)
+    assert q[:, None].strides[1] == index[:, None].strides[1] == 0  # as numpy makes them
+    want = flash_mla_with_kvcache(
+        q.reshape(3, 1, 4, 96), cache, None, None, 64, None, indices=index.reshape(3, 1, 8)
+    )
+    for given_q, given_index in (
+        (q[:, None], index.reshape(3, 1, 8)),
+        (q[:, None], index[:, None]),
+    ):
+        out, lse = flash_mla_with_kvcache(given_q, cache, None, None, 64, None, indices=given_index)
+        assert (out == want[0]).all() and (lse == want[1]).all()
+    table, lengths = np.arange(6, dtype=np.int32).reshape(3, 2), np.array([20, 3, 32], np.int32)
+    want = flash_mla_with_kvcache(q.reshape(3, 1, 4, 96), cache, table, lengths, 64, None)
+    out, lse = flash_mla_with_kvcache(q[:, None], cache, table, lengths, 64, None)
+    assert (out == want[0]).all() and (lse == want[1]).all()
+
+
 def test_a_duplicate_counts_twice(level: str) -> None:
     q, kv = np.zeros((1, 1, 32), np.float32), np.zeros((3, 1, 32), np.float32)
     kv[0], kv[1] = 3, 6
@@ -146,3 +167,23 @@ def test_a_sink_of_infinity_empties_and_one_of_minus_infinity_does_nothing(level
     sunk = flash_mla_sparse_fwd(q, kv, index, 0.1, 16, np.array([np.inf, -np.inf], np.float32))
     assert (sunk[0][0, 0] == 0).all() and (sunk[0][0, 1] == plain[0][0, 1]).all()
     assert (sunk[2] == plain[2]).all()
+
+
+@pytest.mark.parametrize("length", [6, 9, 2**31 - 1])
+def test_a_length_beyond_the_list_ends_with_it(level: str, length: int) -> None:
+    rng = np.random.default_rng(6)
+    q, kv = rng.standard_normal((3, 2, 40)).astype(BF16), rng.standard_normal((24, 1, 40))
+    kv = kv.astype(BF16)
+    index = rng.integers(0, 24, (3, 1, 9)).astype(np.int32)[:, :, :5]  # rows of 9: keys lie behind
+    lengths = np.array([length, 5, -1], np.int32)
+    plain = flash_mla_sparse_fwd(q[:2], kv, index[:2], 0.3, 32)
+    out, top, lse = flash_mla_sparse_fwd(q, kv, index, 0.3, 32, None, lengths)
+    for got, want in zip((out, top, lse), plain, strict=True):
+        assert got[:2].tobytes() == want.tobytes()
+    assert (out[2] == 0).all() and (lse[2] == np.inf).all()
+    cache = kv.reshape(6, 4, 1, 40)
+    sparse: dict[str, Any] = {"topk_length": lengths, "softmax_scale": 0.3}
+    decoded, _ = flash_mla_with_kvcache(
+        q.reshape(3, 1, 2, 40), cache, None, None, 32, None, indices=index, **sparse
+    )
+    assert decoded[:2, 0].tobytes() == plain[0].tobytes() and (decoded[2] == 0).all()

@@ -36,11 +36,20 @@ def query_operand(where: str, name: str, q: Any, axes: str) -> tuple[View, Any]:
         raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
     if len(seen.shape) != len(axes.split(",")):
         raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]")
+    seen = _token_stride(seen)
     collapses = len(seen.shape) < 4 or seen.strides[0] == seen.shape[1] * seen.strides[1]
     if (seen.strides[-1] == 1 or seen.shape[-1] == 1) and (collapses or seen.shape[0] == 1):
         return seen, q
     copy = restore(np.ascontiguousarray(as_numpy(q)), q)
     return view(copy), copy
+
+
+def _token_stride(seen: View) -> View:
+    """[b, s, …] with a stride of s that steps over requests where s is 1: numpy gives such an axis
+    any stride, 0 where it was made by None, and copies nothing to repair it."""
+    if len(seen.shape) < 3 or seen.shape[1] != 1:
+        return seen
+    return seen._replace(strides=(seen.strides[0], seen.strides[0], *seen.strides[2:]))
 
 
 def int32_operand(
@@ -56,6 +65,7 @@ def int32_operand(
     if not fits:
         wanted = ["any" if want is None else want for want in shape]
         raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}")
+    seen = _token_stride(seen)
     rows = (
         len(shape) < 3 or seen.shape[0] == 1 or seen.strides[0] == seen.shape[1] * seen.strides[1]
     )
