@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -157,6 +158,30 @@ def test_append_writes_named_slots_and_skips_minus_one(level: str) -> None:
     error = np.abs(near[5, :512] - latent[0].astype(np.float32))
     assert (error <= np.abs(latent[0].astype(np.float32)) / 16 + 2.0**-9 * 2.0**-6).all()
     assert (near[5, 512:] == rope[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit(
+    level: str, dtype: Any
+) -> None:
+    rng = np.random.default_rng(5)
+    latent = rng.uniform(-400, 400, (3, 4, 128)).astype(dtype)
+    latent[0, 0, 7], latent[0, 1, 9] = 448, -448  # amax / 448 is a power of two: it is the scale
+    latent[0, 1] *= dtype(2.0**-3)
+    latent[0, 2, 0], latent[0, 3, 0] = 450, -896
+    latent[1] *= dtype(1e-7)  # below the scale's floor
+    latent[1, 1], latent[1, 2, 3] = 0, 447 * 2.0**-13  # nothing; just below the floor
+    latent[2, 0, 5], latent[2, 0, 6] = np.nan, -np.float32(np.nan)
+    latent[2, 1] = np.nan
+    scales = np.exp2([[0, -3, 1, 1], [-13] * 4, [0, -13, 0, 0]]).astype(np.float32)
+    cache = np.full((1, 3, 1, 656), 0x55, np.uint8)
+    rope, slots = np.ones((3, 64), dtype), np.arange(3, dtype=np.int32)
+    append_latent(latent.reshape(3, 512), rope, cache, slots, is_fp8_kvcache=True)
+    rows = cache[0, :, 0]
+    assert (np.ascontiguousarray(rows[:, 512:528]).view(np.float32) == scales).all()
+    codes = (latent.astype(np.float32) / scales[:, :, None]).astype(ml_dtypes.float8_e4m3fn)
+    assert (rows[:, :512].reshape(3, 4, 128) == codes.view(np.uint8)).all()
+    assert rows[2, 5] == 0x7F and rows[2, 6] == 0xFF
 
 
 def test_a_gradient_is_refused_where_torch_records_one() -> None:

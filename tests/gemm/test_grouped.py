@@ -56,6 +56,61 @@ def test_psum_groups_end_where_it_says(level: str, alignment: int, zero: bool) -
         assert (d[gap] == (0 if zero else 7)).all()
 
 
+def test_an_empty_psum_group_with_a_smaller_end_moves_no_start_back(alignment: int) -> None:
+    rng = np.random.default_rng(7)
+    a, exact_a = fp8(rng, (60, 256))
+    b, exact_b = fp8(rng, (4, 33, 256), (128, 128))
+    d = np.full((60, 33), 7, np.float32)
+    ends = np.array([20, 3, 40, 50], np.int32)  # starts 0, 32 (empty), 32, 48
+    gemm.m_grouped_fp8_gemm_nt_contiguous(
+        a, b, d, ends, use_psum_layout=True, ensure_zero_padding=True
+    )
+    for g, (start, end) in {0: (0, 20), 2: (32, 40), 3: (48, 50)}.items():
+        assert error(d[start:end], exact_a[start:end], exact_b[g]) < EXACT
+    assert (d[20:32] == 0).all() and (d[40:48] == 0).all()
+
+
+def test_psum_groups_of_k_start_at_aligned_ends(alignment: int) -> None:
+    rng = np.random.default_rng(8)
+    a, b = bf16(rng, (100, 12)), bf16(rng, (100, 20))
+    d = np.full((4, 12, 20), 7, np.float32)
+    ends = np.array([20, 3, 40, 99], np.int32)  # starts 0, 32 (empty), 32, 48
+    gemm.k_grouped_bf16_gemm_tn_contiguous(a, b, d, None, ends, use_psum_layout=True)
+    for g, (start, end) in enumerate([(0, 20), (32, 32), (32, 40), (48, 99)]):
+        part = slice(start, end)
+        assert error(d[g], *(x[part].T.astype(np.float64) for x in (a, b))) < EXACT
+
+
+@pytest.mark.parametrize("over", ["a", "b", "masked_m"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_masked_results_over_an_input_are_refused(kind: str, over: str) -> None:
+    shapes = {"a": (2, 4, 128), "b": (2, 8, 128), "masked_m": (2,)}
+    dtype: Any = BF16 if kind == "bf16" else E4M3
+    given: dict[str, Any] = {"a": np.zeros(shapes["a"], dtype), "b": np.zeros(shapes["b"], dtype)}
+    given["masked_m"] = np.array([4, 1], np.int32)
+    memory = np.zeros(1 << 14, np.uint8)
+    d = memory[4096 : 4096 + 256].view(np.float32).reshape(2, 4, 8)
+    size = given[over].nbytes
+    for begin, refused in ((4096 - size, False), (4100 - size, True), (4348, True), (4352, False)):
+        arrays = dict(given)
+        arrays[over] = memory[begin : begin + size].view(given[over].dtype).reshape(shapes[over])
+        counts = arrays["masked_m"]
+        counts[:] = 4, 1
+        pair = [arrays["a"], arrays["b"]]
+        if kind == "fp8":
+            pair = [
+                (x, np.ones(s, np.float32))
+                for x, s in zip(pair, [(2, 4, 1), (2, 1, 1)], strict=True)
+            ]
+        call = getattr(gemm, f"m_grouped_{kind}_gemm_nt_masked")
+        if not refused:
+            call(*pair, d, counts, 4)
+            continue
+        with pytest.raises(ShapeError, match=rf"m_grouped_{kind}_gemm_nt_masked: d .* overlaps"):
+            call(*pair, d, counts, 4)
+        assert counts.tolist() == [4, 1]
+
+
 def test_masked_rows_are_left_alone(level: str) -> None:
     rng = np.random.default_rng(2)
     counts = np.array([0, 1, 9, 5], np.int32)
