@@ -63,6 +63,6 @@ def compiler() -> Compiler:
     if found is None:
         raise MissingError(
             "no C++ compiler (WHALEFALL_CXX, c++, g++, clang++ or ziglang); "
-            "apt-get install g++, or pip install ziglang"
+            "pip install ziglang, or apt-get install g++"
         )
     return found

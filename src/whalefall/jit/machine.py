@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 _READ_BYTES = 1 << 29
+WITHOUT_COMPILER = (  # `make` and README say the same
+    "none: models answer by the numpy reference, slowly; gemm and attention functions raise "
+    "MissingError; pip install ziglang"
+)
 
 
 def cpu_model() -> str:
@@ -274,7 +278,7 @@ def describe(measure: bool = False) -> dict[str, Any]:
         "memory_gb": round(memory_bytes() / 1e9, 1),
         "compiler": f"{' '.join(tool.command)}: {tool.version}" if tool else "none",
         "gpu": gpus() or "none",
-        "kernels": "native" if tool else "numpy reference (slow): install a C++ compiler",
+        "kernels": "native" if tool else WITHOUT_COMPILER,
     }
     if tool:
         measured = limits(measure)
