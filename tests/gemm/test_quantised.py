@@ -1,4 +1,4 @@
-"""W8A8 linears against the per-token cast's own codes in float64: each row's error by itself."""
+"""What activations become: W8A8 against the cast's own codes in float64, and rounding to bf16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.gemm.operands import BF16, E4M3, fp8
 from whalefall import gemm
 from whalefall.gemm.linear import quantize_rows
+from whalefall.jit import machine
 
 
 def rows_of_every_kind(rng: np.random.Generator, m: int, k: int, dtype: Any) -> Any:
@@ -70,3 +71,21 @@ def test_values_are_multiplied_by_the_scales_reciprocal_not_divided() -> None:
     for row, code in zip(rows[:20], codes[:20], strict=True):
         assert (block(row[None], False)[0] == code).all()
         assert (channel(row[:, None].copy(), False)[0][:, 0] == code).all()
+
+
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_experts_of_bf16_rows_round_the_hidden_row_as_half_activations_do(
+    level: str, form: Any
+) -> None:
+    rng = np.random.default_rng(9)
+    shapes = [(150, 200), (150, 200), (200, 150)]
+    parts = [fp8(rng, shape, (128, 128))[0] for shape in shapes]
+    experts = [gemm.ExpertWeights(*(p[0] for p in parts), *(p[1] for p in parts))]
+    x, idx = rng.standard_normal((5, 200)).astype(BF16), np.zeros((5, 1), np.int32)
+    given: dict[str, Any] = {"form": form, "out_dtype": "float32"}
+    rows = gemm.fused_experts(x, experts, idx, **given)
+    wide = x.astype(np.float32)
+    half = gemm.fused_experts(wide, experts, idx, half_activations=True, **given)
+    assert rows.tobytes() == half.tobytes()
+    kept = gemm.fused_experts(wide, experts, idx, **given)
+    assert (rows != kept).any() == machine.dot_is_fast(level)

@@ -123,7 +123,8 @@ def fused_experts(
         form: as in `fp8_linear`; None: by the rows an expert gets on average.
         topk_weights: [T, top-k] float32; row (t, j) is multiplied by its weight before rounding.
         quantize_activations: W8A8 for both products.
-        half_activations: round fp32 activations to bf16 where the machine's bf16 dots are fast.
+        half_activations: round an fp32 x, and the hidden row silu(w1 · x) · (w3 · x), to bf16 where
+            the machine's bf16 dots are fast; with a bf16 x the hidden row is rounded there anyhow.
         out: [T, top-k, H]; None allocates in `out_dtype` (default bfloat16).
     Returns: one row per selection in top-k order; adding them up is the caller's.
     Raises: as `fp8_linear`; DtypeError also where w1 and w3, or two experts, differ in dtype.
@@ -134,8 +135,7 @@ def fused_experts(
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
-    fresh = out is None
-    if fresh:
+    if fresh := out is None:
         dtype = _out_dtype("fused_experts", out_dtype or "bfloat16")
         out = empty_like(x, (tokens, topk, hidden), dtype)
     rows = written(out, "fused_experts: out")
