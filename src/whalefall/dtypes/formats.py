@@ -62,8 +62,10 @@ def ceil_to_ue8m0(values: npt.NDArray[Any]) -> Floats:
     return np.where(np.isnan(x), np.float32(np.nan), powers)
 
 
-def float_to_ue8m0(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The exponent byte of each fp32 power of two; NaN is 255.
+def float_to_ue8m0(
+    values: npt.NDArray[Any], where: str = "float_to_ue8m0"
+) -> npt.NDArray[np.uint8]:
+    """The exponent byte of each fp32 power of two; NaN is 255. `where` begins a refusal.
 
     Raises: ShapeError where a value is negative or no power of two: its mantissa would be lost.
     """
@@ -72,7 +74,7 @@ def float_to_ue8m0(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     wrong = ((bits & 0x807FFFFF) != 0) & ~np.isnan(x)
     if wrong.any():
         raise ShapeError(
-            f"float_to_ue8m0: scale {x[wrong][0]} is no power of two; ceil_to_ue8m0 makes it one"
+            f"{where}: scale {x[wrong][0]} is no power of two; ceil_to_ue8m0 makes it one"
         )
     return np.where(np.isnan(x), 255, bits >> 23).astype(np.uint8)
 
@@ -83,19 +85,20 @@ def ue8m0_to_float(codes: npt.NDArray[np.uint8]) -> Floats:
     return np.where(codes == 255, np.float32(np.nan), values)
 
 
-def pack_ue8m0(values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def pack_ue8m0(values: npt.NDArray[Any], where: str = "pack_ue8m0") -> npt.NDArray[np.int32]:
     """Four fp32 powers of two of the last axis in one int32, the first in the lowest byte."""
     if values.ndim == 0 or values.shape[-1] % 4:
         raise ShapeError(
-            f"pack_ue8m0: shape {list(values.shape)}, wanted a last axis that is a multiple of 4"
+            f"{where}: scales {list(values.shape)}, wanted a last axis that is a multiple of 4"
         )
-    return np.ascontiguousarray(float_to_ue8m0(values)).view("<i4").astype(np.int32, copy=False)
+    codes = np.ascontiguousarray(float_to_ue8m0(values, where))
+    return codes.view("<i4").astype(np.int32, copy=False)
 
 
-def unpack_ue8m0(packed: npt.NDArray[Any]) -> Floats:
+def unpack_ue8m0(packed: npt.NDArray[Any], where: str = "unpack_ue8m0") -> Floats:
     """The four scales of each int32, lowest byte first: the last axis grows fourfold."""
     if packed.dtype.itemsize != 4:
-        raise DtypeError(f"unpack_ue8m0: dtype {packed.dtype}, wanted int32")
+        raise DtypeError(f"{where}: packed scales are {packed.dtype}, wanted int32")
     return ue8m0_to_float(np.ascontiguousarray(packed).view(np.uint8))
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from whalefall import dtypes
 from whalefall.dtypes import as_numpy, restore
 from whalefall.errors import DtypeError, ShapeError
+from whalefall.gemm.arguments import flag, whole, wholes
 
 __all__ = [
     "align",
@@ -34,15 +35,18 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float32]
+_LEAST = -(1 << 63)  # of a whole number of any sign
 
 
 def ceil_div(x: int, y: int) -> int:
-    """x / y rounded up."""
+    """x / y rounded up; ConfigError unless they are whole and y >= 1."""
+    x, y = whole("ceil_div", "x", x, _LEAST), whole("ceil_div", "y", y)
     return (x + y - 1) // y
 
 
 def align(x: int, y: int) -> int:
-    """x rounded up to a multiple of y."""
+    """x rounded up to a multiple of y; ConfigError unless they are whole and y >= 1."""
+    x, y = whole("align", "x", x, _LEAST), whole("align", "y", y)
     return ceil_div(x, y) * y
 
 
@@ -53,12 +57,14 @@ def ceil_to_ue8m0(x: Any) -> Any:
 
 def pack_ue8m0_to_int(x: Any) -> Any:
     """Four fp32 powers of two of the last axis as one int32, the first in the lowest byte."""
-    return restore(dtypes.pack_ue8m0(_floats("pack_ue8m0_to_int", x)), x)
+    return restore(dtypes.pack_ue8m0(_floats("pack_ue8m0_to_int", x), "pack_ue8m0_to_int"), x)
 
 
 def unpack_ue8m0_from_int(packed_sf: Any) -> Any:
     """The four scales of each int32 as fp32: the last axis grows fourfold."""
-    return restore(dtypes.unpack_ue8m0(as_numpy(packed_sf)), packed_sf)
+    where = "unpack_ue8m0_from_int"
+    packed = as_numpy(packed_sf, f"{where}: packed_sf")
+    return restore(dtypes.unpack_ue8m0(packed, where), packed_sf)
 
 
 def _floats(where: str, x: Any, axes: int | None = None) -> Floats:
@@ -101,13 +107,33 @@ def per_token_cast_to_fp8(
     Returns: values [m, n] float8_e4m3fn, scales [m, ceil(n / gran_k)] float32 (or int32 packed).
     Raises: ShapeError, DtypeError.
     """
-    floats = _floats("per_token_cast_to_fp8", x, 2)
-    m, n = floats.shape
-    blocks = _padded(floats, 1, gran_k).reshape(m, -1, gran_k)
+    where = "per_token_cast_to_fp8"
+    floats = _floats(where, x, 2)
+    use_ue8m0, pack = _flags(where, use_ue8m0, use_packed_ue8m0)
+    blocks = _blocks_of_rows(where, floats, gran_k)
     scale = _scale(_largest(blocks, 2), dtypes.E4M3_MAX, use_ue8m0)
-    values = _quantize(blocks, scale[:, :, None]).reshape(m, -1)[:, :n]
-    packed = dtypes.pack_ue8m0(scale) if use_packed_ue8m0 else scale
+    values = _unpadded(_quantize(blocks, scale[:, :, None]), floats.shape[1])
+    packed = dtypes.pack_ue8m0(scale, where) if pack else scale
     return restore(np.ascontiguousarray(values), x), restore(packed, x)
+
+
+def _flags(where: str, use_ue8m0: Any, use_packed_ue8m0: Any) -> tuple[bool, bool]:
+    return (
+        flag(where, "use_ue8m0", use_ue8m0),
+        flag(where, "use_packed_ue8m0", use_packed_ue8m0),
+    )
+
+
+def _blocks_of_rows(where: str, x: Floats, gran_k: Any) -> Floats:
+    """[m, blocks, gran_k], no wider than x where one block holds a row."""
+    gran_k = min(whole(where, "gran_k", gran_k), max(1, x.shape[1]))
+    wide = _padded(x, 1, gran_k)
+    return wide.reshape(x.shape[0], wide.shape[1] // gran_k, gran_k)
+
+
+def _unpadded(blocks: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
+    m, count, gran_k = blocks.shape
+    return blocks.reshape(m, count * gran_k)[:, :n]
 
 
 def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[Any, Any]:
@@ -116,11 +142,13 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple
     Returns: values [m, n] float8_e4m3fn, scales [m / gran_k, n] float32.
     Raises: ShapeError if m is no multiple of `gran_k`.
     """
-    floats = _floats("per_channel_cast_to_fp8", x, 2)
+    where = "per_channel_cast_to_fp8"
+    floats = _floats(where, x, 2)
+    use_ue8m0, gran_k = flag(where, "use_ue8m0", use_ue8m0), whole(where, "gran_k", gran_k)
     m, n = floats.shape
     if m % gran_k:
-        raise ShapeError(f"per_channel_cast_to_fp8: {m} rows, wanted a multiple of {gran_k}")
-    blocks = floats.reshape(-1, gran_k, n)
+        raise ShapeError(f"{where}: {m} rows, wanted a multiple of {gran_k}")
+    blocks = floats.reshape(m // gran_k, gran_k, n)
     scale = _scale(_largest(blocks, 1), dtypes.E4M3_MAX, use_ue8m0)
     return restore(_quantize(blocks, scale[:, None, :]).reshape(m, n), x), restore(scale, x)
 
@@ -130,10 +158,13 @@ def per_block_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[A
 
     Returns: values [m, n] float8_e4m3fn, scales [ceil(m / gran_k), ceil(n / gran_k)] float32.
     """
-    floats = _floats("per_block_cast_to_fp8", x, 2)
+    where = "per_block_cast_to_fp8"
+    floats = _floats(where, x, 2)
+    use_ue8m0, gran_k = flag(where, "use_ue8m0", use_ue8m0), whole(where, "gran_k", gran_k)
     m, n = floats.shape
-    wide = _padded(floats, gran_k, gran_k)
-    blocks = wide.reshape(wide.shape[0] // gran_k, gran_k, wide.shape[1] // gran_k, gran_k)
+    rows, columns = min(gran_k, max(1, m)), min(gran_k, max(1, n))
+    wide = _padded(floats, rows, columns)
+    blocks = wide.reshape(wide.shape[0] // rows, rows, wide.shape[1] // columns, columns)
     scale = _scale(_largest(blocks, (1, 3)), dtypes.E4M3_MAX, use_ue8m0)
     values = _quantize(blocks, scale[:, None, :, None]).reshape(wide.shape)[:m, :n]
     return restore(np.ascontiguousarray(values), x), restore(scale, x)
@@ -144,14 +175,13 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) ->
 
     Returns: values in the shape of x, scales with the other axes removed (lengths of 1 too).
     """
-    floats = _floats("per_custom_dims_cast_to_fp8", x)
-    wrong = [d for d in dims if not 0 <= d < floats.ndim]
-    if wrong:
-        raise ShapeError(
-            f"per_custom_dims_cast_to_fp8: dims={tuple(dims)}, wanted axes 0 to {floats.ndim - 1}"
-        )
-    others = tuple(i for i in range(floats.ndim) if i not in set(dims))
-    largest = np.abs(floats).max(axis=others, keepdims=True)
+    where = "per_custom_dims_cast_to_fp8"
+    floats = _floats(where, x)
+    kept, use_ue8m0 = wholes(where, "dims", dims, 0), flag(where, "use_ue8m0", use_ue8m0)
+    if any(d >= floats.ndim for d in kept):
+        raise ShapeError(f"{where}: dims={tuple(kept)}, wanted axes 0 to {floats.ndim - 1}")
+    others = tuple(i for i in range(floats.ndim) if i not in kept)
+    largest = np.abs(floats).max(axis=others, keepdims=True, initial=0)
     scale = _scale(largest, dtypes.E4M3_MAX, use_ue8m0)
     return restore(_quantize(floats, scale), x), restore(scale.squeeze(), x)
 
@@ -166,20 +196,22 @@ def per_token_cast_to_fp4(
     Returns: [m, n / 2] int8, the even column in the low half; scales [m, ceil(n / gran_k)] float32,
         or packed int32 (missing ones are 1.0).
     """
-    floats = _floats("per_token_cast_to_fp4", x, 2)
+    where = "per_token_cast_to_fp4"
+    floats = _floats(where, x, 2)
+    use_ue8m0, pack = _flags(where, use_ue8m0, use_packed_ue8m0)
     m, n = floats.shape
     if n % 2:
-        raise ShapeError(f"per_token_cast_to_fp4: {n} columns, wanted an even number")
-    blocks = _padded(floats, 1, gran_k).reshape(m, -1, gran_k)
+        raise ShapeError(f"{where}: {n} columns, wanted an even number")
+    blocks = _blocks_of_rows(where, floats, gran_k)
     scale = _scale(_largest(blocks, 2), dtypes.FP4_MAX, use_ue8m0)
     with np.errstate(invalid="ignore"):
         scaled = blocks * (np.float32(1) / scale[:, :, None])
-    codes = dtypes.float_to_e2m1(scaled).reshape(m, -1)[:, :n]
+    codes = _unpadded(dtypes.float_to_e2m1(scaled), n)
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(np.int8)
-    if use_packed_ue8m0:
+    if pack:
         full = np.ones((m, align(scale.shape[1], 4)), np.float32)
         full[:, : scale.shape[1]] = scale
-        return restore(packed, x), restore(dtypes.pack_ue8m0(full), x)
+        return restore(packed, x), restore(dtypes.pack_ue8m0(full, where), x)
     return restore(packed, x), restore(scale, x)
 
 
@@ -209,16 +241,17 @@ def cast_back_from_fp4(
     packed: Any, sf: Any, gran_k: int = 128, use_packed_ue8m0: bool = False
 ) -> Any:
     """The fp32 values [m, n] of `per_token_cast_to_fp4`'s result."""
-    codes = _codes("cast_back_from_fp4: packed", packed)
-    scale = as_numpy(sf)
-    scale = dtypes.unpack_ue8m0(scale) if use_packed_ue8m0 else scale
+    where = "cast_back_from_fp4"
+    codes = _codes(f"{where}: packed", packed)
+    scale, gran_k = as_numpy(sf, f"{where}: sf"), whole(where, "gran_k", gran_k)
+    if flag(where, "use_packed_ue8m0", use_packed_ue8m0):
+        scale = dtypes.unpack_ue8m0(scale, where)
     n = codes.shape[1]
-    if scale.shape[0] != codes.shape[0] or scale.shape[1] * gran_k < n:
+    if (scale.ndim, scale.shape[:1]) != (2, codes.shape[:1]) or scale.shape[1] * gran_k < n:
         raise ShapeError(
-            f"cast_back_from_fp4: scales {list(scale.shape)}, wanted "
-            f"{[codes.shape[0], ceil_div(n, gran_k)]}"
+            f"{where}: scales {list(scale.shape)}, wanted {[len(codes), ceil_div(n, gran_k)]}"
         )
-    wide = np.repeat(scale, gran_k, axis=1)[:, :n]
+    wide = np.repeat(scale, min(gran_k, n), axis=1)[:, :n]
     return restore((dtypes.e2m1_to_float(codes) * wide).astype(np.float32), packed)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from whalefall.dtypes import as_numpy, float_to_ue8m0, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.gemm.arguments import flag, whole, wholes
 from whalefall.gemm.casts import align, ceil_div
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 
@@ -28,8 +29,15 @@ __all__ = [
 
 
 def get_tma_aligned_size(x: int, element_size: int, /) -> int:
-    """x rounded up to a multiple of 16 bytes' worth of elements."""
-    return align(x, 16 // element_size)
+    """x rounded up to a multiple of 16 bytes' worth of elements.
+
+    Raises: ConfigError for an x below 0, or elements of which 16 bytes hold no whole number.
+    """
+    x = whole("get_tma_aligned_size", "x", x, 0)
+    size = whole("get_tma_aligned_size", "element_size", element_size)
+    if 16 % size:
+        raise ConfigError(f"get_tma_aligned_size: element_size is {size}, wanted 1, 2, 4, 8 or 16")
+    return align(x, 16 // size)
 
 
 def _mn_major(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -69,11 +77,11 @@ def get_mn_major_tma_aligned_tensor(sf: Any, /) -> Any:
     return sf if as_wanted else _give_back(_mn_major(as_numpy(sf)), sf)
 
 
-def _pack_along_k(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+def _pack_along_k(where: str, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     """[.., mn, k] powers of two as [.., mn, ceil(k / 4)] int32; missing bytes are 0."""
     *lead, mn, k = scales.shape
     codes = np.zeros((*lead, mn, align(k, 4)), np.uint8)
-    codes[..., :k] = float_to_ue8m0(scales)
+    codes[..., :k] = float_to_ue8m0(scales, where)
     return codes.view("<i4").astype(np.int32, copy=False)
 
 
@@ -85,21 +93,42 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, psum_layout: Any = Non
             of the gaps between them are not looked at, and become 0.
     Raises: ShapeError where a scale is no power of two (the original's kernels trap).
     """
-    values = as_numpy(sf, "get_mn_major_tma_aligned_packed_ue8m0_tensor: sf")
-    if values.dtype != np.float32:
-        raise DtypeError(
-            f"get_mn_major_tma_aligned_packed_ue8m0_tensor: sf is {values.dtype}, wanted float32"
-        )
+    return _packed("get_mn_major_tma_aligned_packed_ue8m0_tensor", sf, sf, psum_layout)
+
+
+def _packed(where: str, sf: Any, like: Any, psum_layout: Any) -> Any:
+    values = _float_scales(where, sf, (2, 3))
     if psum_layout is not None:
-        values = np.where(_rows_of_groups(psum_layout, values.shape[-2])[:, None], values, 0.0)
+        ends = _ends(f"{where}: psum_layout", psum_layout)
+        values = np.where(_rows_of_groups(ends, values.shape[-2])[:, None], values, 0.0)
         values = values.astype(np.float32)
-    return _give_back(_mn_major(_pack_along_k(values)), sf)
+    return _give_back(_mn_major(_pack_along_k(where, values)), like)
 
 
-def _rows_of_groups(psum_layout: Any, rows: int) -> npt.NDArray[np.bool_]:
+def _float_scales(where: str, sf: Any, axes: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    values = as_numpy(sf, f"{where}: sf")
+    if values.dtype != np.float32:
+        raise DtypeError(f"{where}: sf is {values.dtype}, wanted float32")
+    if values.ndim not in axes:
+        wanted = " or ".join(map(str, axes))
+        raise ShapeError(f"{where}: sf is {list(values.shape)}, wanted {wanted} axes")
+    return values
+
+
+def _ends(name: str, layout: Any) -> list[int]:
+    """Where each group ends."""
+    values = as_numpy(layout, name)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ShapeError(
+            f"{name} is {values.dtype} {list(values.shape)}, wanted int32 with one axis"
+        )
+    return [int(end) for end in values]
+
+
+def _rows_of_groups(ends: list[int], rows: int) -> npt.NDArray[np.bool_]:
     inside = np.zeros(rows, bool)
     start = 0
-    for end in as_numpy(psum_layout).tolist():
+    for end in ends:
         inside[start:end] = True
         start = align(max(start, end), get_mk_alignment_for_contiguous_layout())
     return inside
@@ -117,26 +146,28 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
 
     Returns: int32 [Σ ceil(k_g / (4 · gran_k)), mn], contiguous.
     """
-    values = as_numpy(sf, "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor: sf")
-    if use_psum_layout and not ks_cpu:
-        ends, start, sizes = as_numpy(grouped_layout).tolist(), 0, []
-        for end in ends:
+    where = "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor"
+    values, gran_k = _float_scales(where, sf, (2,)), whole(where, "gran_k", gran_k)
+    k_alignment = whole(where, "k_alignment", k_alignment)
+    ks = [] if ks_cpu is None else wholes(where, "ks_cpu", ks_cpu, 0)
+    sizes = ks
+    if flag(where, "use_psum_layout", use_psum_layout) and not ks:
+        start, sizes = 0, []
+        for end in _ends(f"{where}: grouped_layout", grouped_layout):
             sizes.append(max(0, end - start))
             start = align(max(start, end), k_alignment)
-    else:
-        sizes = list(ks_cpu or [])
     counts = [ceil_div(k, gran_k) for k in sizes]
     if sum(counts) > values.shape[0]:
         raise ShapeError(
-            f"get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor: sf has {values.shape[0]} "
-            f"rows, wanted {sum(counts)} for K {sizes} in steps of {gran_k}"
+            f"{where}: sf has {values.shape[0]} rows, wanted {sum(counts)} for K {sizes} in steps "
+            f"of {gran_k}"
         )
     parts, at = [], 0
     for count in counts:
-        parts.append(_pack_along_k(values[at : at + count].T).T)
+        parts.append(_pack_along_k(where, values[at : at + count].T).T)
         at += count
     rows = sum(ceil_div(count, 4) for count in counts)
-    if not ks_cpu:
+    if not ks:
         rows = max(rows, (values.shape[0] + 3 * len(sizes)) // 4)
     out = np.zeros((rows, values.shape[1]), np.int32)
     if parts:
@@ -166,14 +197,11 @@ def transform_sf_into_required_layout(
     Raises: ShapeError, ConfigError.
     """
     where = "transform_sf_into_required_layout"
-    if (len(recipe) == 3) != (is_sfa is not None) or len(recipe) not in (2, 3):
-        raise ConfigError(
-            f"{where}: recipe={recipe}, is_sfa={is_sfa}; wanted three numbers with is_sfa, or two"
-        )
-    rows = recipe[0] if len(recipe) == 2 or is_sfa else recipe[1]
-    gran_k = recipe[-1]
+    rows, gran_k = _steps(where, recipe, is_sfa)
+    mn, k = whole(where, "mn", mn, 0), whole(where, "k", k, 0)
+    disable_ue8m0_cast = flag(where, "disable_ue8m0_cast", disable_ue8m0_cast)
     v = view(sf, f"{where}: sf")
-    lead = () if num_groups is None else (num_groups,)
+    lead = () if num_groups is None else (whole(where, "num_groups", num_groups, 0),)
     if v.dtype == "int32" and rows == 1:
         wanted: tuple[int, ...] = (*lead, mn, ceil_div(k, 4 * gran_k))
         strides_ok = mn == 1 or v.strides[-2] == 1
@@ -194,6 +222,16 @@ def transform_sf_into_required_layout(
         return get_mn_major_tma_aligned_tensor(sf) if rows == 1 else sf
     if disable_ue8m0_cast:
         raise ConfigError(f"{where}: disable_ue8m0_cast with K in steps of {gran_k}, wanted 128")
-    wide = np.repeat(as_numpy(sf), rows, axis=-2)[..., :mn, :]
-    packed = get_mn_major_tma_aligned_packed_ue8m0_tensor(wide, psum_layout)
-    return _give_back(packed, sf)
+    wide = np.repeat(as_numpy(sf), min(rows, max(1, mn)), axis=-2)[..., :mn, :]
+    return _packed(where, wide, sf, psum_layout)
+
+
+def _steps(where: str, recipe: Any, is_sfa: bool | None) -> tuple[int, int]:
+    """Rows and K that one scale covers."""
+    steps = wholes(where, "recipe", recipe)
+    if (len(steps) == 3) != (is_sfa is not None) or len(steps) not in (2, 3):
+        raise ConfigError(
+            f"{where}: recipe={recipe}, is_sfa={is_sfa}; wanted three numbers with is_sfa, or two"
+        )
+    first = is_sfa is None or flag(where, "is_sfa", is_sfa)
+    return steps[0 if first else 1], steps[-1]

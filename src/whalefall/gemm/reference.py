@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.dtypes import as_numpy, e2m1_to_float, e4m3_to_float, unpack_ue8m0
+from whalefall.errors import ShapeError
 
 __all__ = ["calc_diff", "dequantize", "product"]
 
@@ -43,6 +44,15 @@ def calc_diff(x: Any, y: Any) -> float:
 
     Source: DeepGEMM `deep_gemm/testing/numeric.py`.
     """
-    a, b = (np.asarray(as_numpy(v), np.float64) for v in (x, y))
+    a, b = (
+        np.asarray(as_numpy(v, f"calc_diff: {name}"), np.float64)
+        for name, v in (("x", x), ("y", y))
+    )
+    try:
+        np.broadcast_shapes(a.shape, b.shape)
+    except ValueError:
+        raise ShapeError(
+            f"calc_diff: x is {list(a.shape)}, y {list(b.shape)}; wanted the same shape"
+        ) from None
     denominator = float((a * a + b * b).sum())
     return 0.0 if denominator == 0 else 1.0 - 2.0 * float((a * b).sum()) / denominator
