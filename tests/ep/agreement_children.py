@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from itertools import permutations
 
 import ml_dtypes
 import numpy as np
@@ -91,6 +92,28 @@ def check_low_latency_dispatches_that_differ_are_refused_again_and_again(buffer:
     rows, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
     out, _, _ = buffer.low_latency_combine(through_experts(rows, first), idx, weights, handle)
     assert torch.equal(out, weighted(x, idx, weights))
+
+
+def check_low_latency_calls_of_other_kinds_are_refused_by_all(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    first = buffer.rank * (E // buffer.group_size)
+    rows, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+    combine = buffer.low_latency_combine
+    calls = {
+        "dispatch": lambda **more: low_latency(buffer, x, idx, use_fp8=False, **more)[3:],
+        "combine": lambda **more: buffer.low_latency_combine(rows, idx, weights, handle, **more)[
+            1:
+        ],
+        "clean": lambda **_: (buffer.clean_low_latency_buffer(M, H, E), None),
+    }
+    for other, mine in permutations(calls, 2):
+        for way in ("plain", "hook", "async"):
+            more = {"return_recv_hook": way == "hook", "async_finish": way == "async"}
+            with pytest.raises(ShapeError, match=rf"calls (.*)({other}|{mine}).* rank \d "):
+                finish(*calls[mine if buffer.rank else other](**more))
+            got, _, made, _, _ = low_latency(buffer, x, idx, use_fp8=False)
+            out, _, _ = combine(through_experts(got, first), idx, weights, made)
+            assert torch.equal(out, weighted(x, idx, weights))
 
 
 def check_rows_of_two_types_are_refused(buffer: ep.Buffer) -> None:

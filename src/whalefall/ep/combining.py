@@ -211,14 +211,14 @@ class Combining:
 
         def stage(i: int = 0) -> None:
             call.serial = handle.serial
-            if self.one_tick and self.num_hosts > 1:
+            if self.one_tick:
                 posted.append(self._post_form(call))
             fabric.check(lib.wf_ep_combine_stage(fabric.pointer, where, i, most, stride), "combine")
 
         def finish(i: int = 0) -> None:
-            if self.one_tick and posted:
-                self._collect_forms(posted[0], call.base)
             status = lib.wf_ep_combine_await(fabric.pointer, call.base, i, pointer(waited_ns))
+            if posted and status in (0, KDISAGREE):  # the others may not have called combine
+                self._collect_forms(posted[0], call.base)
             if status == KDISAGREE:
                 lib.wf_ep_done(fabric.pointer, call.base + i)
                 self._check_alike(call.base + i)
@@ -255,7 +255,11 @@ class Combining:
         return Pending(_nothing, _nothing, run, out)
 
     def _post_form(self, call: CombineCall) -> tuple[int, int]:
-        """Tell the ranks of other hosts too what will come back."""
+        """Tell all ranks what will come back."""
+        if self.num_hosts == 1:
+            count = self.counts.next_number()
+            self.lib.wf_ep_post_form(self.fabric.pointer, ctypes.addressof(call), count)
+            return count, len(HEADER_FIELDS)
         form = (1 if call.fp32 else 0) | (2 if call.row_weights else 0)
         form |= 4 if call.log_format else 0  # `form_of` of combine.h
         fields = {

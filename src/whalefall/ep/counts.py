@@ -14,13 +14,13 @@ from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.errors import LimitError, ShapeError
 
-__all__ = ["COMBINE", "REPEAT", "Counts", "mailbox_bytes"]
+__all__ = ["CLEAN", "COMBINE", "REPEAT", "Counts", "mailbox_bytes"]
 
 AGREED = ("kind", "call", "x_bytes", "scale_bytes", "top_k", "flags", "num_experts", "extra")
 AGREED_AT = [HEADER_FIELDS.index(name) for name in AGREED]
-REPEAT, COMBINE = 4, 5
+CLEAN, REPEAT, COMBINE = 3, 4, 5
 KINDS = {
-    1: "dispatch", 2: "barrier", 3: "clean_low_latency_buffer", REPEAT: "dispatch by handle",
+    1: "dispatch", 2: "barrier", CLEAN: "clean_low_latency_buffer", REPEAT: "dispatch by handle",
     COMBINE: "combine",
 }  # fmt: skip
 SERIALS = 1 << 24  # of one engine, before they begin again

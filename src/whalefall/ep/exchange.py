@@ -227,6 +227,20 @@ class Exchange(Direct):
 
         return Pending(send, receive, run, received)
 
+    def agree(self, kind: int, num_experts: int) -> None:
+        """A call of the low-latency form that moves nothing; it takes a tick, as all do, so that
+        ranks that call something else hear of it and all go on in step.
+
+        Raises: ShapeError if the ranks disagree; RankFailure.
+        """
+        self.await_next_slot()
+        tick = self._take_ticks(1)
+        fields = {"kind": kind, "num_experts": num_experts, "call": self.counts.next_call()}
+        posted = self.counts.post(fields, Layout.nothing(self.size, self.num_hosts))
+        self.lib.wf_ep_staged(self.fabric.pointer, self.rank, tick)
+        self._collect_forms(posted, tick)
+        self.lib.wf_ep_done(self.fabric.pointer, tick)
+
     def _phase(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
         with trace.span("ep.dispatch", "communication", tokens=call.tokens):
             self._move(call, keep, stage, pull)

@@ -192,6 +192,19 @@ WF_EXPORT int64_t wf_ep_combine_stage(const Group* group, const Combine* combine
   return status;
 }
 
+// Say in header number `count` which form of combine this is.
+WF_EXPORT void wf_ep_post_form(const Group* g, const Combine* c, uint32_t count) {
+  auto* to =
+      reinterpret_cast<int32_t*>(g->mailbox[g->rank] + (count % g->mailboxes) * g->mailbox_bytes);
+  memset(to, 0, 4 * kFields);
+  to[kKind] = kCombine;
+  to[kXBytes] = static_cast<int32_t>(c->hidden);
+  to[kFlags] = form_of(*c);
+  to[kExtra] = c->serial;
+  to[kCall] = c->call;
+  advance(g->stream[g->rank]->posted, count + 1);
+}
+
 // What each rank of this host says of the combine that it staged at `tick`: [R, fields].
 WF_EXPORT void wf_ep_combine_said(const Group* group, int64_t tick, int32_t* out) {
   for (int r = 0; r < group->num_ranks; r++) {

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from whalefall.ep.arguments import ADDRESSES, flag, whole
 from whalefall.ep.config import low_latency_size_hint
+from whalefall.ep.counts import CLEAN
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.exchange import Exchange
-from whalefall.ep.handle import Handle, Layout, Want
+from whalefall.ep.handle import Handle, Want
 from whalefall.ep.library import library
 from whalefall.ep.rows import Rows
 from whalefall.ep.torch.arrays import array, bf16, rows, tensor
@@ -57,10 +58,8 @@ class LowLatency:
         low = self._low
         for value in (num_max_dispatch_tokens_per_rank, hidden, num_experts):
             whole(value, "clean_low_latency_buffer: a size")
-        empty = Layout.nothing(self.runtime.num_ranks, len(self.runtime.topology.hosts))
         self.runtime.worker.drain()
-        fields = {"kind": 3, "num_experts": num_experts, "call": low.counts.next_call()}
-        low.counts.collect(low.counts.post(fields, empty))
+        low.agree(CLEAN, num_experts)
 
     def low_latency_dispatch(
         self,
