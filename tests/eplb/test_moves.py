@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from whalefall import eplb
-from whalefall.eplb import arguments, published
+from whalefall.eplb import arguments, cpu, moving, published
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 SIZES = (72, 4, 2, 8)
@@ -39,7 +39,8 @@ def test_moves_are_counted_and_reach_the_stated_balance() -> None:
     reachable = fresh.balance >= 0.9
     assert (reachable & (stale < 0.9)).sum() >= 5
     assert (new.balance[reachable] >= 0.9).all()
-    assert new.moves.sum() < new_pairs(old.phy2log, fresh.phy2log, 8).sum() / 3
+    anew = new_pairs(old.phy2log, fresh.phy2log, 8)
+    assert new.moves[reachable].sum() < anew[reachable].sum() / 3
 
 
 def test_a_balanced_placement_does_not_move() -> None:
@@ -109,6 +110,84 @@ def test_moving_never_makes_the_busiest_gpu_heavier(origin: str) -> None:
             assert after <= before * (1 + 1e-6), (loads, sizes, previous, max_moves)
             assert after == pytest.approx(new.load[0], rel=1e-6)
     assert twice > 100
+
+
+def drifting_case(
+    random: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+    """Loads of two layers before and after a while, and sizes; global or on up to three nodes."""
+    nodes = int(random.integers(1, 4))
+    gpus, groups = nodes * int(random.integers(2, 5)), nodes * int(random.integers(1, 3))
+    experts = groups * int(random.integers(2, 9))
+    replicas = gpus * int(-(-experts // gpus) + random.integers(0, 3))
+    before = random.lognormal(0, random.choice([0.3, 1, 2]), (2, experts))
+    after = before * random.lognormal(0, 0.5, before.shape)
+    return before, after, (replicas, groups, nodes, gpus)
+
+
+@pytest.mark.parametrize("balance", [0.8, 0.99])
+def test_no_limit_is_as_balanced_as_any_limit_up_to_the_aim(balance: float) -> None:
+    random = np.random.default_rng(7)
+    out_of_reach = 0
+    for _ in range(400):
+        before, after, sizes = drifting_case(random)
+        previous = eplb.rebalance(before, *sizes).phy2log
+        free = eplb.rebalance(after, *sizes, previous=previous, balance=balance)
+        aim = free.mean / balance * (1 + 1e-6)
+        stale = eplb.gpu_loads(after, previous, sizes[3]).max(1)
+        fresh = eplb.rebalance(after, *sizes)
+        assert (free.load <= stale * (1 + 1e-6)).all()
+        assert (free.load <= np.maximum(fresh.load * 1.01, aim)).all()
+        for most in (0, 1, 3, 8, 1000):
+            bound = eplb.rebalance(
+                after, *sizes, previous=previous, balance=balance, max_moves=most
+            )
+            assert (free.load <= np.maximum(bound.load * 1.01, aim)).all(), (after, sizes, most)
+        out_of_reach += int((fresh.balance < balance).sum())
+    assert out_of_reach > 50
+
+
+@pytest.mark.parametrize("sizes", [(288, 8, 4, 32), (288, 1, 18, 144), (16, 4, 2, 8)])
+def test_an_aim_out_of_reach_is_neared_as_by_a_fresh_plan(sizes: tuple[int, int, int, int]) -> None:
+    random = np.random.default_rng(0)
+    before = random.lognormal(0, 0.3, (20, 256 if sizes[0] == 288 else 12))
+    after = before * random.lognormal(0, 0.5, before.shape)
+    previous = eplb.rebalance(before, *sizes)
+    new = eplb.rebalance(after, *sizes, previous=previous)
+    fresh = eplb.rebalance(after, *sizes)
+    assert (fresh.balance < 0.99).sum() >= 10
+    assert (new.load <= np.maximum(fresh.load * 1.01, new.mean / 0.99)).all()
+    assert (new.moves == new_pairs(previous.phy2log, new.phy2log, sizes[3])).all()
+
+
+@pytest.mark.parametrize(
+    ("few_load", "few_moves", "fresh_load", "max_moves", "taken"),
+    [
+        (10.0, 1, 9.85, None, "fresh"),  # clearly lighter
+        (10.0, 1, 9.85, 2, "fresh"),
+        (10.0, 1, 9.85, 1, "few"),  # beyond the limit
+        (10.0, 1, 9.95, None, "few"),  # too little for one move more
+        (10.0, 1, 9.95, 2, "few"),
+        (10.0, 2, 9.95, None, "fresh"),  # lighter for no more moves
+        (8.05, 1, 8.0, None, "fresh"),  # the aim
+        (8.05, 1, 8.0, 1, "few"),
+        (8.0, 3, 7.0, None, "few"),  # few moves got there
+        (10.0, 3, 10.0, None, "few"),  # nothing gained
+    ],
+)
+def test_a_fresh_plan_is_taken_where_it_is_worth_its_moves(
+    few_load: float, few_moves: int, fresh_load: float, max_moves: int | None, taken: str
+) -> None:
+    loads = np.full((1, 4), 4, np.float32)  # 8 a GPU
+    shape = arguments.check_shape(loads, 4, 1, 1, 2)
+    slots = {"few": np.array([[0, 1, 3, 2]]), "fresh": np.array([[0, 2, 1, 3]])}  # 2 moves
+    few = (slots["few"], np.array([few_load]), np.array([few_moves]))
+    fresh = cpu.Planned(slots["fresh"], np.array([fresh_load]), np.ones(1), np.ones(1))
+    chosen = moving.or_anew(loads, shape, np.arange(4)[None], few, fresh, 1.0, max_moves)
+    wanted = {"few": few, "fresh": (slots["fresh"], fresh.load, np.array([2]))}[taken]
+    for found, value in zip(chosen[1:], wanted[1:], strict=True):
+        assert found.tolist() == value.tolist()
+    assert set(chosen[0][0, :2]) == set(wanted[0][0, :2])
 
 
 def test_groups_stay_on_their_nodes_when_moving() -> None:

@@ -1,7 +1,8 @@
 """Eplb room: a placement made anew, laid over the previous one so that little has to move.
 
-In: the previous slots, what few moves reached, a fresh plan. Out: per layer, whichever reaches the
-stated balance with fewer moves; few moves where neither does.
+In: the previous slots, what few moves reached, a fresh plan. Out: per layer, the few moves, unless
+they miss the stated balance and the fresh plan is lighter and worth its own: it reaches the
+balance, or the busiest GPU would be heavier by more than `CLEAR` without it, or it moves no more.
 """
 
 # L layers, P slots, G GPUs, N nodes, p slots of a GPU
@@ -20,12 +21,14 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Moved = tuple[Ints, Floats, Ints]
 
+CLEAR = 0.01  # a busiest GPU heavier by no more than this is not worth a fresh plan's moves
+
 
 def or_anew(
     loads: npt.NDArray[np.float32], shape: Shape, start_LP: Ints, few: Moved, fresh: Planned,
     balance: float, max_moves: int | None,
 ) -> Moved:  # fmt: skip
-    """Few moves, but a fresh plan for layers that only a fresh plan brings to `balance`.
+    """Few moves; for layers that they leave short of `balance`, a fresh plan worth its moves.
 
     Args:
         loads: [layers, experts].
@@ -33,15 +36,15 @@ def or_anew(
         few: phy2log, largest loads and moves that local search reached.
         fresh: the plan without a previous placement.
         balance: the aim, mean over largest load.
-        max_moves: fresh plans that move more are not taken; None: no limit.
+        max_moves: a fresh plan that moves more is not taken; None: no limit.
     """
     phy2log_LP, load, moves = few[0].copy(), few[1].copy(), few[2].copy()
     aim = loads.sum(1, dtype=np.float64) / shape.gpus / balance
     for layer in np.flatnonzero((load > aim) & (fresh.load < load)):
         laid = align(start_LP[layer], fresh.phy2log[layer], shape)
         moved = count_moves(start_LP[layer], laid, shape.gpus)
-        reaches = fresh.load[layer] <= aim[layer]
-        if reaches if max_moves is None else moved <= max_moves:
+        lighter = fresh.load[layer] <= aim[layer] or fresh.load[layer] * (1 + CLEAR) < load[layer]
+        if (lighter or moved <= moves[layer]) and (max_moves is None or moved <= max_moves):
             phy2log_LP[layer], load[layer], moves[layer] = laid, fresh.load[layer], moved
     return phy2log_LP, load, moves
 

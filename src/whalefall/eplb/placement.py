@@ -121,6 +121,9 @@ def rebalance(
         weight, num_replicas, num_groups, num_nodes, num_gpus: as `rebalance_experts`.
         previous: a placement (or its phy2log) to start from. Replicas move only while a layer's
             balance (mean over largest load) is below `balance`, the most relief per move first.
+            Where that ends below `balance`, a lighter fresh plan is laid over the previous one if
+            it reaches `balance`, or without it the busiest GPU is over 1 % heavier, or it moves no
+            more. An aim out of reach thus costs many moves, unless `max_moves` limits them.
         max_moves: with `previous`: most experts a layer's GPUs may have to load anew.
         balance: with `previous`: the aim, between 0 and 1.
         split: "equal" shares an expert's tokens evenly among its replicas, as the original does;
