@@ -57,7 +57,13 @@ def test_a_damaged_library_is_compiled_anew_and_says_so_once(source: Path, harm:
     assert (again.stdout, again.stderr) == ("42\n", "")
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '"text"', "{", '{"some|key": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "null", '"text"', "{", '{"some|key": 3}', '{"some|key": {}}'),
+        '{"some|key": {"seconds": "2"}}',
+    ],
+)
 def test_a_file_of_measurements_that_makes_no_sense_counts_as_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:

@@ -216,7 +216,15 @@ def _remembered() -> dict[str, dict[str, float]]:
         return {}
     if not isinstance(found, dict):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, dict)}
+    return {key: figures for key, figures in found.items() if _are_figures(figures)}
+
+
+def _are_figures(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(figure, int | float) for figure in value.values())
+    )
 
 
 @contextlib.contextmanager
