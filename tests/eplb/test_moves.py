@@ -63,11 +63,23 @@ def test_max_moves_is_kept_and_more_moves_never_hurt(budget: int) -> None:
         assert new.load.sum() < stale.sum()
 
 
-def test_an_expert_twice_on_a_gpu_weighs_twice_there() -> None:
-    # with one replica fewer, expert 2 (12 tokens, twice on GPU 0) puts 12 there, not 10
-    previous = [[2, 2, 1, 2, 0, 0]]
-    new = eplb.rebalance([[8, 5, 12]], 6, 1, 1, 2, previous=previous, max_moves=1)
-    assert eplb.gpu_loads([[8, 5, 12]], new.phy2log, 2).max() <= 13.0
+@pytest.mark.parametrize(
+    ("weight", "previous", "largest"),
+    [
+        # with one replica fewer, expert 2 (twice on GPU 0) puts 12 there, not 10: no move helps
+        ([8, 5, 12], [2, 2, 1, 2, 0, 0], 13.0),
+        ([10, 6, 2, 11], [3, 3, 2, 0, 1, 1, 1, 3, 0], 32 / 3),  # nor does giving up one of 3
+        # one replica more of expert 1 (twice on GPU 0) takes 4 from there, not 2: 15 to 11
+        ([1, 12, 9, 6], [1, 1, 3, 2, 0, 0, 2, 3, 0], 11.0),
+    ],
+)
+def test_an_expert_twice_on_a_gpu_weighs_twice_there(
+    weight: list[int], previous: list[int], largest: float
+) -> None:
+    gpus = len(previous) // 3
+    new = eplb.rebalance([weight], len(previous), 1, 1, gpus, previous=[previous], max_moves=1)
+    assert eplb.gpu_loads([weight], new.phy2log, gpus).max() <= largest * (1 + 1e-9)
+    assert new.load[0] == pytest.approx(largest)
 
 
 def random_slots(random: np.random.Generator, experts: int, sizes: tuple[int, ...]) -> np.ndarray:
