@@ -58,7 +58,7 @@ def low_latency(folder: str, rank: int, size: int, way: str) -> Iterator[Callabl
     layout = buffer.get_dispatch_layout(idx, E)
     *_, handle, _ = buffer.dispatch(x, None, *layout[:2], layout[3], layout[2], idx, weights)
 
-    def step() -> None:
+    def step(way: str = way) -> None:
         if way == "handle":
             got, *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
             buffer.combine(got, handle, previous_event=event, async_finish=True)[2]
@@ -103,6 +103,33 @@ def until_a_rank_is_lost(
     finally:
         close()
     return {"error": "nothing", "rank": None}
+
+
+def one_form_then_the_other(
+    folder: str, rank: int, size: int, forms: list[str], hosts: list[str] | None
+) -> list[tuple[int, float]]:
+    """Rank 1 does not come to one form in time, then calls the other: whom calls name, when."""
+    import torch.distributed as dist
+
+    os.environ["WHALEFALL_EP_TIMEOUT"] = "1"
+    if hosts:
+        os.environ["WHALEFALL_HOST"] = hosts[rank]
+    step, close = low_latency(folder, rank, size, forms[0])
+    said = []
+    for form in forms:
+        step(form)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(4)
+    for form in forms if rank != 1 else forms[1:]:
+        began = time.monotonic()
+        try:
+            step(form)
+        except RankFailure as error:
+            said.append((error.rank, time.monotonic() - began))
+    dist.barrier()
+    close()
+    return said
 
 
 def while_a_rank_is_slow(folder: str, rank: int, size: int, hosts: list[str] | None) -> int:

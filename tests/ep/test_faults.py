@@ -62,6 +62,21 @@ def test_who_waits_for_a_waiting_rank_names_the_stopped_one(
         assert said["rank"] == victim and "was silent for 2.0 s" in said["error"], said
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("hosts", [None, TWO], ids=["host", "hosts"])
+@pytest.mark.parametrize("forms", [["handle", "hook"], ["hook", "handle"]], ids="-".join)
+def test_what_ends_one_form_ends_the_other_on_all_ranks(start, tmp_path, forms, hosts) -> None:
+    tasks = start(
+        "one_form_then_the_other", 4, module="fault_children", folder=str(tmp_path), forms=forms,
+        hosts=hosts,
+    )  # fmt: skip
+    said = launch.run(tasks, 60)
+    for rank in (0, 2, 3):
+        assert [named for named, _ in said[rank]] == [1, 1], said
+        assert said[rank][1][1] < 0.5, said
+    assert [named for named, _ in said[1]] == [1] and said[1][0][1] < 0.5, said
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("seed", range(60))

@@ -127,6 +127,8 @@ class Engine:
             chunk = min(room, LOW_LATENCY_CHUNK)
             plan = Plan(f"{name}-l", 2, room, chunk, mailbox, self.timeout_s, shrink)
             self.low_latency = self._open(plan, one_tick=True)
+            one, other = self.normal.fabric, self.low_latency.fabric
+            one.twin, other.twin = other, one
         self._lock.region.unlink()
         self._finalizer = weakref.finalize(
             self, close_all, self.worker, self.normal, self.low_latency, self._lock

@@ -112,6 +112,7 @@ class Fabric:
         pointer: its address for collectives; whoever asks for it after one has failed is told so.
         attached: its address until the fabric is closed.
         tell: called with the status once a collective has failed.
+        twin: that of the same ranks' other form, whose collectives end with this one's.
         masked: [ranks] int32, 1: treated as gone.
         shared: this rank's memory for results; None where the plan has none.
         shared_of: [ranks] uint64, where that of each local rank begins in this process.
@@ -146,6 +147,7 @@ class Fabric:
         self.view = self._native_view(lock, slots_at)
         self.pointer = self.attached = ctypes.addressof(self.view)
         self.tell: Callable[[int], None] | None = None
+        self.twin: Fabric | None = None
         self._failure: WhalefallError | None = None
 
     def _native_view(self, lock: Lock, slots_at: int) -> GroupView:
@@ -249,15 +251,21 @@ class Fabric:
 
         Raises: `error`, and from here on every call that wants `pointer`.
         """
+        if status in (KNOROOM, KNOMEMORY):
+            status = -(KFAILED + self.rank)
+        self._end(status, error)
+        # With shrink the low-latency form goes on without a lost rank, whatever ends this one.
+        if self.twin is not None and not self.twin.plan.shrink:
+            self.twin._end(status, error)
+        raise error
+
+    def _end(self, status: int, error: WhalefallError) -> None:
         if self._failure is None:
             self._failure = error
-            if status in (KNOROOM, KNOMEMORY):
-                status = -(KFAILED + self.rank)
             library().wf_ep_give_up(self.attached, status)
             self.__dict__.pop("pointer", None)
             if self.tell is not None:
                 self.tell(status)
-        raise error
 
     def close(self) -> None:
         """Detach; the memory is freed with its last user."""
@@ -267,7 +275,7 @@ class Fabric:
             with contextlib.suppress(BufferError):  # a caller still looks at a buffer
                 region.close()
         # From here on the native side would touch memory that is gone.
-        self._failure = None
+        self._failure = self.twin = None
         for name in ("_regions", "shared", "pointer", "attached"):
             self.__dict__.pop(name, None)
 
