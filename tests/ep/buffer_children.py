@@ -183,6 +183,22 @@ def check_ranks_that_combine_differently_all_say_so(buffer: ep.Buffer) -> None:
         assert torch.equal(back_weights, torch.where(idx >= 0, weights, torch.zeros(())))
 
 
+def check_weights_as_received_in_the_worst_case_go_with_a_combine_buffer(
+    buffer: ep.Buffer,
+) -> None:
+    x, idx, weights = batch(buffer.rank)
+    worst = M * buffer.group_size
+    rows, _, given, _, handle, _ = dispatch(buffer, x, idx, weights, num_worst_tokens=worst)
+    wanted, summed, _ = buffer.combine(rows, handle, given)
+    returned = buffer.get_combine_buffer(handle, H)
+    returned[:] = rows[: len(returned)]
+    for some in (given, given[: len(returned)]):
+        out, again, _ = buffer.combine(returned, handle, some)
+        assert torch.equal(out, wanted) and torch.equal(again, summed)
+    with pytest.raises(ShapeError, match="topk_weights"):
+        buffer.combine(returned, handle, given[:-1])
+
+
 def check_worst_case_rows_are_not_waited_for(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank)
     worst, n = M * buffer.group_size, len(arriving(buffer.rank, buffer.group_size))

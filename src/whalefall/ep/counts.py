@@ -136,8 +136,8 @@ def _disagreement(
         )
     if name == "extra" and kind in (REPEAT, COMBINE):
         return (
-            f"ep: {what}: rank {other} gives the handle of dispatch {its}, rank {rank} that of "
-            f"dispatch {mine}; all ranks must agree"
+            f"ep: {what}: rank {other} gives the handle of {_dispatch(its, mine)}, rank {rank} "
+            f"that of {_dispatch(mine, its)}; all ranks must agree"
         )
     if kind == COMBINE:
         name = {"x_bytes": "hidden", "flags": "dtype or topk_weights"}[name]
@@ -152,6 +152,13 @@ def _disagreement(
         f"ep: {what}: rank {other} calls with {name} = {its}, rank {rank} with {mine}; all ranks "
         "must agree"
     )
+
+
+def _dispatch(serial: int, other: int) -> str:
+    """A dispatch in words; with its engine, if another dispatch is of another one."""
+    engine = serial // SERIALS
+    words = f"dispatch {serial % SERIALS}"
+    return words if engine == other // SERIALS else f"{words} of Buffer (or engine) {engine}"
 
 
 def _form(flags: int) -> str:

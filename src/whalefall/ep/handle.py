@@ -85,6 +85,7 @@ class Handle:
         serial: of the dispatch, the same on all ranks.
         heads_at: address of `heads`.
         num_rows: N, rows that this rank received.
+        room: rows of the arrays that they lie in, where those have more (`num_worst_tokens`).
         most_tokens: of a rank.
         token: [N] int32, the source's token of each row.
         order: [N] int64, row of the j-th entry in order of (source, token, lane); per selection.
@@ -96,6 +97,7 @@ class Handle:
     heads_at: int
     told: Any  # heads, as the native side has filled them
     num_rows: int
+    room: int = 0
     most_tokens: int
     token: np.ndarray
     order: np.ndarray | None

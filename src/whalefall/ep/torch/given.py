@@ -16,7 +16,9 @@ from whalefall.ep.torch.arrays import array, bf16, rows, tensor
 from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.errors import ConfigError, ShapeError
 
-__all__ = ["Scaled", "as_given", "bias_rows", "layout_given", "layout_of", "native_of", "sent"]
+__all__ = [
+    "Scaled", "as_given", "bias_rows", "layout_given", "layout_of", "native_of", "of_rows", "sent",
+]  # fmt: skip
 
 Scaled = tuple[Tensor, Tensor]
 
@@ -89,6 +91,14 @@ def layout_given(
     if (in_rank.sum(0) != ranks).any():
         raise ShapeError(MISCOUNTED)
     return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
+
+
+def of_rows(weights: Any, x: Any, handle: Handle) -> Any:
+    """Weights as received with `num_worst_tokens`, cut to x where x has no rows beyond."""
+    if not (handle.room and isinstance(weights, Tensor) and isinstance(x, Tensor)):
+        return weights
+    cut = weights.shape[:1] == (handle.room,) and x.shape[:1] == (handle.num_rows,)
+    return weights[: handle.num_rows] if cut else weights
 
 
 def native_of(handle: Any, engine: Engine) -> Handle:

@@ -26,7 +26,15 @@ from whalefall.ep.handle import Handle, Layout, Want
 from whalefall.ep.rows import Rows, check_combine
 from whalefall.ep.torch import direct
 from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
-from whalefall.ep.torch.given import Scaled, as_given, bias_rows, layout_given, layout_of, native_of
+from whalefall.ep.torch.given import (
+    Scaled,
+    as_given,
+    bias_rows,
+    layout_given,
+    layout_of,
+    native_of,
+    of_rows,
+)
 from whalefall.ep.torch.given import sent as given_rows
 from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.ep.worker import Event
@@ -205,6 +213,7 @@ class Normal:
                 pending = exchange.dispatch(sent, layout, want, into=received, max_rows=worst)
             finally:
                 announced.finish()
+            received.handle.room = worst
             pending.run()
             assert received.topk_idx is not None
             received.topk_idx[received.handle.num_rows :] = -1
@@ -239,7 +248,7 @@ class Normal:
         Args:
             x: [N, H] bf16, rows as received; not weighted here.
             handle: of the dispatch.
-            topk_weights: [N, K] float32, added up too.
+            topk_weights: [N, K] float32, added up too; after `num_worst_tokens` as received, or N.
             bias: [T, H] bf16, or two of them.
             config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
         Returns: [T, H] bf16, [T, K] float32 or None, event. The same bits on every run.
@@ -248,6 +257,7 @@ class Normal:
         self._await_announced()
         native = native_of(handle, self.runtime)
         self.runtime.normal.num_threads = self._threads
+        topk_weights = of_rows(topk_weights, x, native)
         whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
         if whole is not None:
             out, summed, add_up = whole
