@@ -54,7 +54,10 @@ class LowLatency:
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
-        """Collective, as in the original; here the two forms share no memory: only a barrier."""
+        """Collective, as in the original; here the two forms share no memory: only a barrier.
+
+        It moves on by a slot: take `get_next_low_latency_combine_buffer` after it, not before.
+        """
         low = self._low
         for value in (num_max_dispatch_tokens_per_rank, hidden, num_experts):
             whole(value, "clean_low_latency_buffer: a size")
