@@ -55,10 +55,12 @@ FREE = Row("standing", "nobody", "", None, None, "s", None, None)
 
 
 def test_a_section_names_machine_command_and_verdicts() -> None:
-    text = benchmark.section(result("fs", GOOD, BAD, FREE, core_to_core_ns=57.6))
+    text = benchmark.section(result("fs", GOOD, BAD, FREE, core_to_core_ns=[57.6, 61.0]))
     assert "2 cores 58 ns apart, ISA level `avx2`, commit abc, peer 1.0." in text
     assert "| writing (why) | a peer | 0.5 GB/s | 1 GB/s | 0.5 | >= 1x | **no** |" in text
     assert text.count("| yes |") == 1 and text.count("| – |") == 2
+    moved = benchmark.section(result("fs", GOOD, core_to_core_ns=[57.6, 203.0]))
+    assert "2 cores 58 to 203 ns apart, ISA" in moved
     assert "2 cores, ISA" in benchmark.section(result("fs", GOOD))  # measured before it was asked
 
 
