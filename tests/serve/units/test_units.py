@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import whalefall
-from tests.serve.units.conftest import ENGINE, collect, requests, units
+from tests.serve.units.conftest import collect, requests, units
 from whalefall import comm, trace
-from whalefall.engine import Engine, EngineConfig, SamplingParams
+from whalefall.engine import SamplingParams
 from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError, RankFailure
 from whalefall.serve.core import DecodeLoad, ExpertRule, Place, ScaleRule
@@ -66,23 +66,6 @@ def test_units_that_draft_answer_as_one_process_that_does_not(alone_on, killed) 
         time.sleep(0.3)
         stats = gateway.stats()
     assert 0 < stats.spec_accepted < stats.spec_drafted
-
-
-def test_a_handed_over_prompt_is_drafted_for_at_once() -> None:
-    """Drafts after a hand-over are as good as one process's: the MTP layer's rows came along."""
-    engine = Engine(BUNDLED, EngineConfig(**{**ENGINE, **DRAFTING}))
-    assert engine.tokenizer is not None
-    wanted = []
-    for name in ("tar", "ls", "grep", "chmod", "ps", "mount"):
-        chat = [{"role": "user", "content": f"What does {name} do?"}]
-        wanted.append((engine.tokenizer.apply_chat_template(chat), SamplingParams(max_tokens=40)))
-    collect(engine, wanted)
-    alone = engine.stats()
-    with units(BUNDLED, "1x1", "1x1", engine=DRAFTING) as gateway:
-        collect(gateway, wanted)
-        time.sleep(0.3)
-        found = gateway.stats()
-    assert found.spec_accepted / found.spec_drafted > 0.9 * alone.spec_accepted / alone.spec_drafted
 
 
 def counted(gateway) -> dict[str, dict[str, int]]:
