@@ -1,4 +1,4 @@
-"""Ranges of numeric options. Apart from `ranges`, which libraries ask without a command line."""
+"""Ranges of numeric options. Apart from `arguments`, asked by libraries without a command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import typer
 
-from whalefall.ranges import require
+from whalefall.arguments import finite
 
 __all__ = ["within"]
 
@@ -17,11 +17,11 @@ Number = TypeVar("Number", int, float, None)
 def within(
     low: float, high: float, above: bool = False
 ) -> Callable[[typer.Context, typer.CallbackParam, Number], Number]:
-    """`require` as a callback of a typer option; None passes."""
+    """`arguments.finite` as a callback of a typer option; None passes."""
 
     def check(context: typer.Context, param: typer.CallbackParam, value: Number) -> Number:
         if value is not None:
-            require(f"{context.command_path}: {param.opts[0]}", value, low, high, above)
+            finite(f"{context.command_path}: {param.opts[0]}", value, low, high, above=above)
         return value
 
     return check

@@ -69,7 +69,7 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"k_cache": np.zeros((8, 16, 96), BF16)}, ShapeError, r"wanted \[blocks, page, kv heads"),
     ({"k_cache": np.zeros((8, 16, 1, 96), np.uint8)}, DtypeError, "uint8 and is_fp8_kvcache is Fa"),
     ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True; wanted one of"),
-    ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted a whole number of 1 to 96"),
+    ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted a whole number from 1 to 96"),
     ({"head_dim_v": 0}, ConfigError, "head_dim_v is 0"),
     ({"head_dim_v": 64.0}, ConfigError, r"head_dim_v is 64\.0, wanted a whole number"),
     ({"head_dim_v": "64"}, ConfigError, "head_dim_v is '64', wanted a whole number"),

@@ -67,7 +67,7 @@ def test_a_number_that_makes_no_sense_is_one_line(
     ("args", "words"),
     [
         (["plan", "day", "--gpu-hour", "nan"], "--gpu-hour is nan, wanted 0 to 1e+09"),
-        (["plan", "train", "--tokens", "0"], "--tokens is 0, wanted above 0 to 1e+21"),
+        (["plan", "train", "--tokens", "0"], "--tokens is 0.0, wanted above 0 to 1e+21"),
         (["plan", "day", "--none", "1"], "No such option: --none"),
         (["plan", "capacity"], "Missing option '--model'"),
         (["plan", "pipeline", "--weight", "3"], "a weight part within the backward"),

@@ -669,7 +669,7 @@ def check_bad_arguments_are_refused(buffer: ep.Buffer) -> None:
         buffer.combine(got, handle, topk_weights=torch.zeros(3, 3))
     with pytest.raises(ShapeError, match=r"bias is \[3, 3\], wanted \[4, 1024\]"):
         buffer.combine(got, handle, bias=torch.zeros(3, 3, dtype=BF16))
-    with pytest.raises(ConfigError, match="expert_alignment is 0, wanted 1 or more"):
+    with pytest.raises(ConfigError, match="expert_alignment is 0, wanted a whole number from 1"):
         dispatch(buffer, x, idx, weights, expert_alignment=0)
     with pytest.raises(ShapeError, match=r"topk_idx \(4, 4\), topk_weights \(4,\)"):
         dispatch(buffer, x, idx, weights[:, 0])

@@ -222,8 +222,16 @@ def test_groups_stay_on_their_nodes_when_moving() -> None:
         ({"previous": "old", "balance": 1.5}, ConfigError, "balance is 1.5"),
         ({"previous": "old", "max_moves": -1}, ConfigError, "max_moves is -1"),
         ({"previous": "shuffled"}, ConfigError, "over several nodes"),
-        ({"previous": "old", "max_moves": 1.5}, DtypeError, "max_moves is 1.5; give an integer"),
-        ({"previous": "old", "max_moves": True}, DtypeError, "max_moves is True; give an integer"),
+        (
+            {"previous": "old", "max_moves": 1.5},
+            DtypeError,
+            "max_moves is 1.5, wanted a whole number",
+        ),
+        (
+            {"previous": "old", "max_moves": True},
+            DtypeError,
+            "max_moves is True, wanted a whole number",
+        ),
         ({"previous": "old", "max_moves": 10**30}, LimitError, "max_moves is 10+; .* at most 2147"),
         ({"previous": "old", "balance": "half"}, DtypeError, "balance is 'half'; give a number"),
         ({"previous": "x"}, DtypeError, r"previous is 'x'; give phy2log \[10, 72\]"),

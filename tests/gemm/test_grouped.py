@@ -240,7 +240,9 @@ def test_refusals_say_what_is_wrong() -> None:
         with pytest.raises(ConfigError, match=f"{name}_contiguous: recipe=None"):
             call(turned, turned, d, [128], None, recipe=None)
     for wrong in (None, "x", 0, 1.5):
-        with pytest.raises(ConfigError, match=f"nt_masked: expected_m={wrong!r}, wanted a whole"):
+        with pytest.raises(
+            ConfigError, match=f"nt_masked: expected_m is {wrong!r}, wanted a whole"
+        ):
             gemm.m_grouped_fp8_gemm_nt_masked(*masked, d[None], np.array([4], np.int32), wrong)
 
 

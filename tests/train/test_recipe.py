@@ -26,7 +26,7 @@ BAD = {
     "parallel.expert=8": "8 rows a step",
     "data.length=65": "data.length is 65, the model has 64 positions",
     "data.source=[]": "data.source is []: List should have at least 1 item",
-    "model.hidden_size=-1": r"[model]: hidden_size is -1, wanted a whole number >= 0",
+    "model.hidden_size=-1": r"[model]: hidden_size is -1, wanted a whole number from 0",
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from whalefall.arguments import whole
 from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, Cache
 from whalefall.dtypes import View, as_numpy, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
@@ -129,13 +130,7 @@ def cache_operand(
 
 def width_of_values(where: str, name: str, head_dim_v: Any, width: int) -> int:
     """`head_dim_v`, checked: values are a row's first columns."""
-    whole = isinstance(head_dim_v, Integral) and not isinstance(head_dim_v, bool)
-    if not whole or not 0 < head_dim_v <= width:
-        raise ConfigError(
-            f"{where}: {name} is {head_dim_v!r}, wanted a whole number of 1 to {width}, the width "
-            "of q"
-        )
-    return int(head_dim_v)
+    return whole(f"{where}: {name}", head_dim_v, 1, width)
 
 
 def scale_operand(where: str, name: str, given: Any, width: int | None = None) -> float:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from whalefall.arguments import whole
 from whalefall.attention.native_calls import TYPES, VarlenArgs, varlen_entry
 from whalefall.attention.operands import query_operand, scale_operand
 from whalefall.dtypes import View, as_numpy, empty_like, refuse_gradient, view
@@ -113,9 +113,7 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _check_packed(where: str, name: str, packed: Any, width: Any, parts: int = 1) -> None:
     shape = view(packed, f"{where}: {name}").shape
-    if not isinstance(width, Integral):
-        raise ConfigError(f"{where}: head_dim_qk is {width!r}, wanted a whole number")
-    before_v = int(width) * parts
+    before_v = whole(f"{where}: head_dim_qk", width) * parts
     if len(shape) != 3 or not 0 < before_v < shape[2]:
         raise ShapeError(
             f"{where}: {name} has shape {list(shape)}, wanted [tokens, heads, more than {before_v}]"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from whalefall.arguments import whole
 from whalefall.data.runtime import JobId, checked_job_id
 from whalefall.errors import ConfigError, UnsupportedError
 
@@ -92,9 +93,9 @@ class Config:
         count = num_executors
         if count is None:
             count = _integer("SP_NUM_EXECUTORS", os.environ.get("SP_NUM_EXECUTORS", "0"))
-        _in_range("num_executors", count, 0, MAX_EXECUTORS)
+        whole("init: num_executors", count, 0, MAX_EXECUTORS)
         if cpus is not None:
-            _in_range("cpus", cpus, 1, 1 << 20)
+            whole("init: cpus", cpus, 1, 1 << 20)
         if job_id is None:
             job_id = os.environ.get("SP_JOBID") or JobId.new()
         return Config(
@@ -115,11 +116,6 @@ def _integer(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name} is {text!r}, wanted a number") from None
-
-
-def _in_range(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"init: {name} is {value!r}, wanted a whole number, {low} to {high}")
 
 
 def _root(given: str | os.PathLike[str] | None) -> str:

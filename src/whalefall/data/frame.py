@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from whalefall.arguments import whole
 from whalefall.data.constants import DEFAULT_BATCH_SIZE
 from whalefall.data.dataset import DataSet
 from whalefall.data.errors import PlanError, within
@@ -92,11 +93,8 @@ class DataFrame(RelationalMixin):
             by_rows: row ranges of nearly equal size, no data moved.
             kwargs: to the node.
         """
-        known = isinstance(npartitions, int) and not isinstance(npartitions, bool)
-        if not known or not 1 <= npartitions <= MAX_PARTITIONS:
-            raise PlanError(
-                f"repartition: npartitions is {npartitions!r}, wanted an int, 1 to {MAX_PARTITIONS}"
-            )
+        what = "repartition: npartitions"
+        npartitions = whole(what, npartitions, 1, MAX_PARTITIONS, error=PlanError)
         if by is not None and hash_by is not None:
             raise PlanError(f"repartition: both by={by!r} and hash_by={hash_by!r} are given")
         ctx = self.session._ctx

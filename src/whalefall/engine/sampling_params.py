@@ -5,10 +5,10 @@ In: a user's wishes. Out: a frozen, checked `SamplingParams`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from whalefall.arguments import finite, whole
 from whalefall.engine.structured import StructuredOutputs
 from whalefall.errors import ConfigError
 
@@ -70,23 +70,25 @@ class SamplingParams:
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        self._whole("n", 1, 128)
-        self._real("temperature", 0, 100)
+        whole("n", self.n, 1, 128)
+        finite("temperature", self.temperature, 0, 100)
         if self.temperature < _COLDEST:
             object.__setattr__(self, "temperature", 0)
-        self._real("top_p", 0, 1, open_low=True)
-        self._whole("top_k", -1, 1 << 31)
-        self._real("min_p", 0, 1)
-        self._real("repetition_penalty", 0.01, 100)  # less makes infinities of logits
-        self._real("frequency_penalty", -2, 2)
-        self._real("presence_penalty", -2, 2)
+        finite("top_p", self.top_p, 0, 1, above=True)
+        whole("top_k", self.top_k, -1, 1 << 31)
+        finite("min_p", self.min_p, 0, 1)
+        finite(
+            "repetition_penalty", self.repetition_penalty, 0.01, 100
+        )  # less makes infinities of logits
+        finite("frequency_penalty", self.frequency_penalty, -2, 2)
+        finite("presence_penalty", self.presence_penalty, -2, 2)
         if self.seed is not None:
-            self._whole("seed", -(1 << 63), (1 << 64) - 1)
+            whole("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.max_tokens is not None:
-            self._whole("max_tokens", 1, 1 << 31)
-        self._whole("min_tokens", 0, 1 << 31)
+            whole("max_tokens", self.max_tokens, 1, 1 << 31)
+        whole("min_tokens", self.min_tokens, 0, 1 << 31)
         if self.logprobs is not None:
-            self._whole("logprobs", 0, MAX_LOGPROBS)
+            whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens is {self.min_tokens}, wanted at most max_tokens = {self.max_tokens}"
@@ -101,23 +103,6 @@ class SamplingParams:
                 raise ConfigError(f"logit_bias has token {token!r}, wanted a token id")
             if not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 raise ConfigError(f"logit_bias[{token}] is {bias!r}, wanted -100 to 100")
-
-    def _whole(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{name} is {value!r}, wanted a whole number from {low} to {high}")
-
-    def _real(self, name: str, low: float, high: float, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not good
-            or not math.isfinite(value)
-            or not low <= value <= high
-            or (open_low and value == low)
-        ):
-            above = "above " if open_low else ""
-            raise ConfigError(f"{name} is {value!r}, wanted {above}{low} to {high}")
 
 
 def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

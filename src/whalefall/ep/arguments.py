@@ -1,34 +1,24 @@
-"""Ep room: numbers and flags as callers give them, checked before anything is told to other ranks.
+"""Ep room: what callers give, checked before anything is told to other ranks.
 
 A rank that fails after it has told the others is out of step with them; so what could fail later
-(numbers that are none, truth values that arrays do not have) is refused here.
+(numbers that are none, truth values that arrays do not have) is refused at once.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 from typing import Any
 
 import numpy as np
 
+from whalefall import env
+from whalefall.arguments import finite, shown, whole
 from whalefall.errors import ConfigError, DtypeError
 
-__all__ = ["ADDRESSES", "MOST", "arrays", "engine_arguments", "flag", "seconds", "whole"]
+__all__ = ["ADDRESSES", "MOST", "arrays", "engine_arguments", "engine_timeout", "seconds"]
 
 MOST = (1 << 31) - 1  # what a header can carry
 ADDRESSES = 1 << 46  # bytes of address space
-
-
-def whole(value: Any, name: str, least: int = 0, most: int = MOST) -> int:
-    """An integer within bounds.
-
-    Raises: ConfigError.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ConfigError(f"{name} is {_short(value)}, wanted an integer of {least} or more")
-    if not least <= value <= most:
-        raise ConfigError(f"{name} is {_short(value)}, wanted {least} or more, up to {most}")
-    return int(value)
 
 
 def engine_arguments(group: Any, host: Any, **sizes: Any) -> None:
@@ -39,44 +29,32 @@ def engine_arguments(group: Any, host: Any, **sizes: Any) -> None:
     least = {"hidden": 1, "num_experts": 1, "chunk_bytes": 512}
     for name, value in sizes.items():
         if value is not None or least.get(name) != 1:
-            whole(value, f"Engine: {name}", least.get(name, 0), ADDRESSES)
+            whole(f"Engine: {name}", value, least.get(name, 0), ADDRESSES)
 
 
-def seconds(value: Any, name: str) -> float:
+def engine_timeout(timeout_s: Any) -> float:
+    """`timeout_s` of an engine; where None is given, WHALEFALL_EP_TIMEOUT.
+
+    Raises: ConfigError.
+    """
+    if timeout_s is not None:
+        return seconds("Engine: timeout_s", timeout_s)
+    given: Any = env.get("WHALEFALL_EP_TIMEOUT")
+    with contextlib.suppress(ValueError):
+        given = float(given)
+    return seconds("Engine: WHALEFALL_EP_TIMEOUT", given)
+
+
+def seconds(what: str, value: Any) -> float:
     """A time above 0.
 
     Raises: ConfigError.
     """
-    try:
-        given = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        given = math.nan
-    if not 0 < given < 1e9:
-        raise ConfigError(f"{name} is {_short(value)}, wanted seconds above 0")
-    return given
+    return finite(what, value, 0, 1e9, above=True)
 
 
 def arrays(where: str, **given: Any) -> None:
     """Raise DtypeError for what is neither an array nor None."""
     for name, value in given.items():
         if value is not None and not isinstance(value, np.ndarray):
-            raise DtypeError(f"ep: {where}: {name} is {_short(value)}, wanted a numpy array")
-
-
-def flag(value: Any, name: str) -> bool:
-    """True or False; None is False.
-
-    Raises: ConfigError for what has no truth value.
-    """
-    if value is True or value is False:
-        return bool(value)
-    try:
-        return bool(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"{name} is {_short(value)}, wanted True or False") from None
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int):
-        return str(value) if abs(value) < 1 << 64 else f"a number of {value.bit_length()} bits"
-    return repr(value) if isinstance(value, str | float | None) else f"a {type(value).__name__}"
+            raise DtypeError(f"ep: {where}: {name} is {shown(value)}, wanted a numpy array")

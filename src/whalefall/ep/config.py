@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from whalefall.ep.arguments import whole
+from whalefall.arguments import whole
+from whalefall.ep.arguments import MOST
 from whalefall.errors import ConfigError
 
 __all__ = ["Config", "combine_config", "dispatch_config", "low_latency_size_hint"]
@@ -35,7 +36,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            whole(getattr(self, field.name), f"Config: {field.name}")
+            whole(f"Config: {field.name}", getattr(self, field.name), 0, MOST)
         send, recv = self.num_max_rdma_chunked_send_tokens, self.num_max_rdma_chunked_recv_tokens
         if not 0 < self.num_max_nvl_chunked_send_tokens < self.num_max_nvl_chunked_recv_tokens:
             raise ConfigError(
@@ -74,8 +75,8 @@ class Config:
 
 
 def _sizes(hidden_bytes: int, num_ranks: int) -> None:
-    whole(hidden_bytes, "Config: hidden_bytes")
-    whole(num_ranks, "Config: num_ranks", 1)
+    whole("Config: hidden_bytes", hidden_bytes, 0, MOST)
+    whole("Config: num_ranks", num_ranks, 1, MOST)
 
 
 # ranks: nvl send, nvl receive, rdma send, rdma receive
@@ -93,7 +94,7 @@ _COMBINE = {
 
 
 def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int, num_sms: int) -> Config:
-    whole(num_ranks, "ep: num_ranks", 1)
+    whole("ep: num_ranks", num_ranks, 1, MOST)
     known = min((k for k in table if k >= num_ranks), default=max(table))
     return Config(num_sms, *table[known])
 
@@ -121,7 +122,7 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int
         ("hidden", hidden),
         ("num_experts", num_experts),
     ):
-        whole(value, f"ep: {name}")
+        whole(f"get_low_latency_rdma_size_hint: {name}", value, 0, MOST)
     scales = hidden // 128
     dispatch = 16 + max(2 * hidden, hidden + 4 * scales)
     combine = 4 * scales + 2 * hidden

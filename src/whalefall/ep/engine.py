@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from whalefall import comm, env
+from whalefall import comm
+from whalefall.arguments import flag, whole
 from whalefall.ep import rows as rules
 from whalefall.ep.arena import Arena
-from whalefall.ep.arguments import arrays, engine_arguments, flag, seconds, whole
+from whalefall.ep.arguments import MOST, arrays, engine_arguments, engine_timeout
 from whalefall.ep.connect import close_all, host_name, open_links
 from whalefall.ep.counts import mailbox_bytes
 from whalefall.ep.exchange import Exchange
@@ -94,15 +95,14 @@ class Engine:
             chunk_bytes=chunk_bytes,
         )  # fmt: skip
         self.group, self.rank, self.num_ranks = group, group.rank, group.size
-        given_s = env.get("WHALEFALL_EP_TIMEOUT") if timeout_s is None else timeout_s
-        self.timeout_s = seconds(given_s, "Engine: timeout_s")
+        self.timeout_s = engine_timeout(timeout_s)
         self.num_experts, self.hidden, self._closed = num_experts, hidden, False
         comm.sweep("ep-")
         library()  # compiled before anyone waits for us
         config: dict[str, int | float | None] = {
             "version": VERSION, "chunk_bytes": chunk_bytes, "low_latency_bytes": low_latency_bytes,
             "timeout_s": self.timeout_s, "hidden": hidden, "num_experts": num_experts,
-            "shrink": int(flag(shrink, "Engine: shrink")), "shared_bytes": shared_bytes,
+            "shrink": int(flag("Engine: shrink", shrink)), "shared_bytes": shared_bytes,
         }  # fmt: skip
         hello = Hello(host or host_name(), f"ep-{secrets.token_hex(6)}", process_name(), config)
         hellos = meet(group, hello)
@@ -157,7 +157,7 @@ class Engine:
             raise DtypeError(
                 f"ep: topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}, wanted int64 [T, K]"
             )
-        whole(topk_idx.shape[1], "ep: top-k", 0, MAX_TOP_K)
+        whole("ep: top-k", topk_idx.shape[1], 0, MAX_TOP_K)
         topk_idx = np.ascontiguousarray(topk_idx)
         T, R, H = len(topk_idx), self.num_ranks, len(self.topology.hosts)
         layout = Layout(
@@ -179,7 +179,7 @@ class Engine:
     def check_experts(self, num_experts: int) -> None:
         """Raise ShapeError for a number of experts that cannot be."""
         if (
-            whole(num_experts, "ep: num_experts") == 0
+            whole("ep: num_experts", num_experts, 0, MOST) == 0
             or num_experts % self.num_ranks
             or num_experts > MAX_EXPERTS
         ):
@@ -384,7 +384,7 @@ class Engine:
         self.worker.drain()
         counts, hosts = self.normal.counts, len(self.topology.hosts)
         empty = Layout.nothing(self.num_ranks, hosts)
-        whole(number, "ep: gather: number")
+        whole("ep: gather: number", number, 0, MOST)
         fields = {"kind": 2, "tokens": number, "call": counts.next_call()}
         heads = counts.collect(counts.post(fields, empty))
         return heads[:, HEADER_FIELDS.index("tokens")].astype(np.int64)

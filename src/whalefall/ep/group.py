@@ -15,7 +15,8 @@ from typing import Protocol
 import msgspec
 
 from whalefall import comm
-from whalefall.ep.arguments import seconds, whole
+from whalefall.arguments import whole
+from whalefall.ep.arguments import MOST, seconds
 from whalefall.errors import ConfigError, RankFailure
 
 __all__ = ["FileGroup", "Group", "TcpGroup"]
@@ -44,7 +45,7 @@ class Group(Protocol):
 
 
 def _check(rank: int, size: int) -> None:
-    if not 0 <= whole(rank, "ep: rank") < whole(size, "ep: size", 1):
+    if not 0 <= whole("ep: rank", rank, 0, MOST) < whole("ep: size", size, 1, MOST):
         raise ConfigError(f"ep: rank is {rank} of {size}, wanted 0 … {size - 1}")
 
 
@@ -68,7 +69,7 @@ class FileGroup:
         self, folder: str | os.PathLike[str], rank: int, size: int, timeout_s: float = 60.0
     ) -> None:
         _check(rank, size)
-        timeout_s = seconds(timeout_s, "ep: timeout_s")
+        timeout_s = seconds("ep: timeout_s", timeout_s)
         if not isinstance(folder, str | os.PathLike):
             raise ConfigError(f"ep: folder is a {type(folder).__name__}, wanted a path")
         self.folder, self.rank, self.size, self.timeout_s = Path(folder), rank, size, timeout_s
@@ -117,7 +118,7 @@ class TcpGroup:
         self, host: str, port: int, rank: int, size: int, token: bytes, timeout_s: float = 60.0
     ) -> None:
         _check(rank, size)
-        timeout_s = seconds(timeout_s, "ep: timeout_s")
+        timeout_s = seconds("ep: timeout_s", timeout_s)
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._peers: dict[int, comm.Channel] = {}
         end = time.monotonic() + timeout_s

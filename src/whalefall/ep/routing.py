@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 
 from whalefall import jit
+from whalefall.arguments import finite, flag, shown, whole
 from whalefall.comm.library import address
 from whalefall.ep import reference
-from whalefall.ep.arguments import arrays, flag, whole
+from whalefall.ep.arguments import MOST, arrays
 from whalefall.errors import ConfigError, DtypeError, MissingError, ShapeError, WhalefallError
 
 __all__ = ["RoutingError", "hosts_touched", "route"]
@@ -68,9 +69,8 @@ def route(
     Raises: ShapeError, DtypeError, ConfigError; RoutingError where a logit is NaN.
     """
     _check(logits_TE, bias_E, top_k, num_groups, topk_groups, scoring)
-    normalize = flag(normalize, "route: normalize")
-    if not isinstance(scale, int | float | np.floating) or not abs(scale) < 3e38:
-        raise ConfigError(f"route: scale is a {type(scale).__name__} or no finite number")
+    normalize = flag("route: normalize", normalize)
+    scale = finite("route: scale", scale, -3e38, 3e38)
     if scoring == "softmax" and bias_E is None and num_groups == topk_groups:
         num_groups = topk_groups = 1
     try:
@@ -104,7 +104,7 @@ def hosts_touched(topk_idx: np.ndarray, num_experts: int, num_hosts: int) -> np.
     Returns: [T] int32.
     Source: DeepSeek-V3 report, 2.1.2, node-limited routing.
     """
-    whole(num_experts, "hosts_touched: num_experts", 1)
+    whole("hosts_touched: num_experts", num_experts, 1, MOST)
     arrays("hosts_touched", topk_idx=topk_idx if topk_idx is not None else 0)
     if topk_idx.ndim != 2 or topk_idx.dtype.kind != "i":
         raise DtypeError(
@@ -113,7 +113,7 @@ def hosts_touched(topk_idx: np.ndarray, num_experts: int, num_hosts: int) -> np.
         )
     if topk_idx.size and topk_idx.max() >= num_experts:
         raise ConfigError(f"hosts_touched: expert {topk_idx.max()}, wanted below {num_experts}")
-    if num_experts % whole(num_hosts, "hosts_touched: num_hosts", 1):
+    if num_experts % whole("hosts_touched: num_hosts", num_hosts, 1, MOST):
         raise ConfigError(
             f"hosts_touched: {num_experts} experts over {num_hosts} hosts, wanted even"
         )
@@ -135,9 +135,9 @@ def _check(
     logits: np.ndarray, bias: np.ndarray | None, top_k: int, groups: int, kept: int, scoring: str
 ) -> None:
     arrays("route", logits=logits if logits is not None else 0, bias=bias)
-    whole(groups, "route: num_groups")
-    whole(kept, "route: topk_groups")
-    whole(top_k, "route: top_k")
+    whole("route: num_groups", groups, 0, MOST)
+    whole("route: topk_groups", kept, 0, MOST)
+    whole("route: top_k", top_k, 0, MOST)
     if logits.ndim != 2:
         raise ShapeError(f"route: logits are {list(logits.shape)}, wanted [tokens, experts]")
     if logits.dtype != np.float32:
@@ -146,8 +146,7 @@ def _check(
     if bias is not None and (bias.shape != (E,) or bias.dtype != np.float32):
         raise ShapeError(f"route: bias is {bias.dtype} {list(bias.shape)}, wanted float32 [{E}]")
     if not isinstance(scoring, str) or scoring not in ("sigmoid", "softmax"):
-        said = repr(scoring) if isinstance(scoring, str) else f"a {type(scoring).__name__}"
-        raise ConfigError(f"route: scoring is {said}, wanted 'sigmoid' or 'softmax'")
+        raise ConfigError(f"route: scoring is {shown(scoring)}, wanted 'sigmoid' or 'softmax'")
     if not 1 <= groups <= MAX_GROUPS or E % groups:
         raise ConfigError(
             f"route: num_groups is {groups}, wanted a divisor of {E} up to {MAX_GROUPS}"

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.arguments import whole
 from whalefall.ep.arena import Arena
-from whalefall.ep.arguments import ADDRESSES, arrays, whole
+from whalefall.ep.arguments import ADDRESSES, arrays
 from whalefall.ep.handle import Handle, Want
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 
@@ -130,7 +131,7 @@ def layout_of(shape: Any, dtype: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     except (TypeError, ValueError, RuntimeError):
         raise DtypeError(f"ep: dtype is a {type(dtype).__name__}, wanted one of numpy's") from None
     lengths = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
-    shape = tuple(whole(n, "ep: shape", 0, ADDRESSES) for n in lengths)
+    shape = tuple(whole("ep: shape", n, 0, ADDRESSES) for n in lengths)
     if math.prod(shape) * dtype.itemsize > ADDRESSES:
         raise ConfigError(f"ep: shape is {list(shape)}, wanted one that fits memory")
     return shape, dtype

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from whalefall.arguments import shown, whole
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 
 __all__ = ["Shape", "check_loads", "check_moving", "check_previous", "check_shape"]
@@ -65,31 +65,11 @@ def _array(value: Any, name: str, wanted: str) -> npt.NDArray[Any]:
         raise ShapeError(f"eplb: {name} are no array: {error}; give {wanted}") from None
 
 
-def whole(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     """`value` as an int; DtypeError or LimitError where it is none, or more than 31 bits hold."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise DtypeError(f"eplb: {name} is {_short(value)}; give an integer")
-    if value > LARGEST:
-        raise LimitError(f"eplb: {name} is {_short(value)}; it must be at most {LARGEST}")
-    return int(value)
-
-
-def positive(name: str, value: Any) -> float:
-    """`value` as a finite number above 0; ConfigError where it is none."""
-    number = finite(name, value)
-    if number <= 0:
-        raise ConfigError(f"eplb: {name} is {number}; it must be positive")
-    return number
-
-
-def finite(name: str, value: Any) -> float:
-    """`value` as a float; ConfigError where it is no finite number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"eplb: {name} is {_short(value)}; give a finite number")
+    number = whole(f"eplb: {name}", value, error=DtypeError)
+    if number > LARGEST:
+        raise LimitError(f"eplb: {name} is {shown(value)}; it must be at most {LARGEST}")
     return number
 
 
@@ -107,11 +87,6 @@ def indices(name: str, value: Any, end: int, least: int = 0) -> npt.NDArray[np.i
     return array.astype(np.int64)
 
 
-def _short(value: Any) -> str:
-    known = isinstance(value, str | int | float | None) and len(str(value)[:99]) < 40
-    return repr(value) if known else f"a {type(value).__name__}"
-
-
 def check_shape(
     loads: npt.NDArray[np.float32], num_replicas: Any, num_groups: Any, num_nodes: Any,
     num_gpus: Any,
@@ -126,7 +101,7 @@ def check_shape(
         "num_gpus": num_gpus,
     }  # fmt: skip
     for name, value in given.items():
-        if whole(name, value) < 1:
+        if integer(name, value) < 1:
             raise ShapeError(f"eplb: {name} is {value}; it must be at least 1")
     replicas, groups, nodes, gpus = map(int, given.values())
     if replicas < experts:
@@ -155,7 +130,7 @@ def check_moving(balance: Any, max_moves: Any) -> tuple[float, int | None]:
         raise ConfigError(f"eplb: balance is {balance}; it must be above 0 and at most 1")
     if max_moves is None:
         return float(balance), None
-    if whole("max_moves", max_moves) < 0:
+    if integer("max_moves", max_moves) < 0:
         raise ConfigError(f"eplb: max_moves is {max_moves}; it must not be negative")
     return float(balance), int(max_moves)
 

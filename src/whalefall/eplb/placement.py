@@ -24,7 +24,7 @@ from whalefall.eplb.arguments import (
     check_previous,
     check_shape,
     indices,
-    whole,
+    integer,
 )
 from whalefall.eplb.moving import or_anew
 from whalefall.errors import ConfigError, MissingError, ShapeError
@@ -203,7 +203,7 @@ def gpu_loads(
     w_LE = np.asarray(weight, np.float64)
     phy2log_LP = indices("phy2log", phy2log, w_LE.shape[1])
     fits = phy2log_LP.ndim == 2 and len(phy2log_LP) == len(w_LE)
-    if whole("num_gpus", num_gpus) < 1 or not fits or phy2log_LP.shape[1] % num_gpus:
+    if integer("num_gpus", num_gpus) < 1 or not fits or phy2log_LP.shape[1] % num_gpus:
         raise ShapeError(
             f"eplb: phy2log has shape {phy2log_LP.shape}; give [{len(w_LE)}, a multiple of "
             f"{num_gpus} GPUs]"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.eplb.arguments import check_loads, finite, indices, positive, whole
+from whalefall.arguments import finite
+from whalefall.eplb.arguments import check_loads, indices, integer
 from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["DayForecast", "MovingAverage", "Window", "count_experts"]
@@ -25,7 +26,7 @@ DAY_S = 86400.0
 
 def count_experts(topk_idx: npt.ArrayLike, num_experts: int) -> npt.NDArray[np.int64]:
     """Tokens per expert [experts] of a gate's choices [tokens, k]; −1 marks a choice not made."""
-    whole("num_experts", num_experts)
+    integer("num_experts", num_experts)
     chosen = indices("topk_idx", topk_idx, num_experts, -1).ravel()
     return np.bincount(chosen[chosen >= 0], minlength=num_experts)
 
@@ -34,7 +35,7 @@ class Statistics:
     """What the three kinds share: the shape, its check, and the memory they take."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        if whole("num_layers", num_layers) < 1 or whole("num_experts", num_experts) < 1:
+        if integer("num_layers", num_layers) < 1 or integer("num_experts", num_experts) < 1:
             raise ShapeError(f"eplb: statistics of {num_layers} layers, {num_experts} experts")
         self.shape = (num_layers, num_experts)
 
@@ -56,7 +57,7 @@ class MovingAverage(Statistics):
 
     def __init__(self, num_layers: int, num_experts: int, half_life: float = 100.0) -> None:
         super().__init__(num_layers, num_experts)
-        self._keep = 0.5 ** (1 / positive("half_life", half_life))
+        self._keep = 0.5 ** (1 / finite("eplb: half_life", half_life, 0, above=True))
         self._sum_LE = np.zeros(self.shape, np.float32)
         self._steps = 0.0
 
@@ -79,7 +80,7 @@ class Window(Statistics):
         self, num_layers: int, num_experts: int, size: int = 1024, buckets: int = 8
     ) -> None:
         super().__init__(num_layers, num_experts)
-        if whole("buckets", buckets) < 1 or whole("size", size) < buckets:
+        if integer("buckets", buckets) < 1 or integer("size", size) < buckets:
             raise ConfigError(f"eplb: a window of {size} steps in {buckets} buckets")
         self._per_bucket = -(-size // buckets)
         self._sum_BLE = np.zeros((buckets, *self.shape), np.float32)
@@ -108,16 +109,16 @@ class DayForecast(Statistics):
         self, num_layers: int, num_experts: int, slots: int = 24, half_life_days: float = 3.0
     ) -> None:
         super().__init__(num_layers, num_experts)
-        if whole("slots", slots) < 1:
+        if integer("slots", slots) < 1:
             raise ConfigError(f"eplb: a day of {slots} slots; give 1 or more")
-        self._half_life_s = positive("half_life_days", half_life_days) * DAY_S
+        self._half_life_s = finite("eplb: half_life_days", half_life_days, 0, above=True) * DAY_S
         self._sum_BLE = np.zeros((slots, *self.shape), np.float32)
         self._weight_B = np.zeros(slots, np.float64)
         self._when_B = np.zeros(slots, np.float64)
 
     def update(self, counts: npt.ArrayLike, time_s: float) -> None:
         """Add one step's tokens per expert [layers, experts] at `time_s` (Unix seconds)."""
-        counts_LE, time_s = self._checked(counts), finite("time_s", time_s)
+        counts_LE, time_s = self._checked(counts), finite("eplb: time_s", time_s)
         slot = int(time_s % DAY_S / DAY_S * len(self._when_B))
         keep = 0.5 ** (max(0.0, time_s - self._when_B[slot]) / self._half_life_s)
         self._sum_BLE[slot] = self._sum_BLE[slot] * np.float32(keep) + counts_LE
@@ -129,7 +130,7 @@ class DayForecast(Statistics):
 
         A slot not seen yet counts as its neighbour; zeros before the first step.
         """
-        slots, time_s = len(self._when_B), finite("time_s", time_s)
+        slots, time_s = len(self._when_B), finite("eplb: time_s", time_s)
         place = time_s % DAY_S / DAY_S * slots - 0.5
         before, part = int(np.floor(place)), float(place - np.floor(place))
         left, right = self._slot(before % slots), self._slot((before + 1) % slots)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.eplb.arguments import indices, whole
+from whalefall.eplb.arguments import indices, integer
 from whalefall.errors import ShapeError
 
 MAX_EXPERTS = 1 << 20  # of a table with a row for each
@@ -54,7 +54,7 @@ def count_traffic(
     Returns: the counts; replicas elsewhere are taken in turn, token by token.
     Raises: ShapeError for sizes that do not fit.
     """
-    if whole("num_nodes", num_nodes) < 1 or whole("bytes_per_token", bytes_per_token) < 0:
+    if integer("num_nodes", num_nodes) < 1 or integer("bytes_per_token", bytes_per_token) < 0:
         raise ShapeError(f"eplb: {num_nodes} nodes, {bytes_per_token} bytes a token")
     chosen_TK = indices("topk_idx", topk_idx, MAX_EXPERTS, -1)
     home_T = indices("token_node", token_node, num_nodes)

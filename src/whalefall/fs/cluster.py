@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from whalefall.arguments import finite, whole
 from whalefall.comm import read_token
 from whalefall.errors import ConfigError
 from whalefall.fs.client.connection import Connection
@@ -22,7 +23,6 @@ from whalefall.fs.errors import ClusterError
 from whalefall.fs.lock import FolderLock
 from whalefall.fs.tokens import publish_token
 from whalefall.launch import Group, Task
-from whalefall.ranges import require
 
 if TYPE_CHECKING:
     from whalefall.fs.client.filesystem import FileSystemClient
@@ -43,10 +43,9 @@ def place_chains(nodes: int, replicas: int, chains: int) -> dict[int, list[list[
         replicas: of each chain, at most one a node.
         chains: how many.
     """
-    require("fs: nodes", nodes, 1, MAX_NODES)
-    if not 1 <= replicas <= nodes:
-        raise ConfigError(f"fs: {replicas} replicas on {nodes} nodes; wanted 1 to {nodes}")
-    require("fs: chains", chains, 1, MAX_NODES * nodes // replicas)
+    whole("fs: nodes", nodes, 1, MAX_NODES)
+    whole(f"fs: replicas on {nodes} nodes", replicas, 1, nodes)
+    whole("fs: chains", chains, 1, MAX_NODES * nodes // replicas)
     placement = {}
     used = dict.fromkeys(range(1, nodes + 1), 0)
     for chain in range(1, chains + 1):
@@ -86,10 +85,10 @@ class LocalCluster:
         scrub_s: float = 0.0, reserve_bytes: int = 16 << 20, host: str = "127.0.0.1",
         disks: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
-        require("fs: metadata servers (meta)", meta, 1, 99)
-        require("fs: lease", lease_s, 0.1, 3600)
-        require("fs: port", port, 0, 65535)
-        require("fs: scrub", scrub_s, 0, 1e9)
+        whole("fs: metadata servers (meta)", meta, 1, 99)
+        finite("fs: lease", lease_s, 0.1, 3600)
+        whole("fs: port", port, 0, 65535)
+        finite("fs: scrub", scrub_s, 0, 1e9)
         self.path = Path(path).absolute()
         self.nodes, self.replicas, self.num_meta = nodes, replicas, meta
         self.chains = chains or nodes

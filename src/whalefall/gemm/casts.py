@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall import dtypes
+from whalefall.arguments import flag, whole, wholes
 from whalefall.dtypes import as_numpy, restore
 from whalefall.errors import DtypeError, ShapeError
-from whalefall.gemm.arguments import flag, whole, wholes
 
 __all__ = [
     "align",
@@ -35,18 +35,17 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float32]
-_LEAST = -(1 << 63)  # of a whole number of any sign
 
 
 def ceil_div(x: int, y: int) -> int:
     """x / y rounded up; ConfigError unless they are whole and y >= 1."""
-    x, y = whole("ceil_div", "x", x, _LEAST), whole("ceil_div", "y", y)
+    x, y = whole("ceil_div: x", x), whole("ceil_div: y", y, 1)
     return (x + y - 1) // y
 
 
 def align(x: int, y: int) -> int:
     """x rounded up to a multiple of y; ConfigError unless they are whole and y >= 1."""
-    x, y = whole("align", "x", x, _LEAST), whole("align", "y", y)
+    x, y = whole("align: x", x), whole("align: y", y, 1)
     return ceil_div(x, y) * y
 
 
@@ -119,14 +118,14 @@ def per_token_cast_to_fp8(
 
 def _flags(where: str, use_ue8m0: Any, use_packed_ue8m0: Any) -> tuple[bool, bool]:
     return (
-        flag(where, "use_ue8m0", use_ue8m0),
-        flag(where, "use_packed_ue8m0", use_packed_ue8m0),
+        flag(f"{where}: use_ue8m0", use_ue8m0),
+        flag(f"{where}: use_packed_ue8m0", use_packed_ue8m0),
     )
 
 
 def _blocks_of_rows(where: str, x: Floats, gran_k: Any) -> Floats:
     """[m, blocks, gran_k], no wider than x where one block holds a row."""
-    gran_k = min(whole(where, "gran_k", gran_k), max(1, x.shape[1]))
+    gran_k = min(whole(f"{where}: gran_k", gran_k, 1), max(1, x.shape[1]))
     wide = _padded(x, 1, gran_k)
     return wide.reshape(x.shape[0], wide.shape[1] // gran_k, gran_k)
 
@@ -144,7 +143,7 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple
     """
     where = "per_channel_cast_to_fp8"
     floats = _floats(where, x, 2)
-    use_ue8m0, gran_k = flag(where, "use_ue8m0", use_ue8m0), whole(where, "gran_k", gran_k)
+    use_ue8m0, gran_k = flag(f"{where}: use_ue8m0", use_ue8m0), whole(f"{where}: gran_k", gran_k, 1)
     m, n = floats.shape
     if m % gran_k:
         raise ShapeError(f"{where}: {m} rows, wanted a multiple of {gran_k}")
@@ -160,7 +159,7 @@ def per_block_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[A
     """
     where = "per_block_cast_to_fp8"
     floats = _floats(where, x, 2)
-    use_ue8m0, gran_k = flag(where, "use_ue8m0", use_ue8m0), whole(where, "gran_k", gran_k)
+    use_ue8m0, gran_k = flag(f"{where}: use_ue8m0", use_ue8m0), whole(f"{where}: gran_k", gran_k, 1)
     m, n = floats.shape
     rows, columns = min(gran_k, max(1, m)), min(gran_k, max(1, n))
     wide = _padded(floats, rows, columns)
@@ -177,7 +176,7 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) ->
     """
     where = "per_custom_dims_cast_to_fp8"
     floats = _floats(where, x)
-    kept, use_ue8m0 = wholes(where, "dims", dims, 0), flag(where, "use_ue8m0", use_ue8m0)
+    kept, use_ue8m0 = wholes(f"{where}: dims", dims, 0), flag(f"{where}: use_ue8m0", use_ue8m0)
     if any(d >= floats.ndim for d in kept):
         raise ShapeError(f"{where}: dims={tuple(kept)}, wanted axes 0 to {floats.ndim - 1}")
     others = tuple(i for i in range(floats.ndim) if i not in kept)
@@ -243,8 +242,8 @@ def cast_back_from_fp4(
     """The fp32 values [m, n] of `per_token_cast_to_fp4`'s result."""
     where = "cast_back_from_fp4"
     codes = _codes(f"{where}: packed", packed)
-    scale, gran_k = as_numpy(sf, f"{where}: sf"), whole(where, "gran_k", gran_k)
-    if flag(where, "use_packed_ue8m0", use_packed_ue8m0):
+    scale, gran_k = as_numpy(sf, f"{where}: sf"), whole(f"{where}: gran_k", gran_k, 1)
+    if flag(f"{where}: use_packed_ue8m0", use_packed_ue8m0):
         scale = dtypes.unpack_ue8m0(scale, where)
     n = codes.shape[1]
     if (scale.ndim, scale.shape[:1]) != (2, codes.shape[:1]) or scale.shape[1] * gran_k < n:

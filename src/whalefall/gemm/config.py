@@ -6,9 +6,9 @@ Source: DeepGEMM `csrc/apis/runtime.hpp`, `csrc/apis/layout.hpp`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 from whalefall import jit
+from whalefall.arguments import shown, whole
 from whalefall.errors import ConfigError
 
 __all__ = [
@@ -42,11 +42,7 @@ _settings = _Settings()
 
 def set_mk_alignment_for_contiguous_layout(new_value: int, /) -> None:
     """Set the multiple at which groups of a contiguous or psum layout start (128 unless set)."""
-    if not isinstance(new_value, Integral) or new_value < 1:
-        raise ConfigError(
-            f"set_mk_alignment_for_contiguous_layout: got {new_value!r}, wanted 1 or more, whole"
-        )
-    _settings.alignment = new_value
+    _settings.alignment = whole("set_mk_alignment_for_contiguous_layout: new_value", new_value, 1)
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:
@@ -65,10 +61,7 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
 
 def set_num_sms(new_num_sms: int, /) -> None:
     """Set the number of kernel threads (SMs, on a GPU); 0: all cores."""
-    if not isinstance(new_num_sms, Integral) or not 0 <= new_num_sms <= jit.MOST_THREADS:
-        raise ConfigError(
-            f"set_num_sms: got {new_num_sms!r}, wanted 0 (all) to {jit.MOST_THREADS}, whole"
-        )
+    whole("set_num_sms: new_num_sms", new_num_sms, 0, jit.MOST_THREADS)
     import os
 
     jit.set_num_threads(new_num_sms or len(os.sched_getaffinity(0)))
@@ -81,9 +74,7 @@ def get_num_sms() -> int:
 
 def set_tc_util(new_tc_util: int, /) -> None:
     """Remember a tensor-core utilisation of 0 (meaning 100) to 100; it changes no result."""
-    if not isinstance(new_tc_util, Integral) or not 0 <= new_tc_util <= 100:
-        raise ConfigError(f"set_tc_util: got {new_tc_util!r}, wanted 0 to 100")
-    _settings.tc_util = new_tc_util or 100
+    _settings.tc_util = whole("set_tc_util: new_tc_util", new_tc_util, 0, 100) or 100
 
 
 def get_tc_util() -> int:
@@ -109,6 +100,9 @@ def set_ignore_compile_dims(new_value: bool, /) -> None:
 def set_block_size_multiple_of(new_value: int | tuple[int, int], /) -> None:
     """Accepted: tiles are fixed here, and results do not depend on them."""
     pair = new_value if isinstance(new_value, tuple) else (new_value, new_value)
-    if len(pair) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in pair):
-        raise ConfigError(f"set_block_size_multiple_of: got {new_value!r}, wanted 1 or more")
-    _settings.block_size_multiple_of = pair
+    if len(pair) != 2:
+        raise ConfigError(
+            f"set_block_size_multiple_of: new_value is {shown(new_value)}, wanted one or two"
+        )
+    m, n = (whole("set_block_size_multiple_of: new_value", size, 1) for size in pair)
+    _settings.block_size_multiple_of = m, n

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from whalefall.arguments import whole
 from whalefall.dtypes import as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import run
@@ -244,8 +245,7 @@ def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_
     check_k(where, a, b)
     if a.groups != b.groups:
         raise ShapeError(f"{where}: {a.groups} groups in a and {b.groups} in b, wanted the same")
-    if not isinstance(expected_m, Integral) or expected_m <= 0:
-        raise ConfigError(f"{where}: expected_m={expected_m!r}, wanted a whole number above 0")
+    whole(f"{where}: expected_m", expected_m, 1)
     to = target(where, "d", d, (a.groups, a.rows, b.rows))
     counts = _int32(where, "masked_m", masked_m)
     if counts.shape != (a.groups,):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from whalefall.arguments import flag, whole, wholes
 from whalefall.dtypes import as_numpy, float_to_ue8m0, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.arguments import flag, whole, wholes
 from whalefall.gemm.casts import align, ceil_div
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 
@@ -33,8 +33,8 @@ def get_tma_aligned_size(x: int, element_size: int, /) -> int:
 
     Raises: ConfigError for an x below 0, or elements of which 16 bytes hold no whole number.
     """
-    x = whole("get_tma_aligned_size", "x", x, 0)
-    size = whole("get_tma_aligned_size", "element_size", element_size)
+    x = whole("get_tma_aligned_size: x", x, 0)
+    size = whole("get_tma_aligned_size: element_size", element_size, 1)
     if 16 % size:
         raise ConfigError(f"get_tma_aligned_size: element_size is {size}, wanted 1, 2, 4, 8 or 16")
     return align(x, 16 // size)
@@ -147,11 +147,11 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
     Returns: int32 [Σ ceil(k_g / (4 · gran_k)), mn], contiguous.
     """
     where = "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor"
-    values, gran_k = _float_scales(where, sf, (2,)), whole(where, "gran_k", gran_k)
-    k_alignment = whole(where, "k_alignment", k_alignment)
-    ks = [] if ks_cpu is None else wholes(where, "ks_cpu", ks_cpu, 0)
+    values, gran_k = _float_scales(where, sf, (2,)), whole(f"{where}: gran_k", gran_k, 1)
+    k_alignment = whole(f"{where}: k_alignment", k_alignment, 1)
+    ks = [] if ks_cpu is None else wholes(f"{where}: ks_cpu", ks_cpu, 0)
     sizes = ks
-    if flag(where, "use_psum_layout", use_psum_layout) and not ks:
+    if flag(f"{where}: use_psum_layout", use_psum_layout) and not ks:
         start, sizes = 0, []
         for end in _ends(f"{where}: grouped_layout", grouped_layout):
             sizes.append(max(0, end - start))
@@ -198,10 +198,10 @@ def transform_sf_into_required_layout(
     """
     where = "transform_sf_into_required_layout"
     rows, gran_k = _steps(where, recipe, is_sfa)
-    mn, k = whole(where, "mn", mn, 0), whole(where, "k", k, 0)
-    disable_ue8m0_cast = flag(where, "disable_ue8m0_cast", disable_ue8m0_cast)
+    mn, k = whole(f"{where}: mn", mn, 0), whole(f"{where}: k", k, 0)
+    disable_ue8m0_cast = flag(f"{where}: disable_ue8m0_cast", disable_ue8m0_cast)
     v = view(sf, f"{where}: sf")
-    lead = () if num_groups is None else (whole(where, "num_groups", num_groups, 0),)
+    lead = () if num_groups is None else (whole(f"{where}: num_groups", num_groups, 0),)
     if v.dtype == "int32" and rows == 1:
         wanted: tuple[int, ...] = (*lead, mn, ceil_div(k, 4 * gran_k))
         strides_ok = mn == 1 or v.strides[-2] == 1
@@ -228,10 +228,10 @@ def transform_sf_into_required_layout(
 
 def _steps(where: str, recipe: Any, is_sfa: bool | None) -> tuple[int, int]:
     """Rows and K that one scale covers."""
-    steps = wholes(where, "recipe", recipe)
+    steps = wholes(f"{where}: recipe", recipe, 1)
     if (len(steps) == 3) != (is_sfa is not None) or len(steps) not in (2, 3):
         raise ConfigError(
             f"{where}: recipe={recipe}, is_sfa={is_sfa}; wanted three numbers with is_sfa, or two"
         )
-    first = is_sfa is None or flag(where, "is_sfa", is_sfa)
+    first = is_sfa is None or flag(f"{where}: is_sfa", is_sfa)
     return steps[0 if first else 1], steps[-1]

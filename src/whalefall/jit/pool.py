@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from numbers import Integral
 from pathlib import Path
 
 from whalefall import env
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError
 from whalefall.jit import isa
 from whalefall.jit.compile import ON_LOAD, Library, build
@@ -46,9 +46,7 @@ def set_num_threads(count: int) -> None:
 
     Source: the counterpart of DeepGEMM's `set_num_sms`.
     """
-    if not isinstance(count, Integral) or not 1 <= count <= MOST_THREADS:
-        raise ConfigError(f"set_num_threads: got {count!r}, wanted 1 to {MOST_THREADS}, whole")
-    _pool().wf_pool_set_threads(count)
+    _pool().wf_pool_set_threads(whole("set_num_threads: count", count, 1, MOST_THREADS))
 
 
 def _hand_over(library: Library) -> None:

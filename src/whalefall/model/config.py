@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError, MissingError, UnsupportedError
 from whalefall.model.rope import Rope
 
@@ -168,9 +169,7 @@ def _number(raw: Mapping[str, Any], where: str, name: str, default: Any = ...) -
         value = default
     if value is ...:
         raise ConfigError(f"{where}: no {name}; this is not a complete config")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value > 1 << 31:
-        raise ConfigError(f"{where}: {name} is {value!r}, wanted a whole number >= 0")
-    return value
+    return whole(f"{where}: {name}", value, 0, 1 << 31)
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ when it is whole and on the disk. Source: FFRecord 1.4.0 `FileWriter`.
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import tempfile
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError, DtypeError, LimitError, MissingError
 from whalefall.record.checksum import crc32
 from whalefall.record.layout import PREFIX_BYTES, header
@@ -42,7 +42,9 @@ class FileWriter:
     def __init__(self, fname: Any, n: int) -> None:
         self._file: BinaryIO | None = None
         self._name = checked_name(fname)
-        self._n = _count(n)
+        self._n = whole("FileWriter: n", n, error=DtypeError)
+        if self._n < 0:
+            raise ConfigError(f"FileWriter: n is {n}, wanted 0 or more samples")
         self._count = 0
         self._checksums = np.zeros(self._n, np.uint32)
         self._sizes = np.zeros(self._n, np.int64)
@@ -169,19 +171,6 @@ def checked_name(fname: Any) -> str:
     if not name.endswith(".ffr"):
         raise ConfigError(f"record: {name} does not end in .ffr, wanted a name that does")
     return name
-
-
-def _count(n: Any) -> int:
-    """How many samples an argument means."""
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise DtypeError(
-            f"record: n is {n!r}, {type(n).__name__}, wanted a whole number of samples"
-        ) from None
-    if count < 0:
-        raise ConfigError(f"record: n is {n}, wanted 0 or more samples")
-    return count
 
 
 def as_bytes(buffer: Any) -> memoryview:

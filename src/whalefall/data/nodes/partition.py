@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from whalefall.arguments import whole
 from whalefall.data.constants import DATA_PARTITION_COLUMN_NAME
 from whalefall.data.context import Context
 from whalefall.data.dataset import DataSet, PartitionedDataSet
@@ -56,9 +57,7 @@ class PartitionNode(Node):
             ctx, input_deps, output_name, output_path, cpu_limit, memory_limit=memory_limit
         )
         kind = type(self).__name__
-        if not isinstance(npartitions, int) or isinstance(npartitions, bool) or npartitions < 1:
-            raise PlanError(f"{kind}: npartitions is {npartitions!r}, wanted an int of at least 1")
-        self.npartitions = npartitions
+        self.npartitions = whole(f"{kind}: npartitions", npartitions, 1, error=PlanError)
         self.dimension = dimension or DATA_PARTITION_COLUMN_NAME
         self.nested = nested
         if nested and self.dimension in self.input_deps[0].dimensions:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from whalefall.arguments import flag, whole
 from whalefall.ep import config as sizes
-from whalefall.ep.arguments import ADDRESSES, flag, whole
+from whalefall.ep.arguments import ADDRESSES
 from whalefall.ep.config import Config
 from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
 from whalefall.ep.events import EventHandle, EventOverlap
@@ -65,14 +66,14 @@ class Buffer(Normal, LowLatency):
         if group is None and comm is None:
             raise ConfigError("Buffer: got neither group nor comm; one of the two is needed")
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
-            if whole(value, f"Buffer: {name}", 0, ADDRESSES) % 128:
+            if whole(f"Buffer: {name}", value, 0, ADDRESSES) % 128:
                 raise ConfigError(f"Buffer: {name} is {value}, wanted a multiple of 128")
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise ConfigError(
                 f"Buffer: group is a {type(group).__name__}, wanted a ProcessGroup of torch"
             )
-        low_latency_mode = flag(low_latency_mode, "Buffer: low_latency_mode")
-        enable_shrink = flag(enable_shrink, "Buffer: enable_shrink")
+        low_latency_mode = flag("Buffer: low_latency_mode", low_latency_mode)
+        enable_shrink = flag("Buffer: enable_shrink", enable_shrink)
         if low_latency_mode and not num_rdma_bytes:
             raise ConfigError(
                 "Buffer: low_latency_mode needs num_rdma_bytes; get_low_latency_rdma_size_hint "
@@ -114,7 +115,7 @@ class Buffer(Normal, LowLatency):
 
         Raises: ConfigError for an odd number.
         """
-        if whole(new_num_sms, "set_num_sms: new_num_sms", 0, 1 << 16) % 2:
+        if whole("set_num_sms: new_num_sms", new_num_sms, 0, 1 << 16) % 2:
             raise ConfigError(f"set_num_sms: got {new_num_sms}, wanted an even number")
         Buffer.num_sms = Buffer._threads = new_num_sms
 

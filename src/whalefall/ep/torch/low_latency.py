@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whalefall.ep.arguments import ADDRESSES, flag, whole
+from whalefall.arguments import flag, whole
+from whalefall.ep.arguments import ADDRESSES, MOST
 from whalefall.ep.config import low_latency_size_hint
 from whalefall.ep.counts import CLEAN
 from whalefall.ep.engine import Engine
@@ -59,8 +60,10 @@ class LowLatency:
         It moves on by a slot: take `get_next_low_latency_combine_buffer` after it, not before.
         """
         low = self._low
-        for value in (num_max_dispatch_tokens_per_rank, hidden, num_experts):
-            whole(value, "clean_low_latency_buffer: a size")
+        where, M = "clean_low_latency_buffer", num_max_dispatch_tokens_per_rank
+        whole(f"{where}: num_max_dispatch_tokens_per_rank", M, 0, MOST)
+        whole(f"{where}: hidden", hidden, 0, MOST)
+        whole(f"{where}: num_experts", num_experts, 0, MOST)
         self.runtime.worker.drain()
         low.agree(CLEAN, num_experts)
 
@@ -100,14 +103,17 @@ class LowLatency:
             ConfigError, ShapeError, DtypeError; RankFailure.
         """
         low, M = self._low, num_max_dispatch_tokens_per_rank
-        async_finish, return_recv_hook = _one_of(async_finish, return_recv_hook)
-        use_fp8, round_scale = flag(use_fp8, "use_fp8"), flag(round_scale, "round_scale")
-        use_ue8m0 = flag(use_ue8m0, "use_ue8m0")
+        async_finish, return_recv_hook = _one_of(
+            "low_latency_dispatch", async_finish, return_recv_hook
+        )
+        use_fp8 = flag("low_latency_dispatch: use_fp8", use_fp8)
+        use_ue8m0 = flag("low_latency_dispatch: use_ue8m0", use_ue8m0)
+        round_scale = flag("low_latency_dispatch: round_scale", round_scale)
         if bf16(x, "x").ndim != 2:
             raise ShapeError(f"low_latency_dispatch: x is {list(x.shape)}, wanted [tokens, hidden]")
         T, H = x.shape
-        whole(M, "low_latency_dispatch: num_max_dispatch_tokens_per_rank")
-        whole(num_experts, "low_latency_dispatch: num_experts", 1)
+        whole("low_latency_dispatch: num_max_dispatch_tokens_per_rank", M, 0, MOST)
+        whole("low_latency_dispatch: num_experts", num_experts, 1, MOST)
         self._check_low_latency(T, H, M, num_experts, use_fp8, round_scale, use_ue8m0)
         idx = array(topk_idx, torch.int64, "topk_idx").copy()
         if idx.ndim != 2 or len(idx) != T:
@@ -176,8 +182,11 @@ class LowLatency:
             combine_wait_recv_cost_stats: [R] int64, nanoseconds waited are added to it.
         Returns: [T, H] bf16, event, hook or None.
         """
-        async_finish, return_recv_hook = _one_of(async_finish, return_recv_hook)
-        zero_copy, use_logfmt = flag(zero_copy, "zero_copy"), flag(use_logfmt, "use_logfmt")
+        async_finish, return_recv_hook = _one_of(
+            "low_latency_combine", async_finish, return_recv_hook
+        )
+        zero_copy = flag("low_latency_combine: zero_copy", zero_copy)
+        use_logfmt = flag("low_latency_combine: use_logfmt", use_logfmt)
         if use_logfmt and zero_copy:
             raise ConfigError("low_latency_combine: use_logfmt and zero_copy exclude each other")
         low = self._low
@@ -252,14 +261,14 @@ class LowLatency:
             offset: in bytes.
             use_rdma_buffer: the low-latency form's memory.
         """
-        use_rdma_buffer = flag(use_rdma_buffer, "use_rdma_buffer")
+        use_rdma_buffer = flag("get_local_buffer_tensor: use_rdma_buffer", use_rdma_buffer)
         if not isinstance(dtype, torch.dtype):
             raise DtypeError(f"Buffer: dtype is a {type(dtype).__name__}, wanted a torch.dtype")
-        whole(offset, "Buffer: offset", 0, ADDRESSES)
+        whole("get_local_buffer_tensor: offset", offset, 0, ADDRESSES)
         if size is not None and not isinstance(size, tuple | list):
             raise ConfigError(f"Buffer: size is a {type(size).__name__}, wanted a torch.Size")
         for n in size or ():
-            whole(n, "Buffer: size", 0, ADDRESSES)
+            whole("get_local_buffer_tensor: size", n, 0, ADDRESSES)
         exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
         nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         if exchange is None or not 0 <= offset <= nbytes:
@@ -280,11 +289,11 @@ class LowLatency:
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Treat a rank as gone (`mask=True`), or as there again."""
-        if not 0 <= whole(rank_to_mask, "Buffer: rank_to_mask", -1) < self.runtime.num_ranks:
+        if not 0 <= whole("Buffer: rank_to_mask", rank_to_mask, -1, MOST) < self.runtime.num_ranks:
             raise LimitError(
                 f"Buffer: rank_to_mask is {rank_to_mask}, wanted 0 … {self.runtime.num_ranks - 1}"
             )
-        self._low.fabric.masked[rank_to_mask] = flag(mask, "Buffer: mask")
+        self._low.fabric.masked[rank_to_mask] = flag("Buffer: mask", mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill `mask_status` [R] int32: 1 for a rank that is treated as gone."""
@@ -347,11 +356,12 @@ def _of(handle: Any, low: Exchange) -> tuple[Handle, int, int, int]:
     return (handle.native, *handle[2:])
 
 
-def _one_of(async_finish: bool, return_recv_hook: bool) -> tuple[bool, bool]:
-    ways = flag(async_finish, "async_finish"), flag(return_recv_hook, "return_recv_hook")
-    if all(ways):
-        raise ConfigError("low latency: async_finish and return_recv_hook exclude each other")
-    return ways
+def _one_of(where: str, async_finish: bool, return_recv_hook: bool) -> tuple[bool, bool]:
+    in_thread = flag(f"{where}: async_finish", async_finish)
+    hooked = flag(f"{where}: return_recv_hook", return_recv_hook)
+    if in_thread and hooked:
+        raise ConfigError(f"{where}: async_finish and return_recv_hook exclude each other")
+    return in_thread, hooked
 
 
 def _stats(given: Tensor | None, dtype: torch.dtype, length: int) -> np.ndarray | None:

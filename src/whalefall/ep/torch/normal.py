@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from whalefall import trace
-from whalefall.ep.arguments import flag, whole
+from whalefall.arguments import flag, whole
+from whalefall.ep.arguments import MOST
 from whalefall.ep.config import Config
 from whalefall.ep.direct import Announced
 from whalefall.ep.engine import Engine
@@ -116,8 +117,8 @@ class Normal:
             too small; RankFailure.
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
-        expert_alignment = whole(expert_alignment, "Buffer.dispatch: expert_alignment", 1, 1 << 20)
-        num_worst_tokens = whole(num_worst_tokens, "Buffer.dispatch: num_worst_tokens")
+        expert_alignment = whole("Buffer.dispatch: expert_alignment", expert_alignment, 1, 1 << 20)
+        num_worst_tokens = whole("Buffer.dispatch: num_worst_tokens", num_worst_tokens, 0, MOST)
         exchange = self.runtime.normal
         exchange.num_threads = self._threads
         self._await_announced()
@@ -303,7 +304,7 @@ class Normal:
         """
         self.runtime.check_open()
         native = native_of(handle, self.runtime)
-        whole(hidden, "Buffer.get_combine_buffer: hidden", 0, 1 << 24)
+        whole("Buffer.get_combine_buffer: hidden", hidden, 0, 1 << 24)
         return from_bf16(self.runtime.empty((native.num_rows, hidden), ml_dtypes.bfloat16))
 
     def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
@@ -338,8 +339,8 @@ class Normal:
 
     def _before(self, previous: EventOverlap | None, async_finish: bool, on_comm: bool) -> None:
         self.runtime.check_open()
-        asynchronous = flag(async_finish, "Buffer: async_finish")
-        if flag(on_comm, "Buffer: allocate_on_comm_stream") and not (
+        asynchronous = flag("Buffer: async_finish", async_finish)
+        if flag("Buffer: allocate_on_comm_stream", on_comm) and not (
             previous is not None and asynchronous
         ):
             raise ConfigError(
