@@ -8,6 +8,7 @@ references are held. A kept struct belongs to one thread.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Hashable
@@ -21,13 +22,15 @@ _MOST = 512  # calls; beyond it, all are forgotten
 
 
 def _place(array: Any) -> tuple[Any, ...] | None:
-    """Of a torch tensor, where its elements are; of a numpy array None.
+    """Of a torch tensor, where its elements are and whether a gradient is wanted; else None.
 
-    numpy refuses to move an array that has weak references.
+    numpy refuses to move an array that has weak references. Calls that want a gradient are refused,
+    so none is kept, and where one is wanted of the same tensors later, nothing is found.
     """
     if isinstance(array, np.ndarray):
         return None
-    return (array.data_ptr(), array.stride(), array.device)
+    wants = array.requires_grad and sys.modules["torch"].is_grad_enabled()
+    return (array.data_ptr(), array.stride(), array.device, wants)
 
 
 def _strides(array: Any) -> Any:

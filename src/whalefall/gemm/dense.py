@@ -148,7 +148,7 @@ def fp8_fp4_gemm_nt(
         recipe: (rows of a, rows of b, k) that share a scale; default (1, 128, 128), with int32
             scales (1, 1, 128). `recipe_a` and `recipe_b` give (rows, k) of each instead.
         compiled_dims, disable_ue8m0_cast: accepted; they change no result here.
-    Raises: ShapeError, DtypeError, ConfigError.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: DeepGEMM `fp8_fp4_gemm_nt`, on either GPU generation.
     """
     _fp8("fp8_gemm_nt", "nt", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)

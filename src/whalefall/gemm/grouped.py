@@ -175,7 +175,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
             `get_mk_alignment_for_contiguous_layout()`.
         ensure_zero_padding: with psum, write 0 between an end and the next start.
         expected_m_for_psum_layout: accepted with psum only; it changes no result.
-    Raises: ShapeError, DtypeError, ConfigError.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: DeepGEMM (there, rows of -1 hold whatever their tile's group gives).
     """
     where = "m_grouped_fp8_gemm_nt_contiguous"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
+from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import Layout, Product, run
 from whalefall.gemm.dense import check_dims
@@ -81,12 +81,13 @@ def k_grouped_fp8_gemm_tn_contiguous(
         ks_cpu: each group's K. grouped_layout: the same as int32; with `use_psum_layout` the
             groups' ends along K, starts aligned.
         recipe: (1, 1, 32) or (1, 1, 128).
-    Raises: ShapeError, DtypeError, ConfigError.
+    Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     """
     where = "k_grouped_fp8_gemm_tn_contiguous"
     check_dims(where, compiled_dims)
     gran_k = _gran(where, recipe)
     (av, asf), (bv, bsf) = value_pair(where, "a", a), value_pair(where, "b", b)
+    refuse_gradient(where, (av, asf, bv, bsf))
     va, vb = _matrix(where, "a", av, "float8_e4m3fn"), _matrix(where, "b", bv, "float8_e4m3fn")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
     to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
@@ -110,6 +111,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
     """`k_grouped_fp8_gemm_tn_contiguous` of bfloat16 matrices."""
     where = "k_grouped_bf16_gemm_tn_contiguous"
     check_dims(where, compiled_dims)
+    refuse_gradient(where, (a, b))
     va, vb = _matrix(where, "a", a, "bfloat16"), _matrix(where, "b", b, "bfloat16")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
     to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
@@ -140,6 +142,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         raise ConfigError(f"{where}: recipe={recipe}, psum={use_psum_layout}; wanted (1, 1, 128)")
     groups, m, n = _shape3(where, d)
     (av, asf), (bv, bsf) = value_pair(where, "a", a), value_pair(where, "b", b)
+    refuse_gradient(where, (av, asf, bv, bsf))
     va, vb = view(av, f"{where}: a"), view(bv, f"{where}: b")
     stretches = k_stretches(where, ks_cpu, grouped_layout, None, False)
     total = sum(k for _, k in stretches)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.dtypes import View, as_numpy, unpack_ue8m0, view
+from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.dtypes.written import refuse_overlap as result_apart
 from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
@@ -130,6 +130,7 @@ def transposed(array: Any) -> Any:
 def _axes(where: str, name: str, array: Any, swap: bool, dims: int) -> View:
     """The memory of an array of `dims` axes, the last two swapped where wanted."""
     v = view(array, f"{where}: {name}")
+    refuse_gradient(where, (array,))
     if len(v.shape) != dims:
         raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
     if not swap:
@@ -203,6 +204,7 @@ def bf16_operand(
 def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
     """A result (or what is added to it) in float32 or bfloat16, stride 1 along its last axis."""
     v = written(array, f"{where}: {name}") if name == "d" else view(array, f"{where}: {name}")
+    refuse_gradient(where, (array,))
     if v.shape != shape:
         raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {list(shape)}")
     if v.dtype not in ("float32", "bfloat16"):
