@@ -69,9 +69,12 @@ _DEFAULTS = {v.name: v.default for v in TABLE}
 
 
 def get(name: str) -> str:
-    """The value of a variable of `TABLE`, or its default; KeyError for a name not in the table."""
+    """The value of a variable of `TABLE`, or its default where it is unset or empty.
+
+    KeyError for a name not in the table.
+    """
     default = _DEFAULTS[name]
-    return os.environ.get(name, default)
+    return os.environ.get(name) or default
 
 
 def cache_dir(*parts: str) -> Path:

@@ -112,3 +112,13 @@ def test_a_compiler_that_no_shell_would_take_is_named(monkeypatch: pytest.Monkey
             compiler.compiler()
     finally:
         compiler.find_compiler.cache_clear()
+
+
+def test_an_empty_variable_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHALEFALL_CACHE", "")
+    assert env.cache_dir("jit") == tmp_path / ".cache/whalefall/jit"
+    monkeypatch.setenv("WHALEFALL_EP_TIMEOUT", "")
+    assert env.get("WHALEFALL_EP_TIMEOUT") == "10"
+    monkeypatch.setenv("WHALEFALL_ISA", "")
+    assert jit.best_level() == jit.levels()[-1]
