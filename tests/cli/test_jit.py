@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -85,3 +86,20 @@ def test_warm_looks_at_the_heads_of_the_model_named() -> None:
     names = [name for name, _ in commands.units(4)]
     assert "attention of 4 heads" in names
     assert "attention of 128 heads" in names
+
+
+def test_clear_deletes_what_ended_compilations_left_and_nothing_of_running_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WHALEFALL_CACHE", str(tmp_path))
+    folder = tmp_path / "jit"
+    folder.mkdir()
+    for name in ("ended.lock", "endedx1.tmp", "orphan.tmp", "running.lock", "runningy2.tmp"):
+        (folder / name).write_text("")
+    with (folder / "running.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        commands.clear()
+        assert sorted(os.listdir(folder)) == ["running.lock", "runningy2.tmp"]
+        assert "0 compiled kernels and 3 files" in capsys.readouterr().out
+    commands.clear()
+    assert os.listdir(folder) == []

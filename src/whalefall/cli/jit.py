@@ -18,12 +18,12 @@ PUBLISHED_HEADS = 128  # of DeepSeek-V3; one unit serves 8 heads and more
 
 @app.command()
 def clear() -> None:
-    """Delete every compiled kernel of the cache."""
-    count = 0
-    for path in env.cache_dir("jit").glob("*.so"):
-        path.unlink(missing_ok=True)
-        count += 1
-    typer.echo(f"deleted {count} compiled kernels")
+    """Delete every compiled kernel of the cache, and what ended compilations left."""
+    from whalefall.jit.compile import clear as clear_cache
+
+    libraries, left = clear_cache()
+    more = f" and {left} files that ended compilations left" if left else ""
+    typer.echo(f"deleted {libraries} compiled kernels{more}")
 
 
 @app.command()

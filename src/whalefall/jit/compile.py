@@ -191,6 +191,35 @@ def _alone(target: Path) -> Iterator[None]:
             target.with_suffix(".lock").unlink(missing_ok=True)
 
 
+def clear() -> tuple[int, int]:
+    """Delete what is compiled, and what compilations that were ended left; running ones go on.
+
+    Returns: how many libraries, how many files left over.
+    """
+    folder = env.cache_dir("jit")
+    # These before the locks: whoever made one of them held its lock before, and holds it still.
+    temporary, left = list(folder.glob("*.tmp")), 0
+    with env.using_cache():
+        libraries = list(folder.glob("*.so"))
+        for path in libraries:
+            path.unlink(missing_ok=True)
+        running = []
+        for lock in folder.glob("*.lock"):
+            with contextlib.suppress(FileNotFoundError), lock.open("r+b") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    running.append(lock.stem)
+                    continue
+                lock.unlink()
+                left += 1
+        for path in temporary:
+            if not path.name.startswith(tuple(running)):
+                path.unlink(missing_ok=True)
+                left += 1
+    return len(libraries), left
+
+
 def _measured_options(level: str) -> list[str]:
     from whalefall.jit import machine  # which builds a unit of its own, one without simd.h
 
