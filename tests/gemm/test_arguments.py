@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gemm.operands import E4M3
 from whalefall import gemm
 from whalefall.errors import WhalefallError
 
@@ -121,6 +122,30 @@ WRONG: list[tuple[str, tuple[Any, ...], str]] = [
     ("transform_sf_into_required_layout", (SF * 3, 4, 64, (1, 32)), "scale 3.0"),
     ("calc_diff", (None, SF), "x"),
     ("calc_diff", (SF, SF[:, :1].repeat(3, 1)), "y [4, 3]"),
+]
+
+
+CODES, D = X.astype(E4M3), np.zeros((4, 4), np.float32)
+PAIR, COMPLEX = (CODES, SF), torch.ones(4, 2, dtype=torch.complex64)
+NO_SCALES = (CODES, [1.0])
+K_PAIR, K_D = (
+    (np.ones((128, 4), E4M3), np.ones((1, 4), np.float32)),
+    np.zeros((1, 4, 4), np.float32),
+)
+FLAT = (np.ones(512, E4M3), np.ones((4, 1), np.float32))
+K_TN, K_NT = "k_grouped_fp8_gemm_tn_contiguous", "k_grouped_fp8_gemm_nt_contiguous"
+IDX = np.zeros((4, 1), np.int32)
+WRONG += [
+    ("fp8_gemm_nt", (PAIR, NO_SCALES, D), "scale of b"),
+    ("fp8_gemm_nt", (PAIR, (CODES, COMPLEX), D), "scale of b: dtype torch.complex64"),
+    ("fp8_gemm_nt_skip_head_mid", (PAIR, NO_SCALES, D, (1, 1, 1)), "scale of b"),
+    ("m_grouped_fp8_gemm_nt_contiguous", (PAIR, NO_SCALES, D, KS), "scale of b"),
+    (K_TN, ((K_PAIR[0], [1]), K_PAIR, K_D, [128], None), "scale of a"),
+    (K_TN, (K_PAIR, (K_PAIR[0], SF[0].astype(complex)), K_D, [128], None), "scale of b: dtype"),
+    (K_NT, ((FLAT[0], [1]), FLAT, K_D, [128], None), "scale of a"),
+    ("fused_experts", (X, [gemm.ExpertWeights(X, [1], X)], IDX), "expert 0: w3"),
+    ("fused_experts", (X, [gemm.ExpertWeights(X, X, X)], IDX), "expert 0: w1, w3, w2"),
+    ("linear", (X, COMPLEX), "weight: dtype torch.complex64"),
 ]
 
 

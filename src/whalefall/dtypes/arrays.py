@@ -100,7 +100,10 @@ def view(array: Any, name: str = "array") -> View:
                 f"{name}: a tensor negated lazily, wanted its values in memory; call .resolve_neg()"
             )
         return View(
-            array.data_ptr(), tuple(array.shape), tuple(array.stride()), _torch_name(array.dtype)
+            array.data_ptr(),
+            tuple(array.shape),
+            tuple(array.stride()),
+            _torch_name(array.dtype, name),
         )
     raise DtypeError(
         f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
@@ -145,12 +148,12 @@ _ADDRESS_IS_FIRST = _address_is_first()
 _NAMES_TEXT = tuple(NUMPY_DTYPES)
 
 
-def _torch_name(dtype: Any) -> str:
+def _torch_name(dtype: Any, of: str) -> str:
     name = _TORCH_NAMES.get(dtype)
     if name is None:
         name = str(dtype).removeprefix("torch.")
         if name not in NUMPY_DTYPES:
-            raise DtypeError(f"dtype {dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
+            raise DtypeError(f"{of}: dtype {dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
         _TORCH_NAMES[dtype] = name
     return name
 

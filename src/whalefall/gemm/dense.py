@@ -75,10 +75,10 @@ def product_of(a: Operand, b: Operand, to: Target, add: Target | None = None) ->
     return product
 
 
-def scale_dtype(pair: Any) -> str:
-    """The dtype of the scales of a (values, scales) pair; "" for anything else."""
-    if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        return view(pair[1], "scales").dtype
+def scale_dtype(where: str, b: Any) -> str:
+    """The dtype of the scales of `b`, a (values, scales) pair; "" for anything else."""
+    if isinstance(b, (tuple, list)) and len(b) == 2:
+        return view(b[1], f"{where}: scale of b").dtype
     return ""
 
 
@@ -117,7 +117,7 @@ def _fp8(
             known()
             return
     check_dims(where, compiled_dims)
-    of_a, of_b = recipes(where, scale_dtype(b), recipe, recipe_a, recipe_b)
+    of_a, of_b = recipes(where, scale_dtype(where, b), recipe, recipe_a, recipe_b)
     left = fp8_operand(where, "a", a, of_a, swap=layout[0] == "t")
     right = fp8_operand(where, "b", b, of_b, swap=layout[1] == "n")
     prepared = multiply(where, left, right, d, c)
@@ -224,7 +224,7 @@ def fp8_gemm_nt_skip_head_mid(
     """
     where = "fp8_gemm_nt_skip_head_mid"
     check_dims(where, compiled_dims)
-    of_a, of_b = recipes(where, scale_dtype(b), recipe, None, None)
+    of_a, of_b = recipes(where, scale_dtype(where, b), recipe, None, None)
     left_operand = fp8_operand(where, "a", a, of_a)
     right_operand = fp8_operand(where, "b", b, of_b)
     if not _three_whole(head_splits):

@@ -101,7 +101,7 @@ def _operands(
     recipe_a: Pair | None,
     recipe_b: Pair | None,
 ) -> tuple[Operand, Operand]:
-    of_a, of_b = recipes(where, scale_dtype(b), recipe, recipe_a, recipe_b)
+    of_a, of_b = recipes(where, scale_dtype(where, b), recipe, recipe_a, recipe_b)
     if of_a[0] != 1:
         raise ConfigError(f"{where}: {of_a[0]} rows of a share a scale, wanted 1")
     left = fp8_operand(where, "a", a, of_a, dims=dims_a)

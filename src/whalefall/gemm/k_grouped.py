@@ -91,7 +91,8 @@ def k_grouped_fp8_gemm_tn_contiguous(
     va, vb = _matrix(where, "a", av, "float8_e4m3fn"), _matrix(where, "b", bv, "float8_e4m3fn")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
     to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
-    refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf), *_given(grouped_layout)))
+    seen = (view(asf, f"{where}: scale of a"), view(bsf, f"{where}: scale of b"))
+    refuse_overlap(where, to.seen, (va, vb, *seen, *_given(where, grouped_layout)))
     counts = [-(-k // gran_k) for _, k in stretches]
     scales_a = _unpacked(where, "a", asf, gran_k, counts)
     scales_b = _unpacked(where, "b", bsf, gran_k, counts)
@@ -115,7 +116,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
     va, vb = _matrix(where, "a", a, "bfloat16"), _matrix(where, "b", b, "bfloat16")
     stretches = k_stretches(where, ks_cpu, grouped_layout, va.shape[0], use_psum_layout)
     to, add = accumulator(where, d, c, (len(stretches), va.shape[1], vb.shape[1]))
-    refuse_overlap(where, to.seen, (va, vb, *_given(grouped_layout)))
+    refuse_overlap(where, to.seen, (va, vb, *_given(where, grouped_layout)))
     _run(where, va, vb, None, None, to, add, stretches, [0] * len(stretches), 128)
 
 
@@ -151,8 +152,8 @@ def k_grouped_fp8_gemm_nt_contiguous(
     for name, v, rows, sf in (("a", va, m, asf), ("b", vb, n, bsf)):
         _check_flat(where, name, v, view(sf, f"{where}: scale of {name}"), rows, total)
     to, add = accumulator(where, d, c, (groups, m, n))
-    refuse_overlap(where, to.seen, (va, vb, view(asf), view(bsf), *_given(grouped_layout)))
     sa, sb = view(asf), view(bsf)
+    refuse_overlap(where, to.seen, (va, vb, sa, sb, *_given(where, grouped_layout)))
     for g, (first, k) in enumerate(stretches):  # each group's rows are k apart: a layout of its own
         product = Product(n=n, d_pitch=to.pitch, d_kind=to.kind, length=128)
         product.a = Layout(k, 1, sa.strides[0], sa.strides[1], 1, 128, FP8, 0)
@@ -173,8 +174,9 @@ def k_grouped_fp8_gemm_nt_contiguous(
             run(product, segments)
 
 
-def _given(grouped_layout: Any) -> tuple[View, ...]:
-    return () if grouped_layout is None else (view(grouped_layout),)
+def _given(where: str, grouped_layout: Any) -> tuple[View, ...]:
+    name = f"{where}: grouped_layout"
+    return () if grouped_layout is None else (view(grouped_layout, name),)
 
 
 def _check_flat(where: str, name: str, v: View, s: View, rows: int, total: int) -> None:

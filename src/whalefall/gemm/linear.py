@@ -176,24 +176,25 @@ _KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
     """The native description of experts; keep the arrays alive as long as it is used."""
-    listed = isinstance(experts, (list, tuple))
+    where, listed = "fused_experts", isinstance(experts, (list, tuple))
     if not listed or not all(isinstance(e, ExpertWeights) for e in experts):
         raise DtypeError(
-            f"fused_experts: experts is a {type(experts).__name__}, wanted a list of ExpertWeights"
+            f"{where}: experts is a {type(experts).__name__}, wanted a list of ExpertWeights"
         )
-    refuse_gradient("fused_experts", [w for e in experts for w in e], _TRAINED)
+    refuse_gradient(where, [w for e in experts for w in e], _TRAINED)
     structs = (Expert * len(experts))()
     for i, e in enumerate(experts):
-        structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"expert {i}: w1")
-        structs[i].w3 = weight_struct(e.w3, e.w3_scale, f"expert {i}: w3")
-        structs[i].w2 = weight_struct(e.w2, e.w2_scale, f"expert {i}: w2")
+        structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"{where}: expert {i}: w1")
+        structs[i].w3 = weight_struct(e.w3, e.w3_scale, f"{where}: expert {i}: w3")
+        structs[i].w2 = weight_struct(e.w2, e.w2_scale, f"{where}: expert {i}: w2")
         shapes = [(w.rows, w.cols) for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
         first = (structs[0].w1.rows, structs[0].w1.cols)
         if shapes != [first, first, first[::-1]]:
             raise ShapeError(
-                f"expert {i}: w1, w3, w2 are {shapes}, wanted {[first, first, first[::-1]]}"
+                f"{where}: expert {i}: w1, w3, w2 are {shapes}, wanted "
+                f"{[first, first, first[::-1]]}"
             )
-    refuse_mixed_kinds("fused_experts", structs)
+    refuse_mixed_kinds(where, structs)
     return structs
 
 
