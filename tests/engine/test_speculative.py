@@ -186,7 +186,7 @@ def test_by_default_small_checkpoints_do_not_draft_and_large_ones_do(
 
 
 def test_draft_tokens_out_of_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match="draft_tokens is 17, wanted 1 to 16"):
+    with pytest.raises(ConfigError, match="draft_tokens is 17, wanted a whole number from 1 to 16"):
         EngineConfig(draft_tokens=17)
 
 

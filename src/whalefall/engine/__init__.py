@@ -4,7 +4,8 @@ Follows DeepSeek's V3/R1 inference system and vLLM's habits: `LLM` for scripts, 
 servers (`add`, `step`, `cancel`), `engine.core` for whoever schedules without a model.
 """
 
-from whalefall.engine.engine import Engine, EngineConfig
+from whalefall.engine.config import EngineConfig
+from whalefall.engine.engine import Engine
 from whalefall.engine.llm import LLM
 from whalefall.engine.outputs import Completion, Delta, EngineStats, RequestOutput
 from whalefall.engine.sampling import TokenLogprobs

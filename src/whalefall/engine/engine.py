@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from whalefall.engine.answer import Answer
+from whalefall.engine.config import EngineConfig
 from whalefall.engine.core import Batch, BlockManager, DraftPolicy, Scheduler, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
 from whalefall.engine.disk_prefix import DiskPrefix, fingerprint
 from whalefall.engine.draft_costs import step_costs
 from whalefall.engine.drafter import Drafter
-from whalefall.engine.kv_cache import KV_DTYPES, KVCache
+from whalefall.engine.kv_cache import KVCache
 from whalefall.engine.model_runner import ModelRunner
 from whalefall.engine.outputs import Delta, EngineStats
 from whalefall.engine.request_check import check_request
@@ -32,71 +33,14 @@ from whalefall.engine.structured import Grammars
 from whalefall.engine.turn import Turn, draft
 from whalefall.errors import ConfigError, MissingError
 from whalefall.model import Checkpoint, Tokenizer, load_config, load_tokenizer, load_weights
-from whalefall.model.step import COMPUTE, Step, make_step
+from whalefall.model.step import Step, make_step
 
-__all__ = ["Engine", "EngineConfig", "Request"]
+__all__ = ["Engine", "Request"]
 
 _DEFAULT_KV_BYTES = 1 << 30
 _DISK_WAIT_S = 0.005  # a step without other work looks for cancellations so often
-_MAX_DRAFTS = 16
 _CACHED_BYTES = 64 << 20  # what a step may read without waiting for memory
 _LOAD_STEPS = 256  # steps between looks at the experts' load
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an engine computes, and how much it may hold.
-
-    Attributes:
-        compute: "w8a16" (activations kept), "w8a8" (as published) or "fp32" (exact path).
-        kv: type of the KV cache, "bf16", "fp32" or "fp8" (656 bytes a token and layer, for 512
-            latent and 64 rope columns); None: fp32 for compute="fp32", else bf16.
-        max_batch_tokens: tokens of one step.
-        max_sequences: answers that run at once.
-        kv_cache_bytes: memory of the KV cache; None: 1 GiB, or what max_model_len needs.
-        num_blocks: the same in blocks of 64 tokens; wins over kv_cache_bytes.
-        max_model_len: longest prompt and answer together; None: the model's, as far as it fits.
-        strict_prefix: keep blocks of answers out of the prefix cache.
-        speculative: draft tokens with the checkpoint's MTP layer where that saves time; answers
-            stay the same, bit for bit. None: where the checkpoint has one, and is too large for
-            the processor's caches (a small one is not bound by what it reads).
-        draft_tokens: drafts a sequence and step, at most.
-        prefix_cache: a folder or URL where blocks of prompts are kept, shared and found again after
-            a restart; "": memory only.
-        prefix_cache_bytes: the least recently used leave beyond it; 0: no limit.
-    """
-
-    compute: str = "w8a16"
-    kv: str | None = None
-    max_batch_tokens: int = 1024
-    max_sequences: int = 128
-    kv_cache_bytes: int | None = None
-    num_blocks: int | None = None
-    max_model_len: int | None = None
-    strict_prefix: bool = False
-    speculative: bool | None = None
-    draft_tokens: int = 1
-    prefix_cache: str = ""
-    prefix_cache_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values. Raises: ConfigError."""
-        if self.compute not in COMPUTE:
-            raise ConfigError(f"compute is {self.compute!r}, wanted one of {', '.join(COMPUTE)}")
-        if self.kv is not None and self.kv not in KV_DTYPES:
-            raise ConfigError(f"kv is {self.kv!r}, wanted one of {', '.join(KV_DTYPES)}")
-        limits = ("max_batch_tokens", "max_sequences", "kv_cache_bytes", "num_blocks")
-        if not 0 < self.draft_tokens <= _MAX_DRAFTS:
-            raise ConfigError(f"draft_tokens is {self.draft_tokens}, wanted 1 to {_MAX_DRAFTS}")
-        for name in (*limits, "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1 << 48:
-                raise ConfigError(f"{name} is {value!r}, wanted 1 to {(1 << 48) - 1}")
-
-    @property
-    def kv_dtype(self) -> str:
-        """Type of the KV cache."""
-        return self.kv or ("fp32" if self.compute == "fp32" else "bf16")
 
 
 @dataclass

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.engine.config import EngineConfig
 from whalefall.engine.core import Scheduled, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
-from whalefall.engine.engine import Engine, EngineConfig
+from whalefall.engine.engine import Engine
 from whalefall.engine.kv_cache import KVCache
 from whalefall.engine.outputs import Completion, Delta, RequestOutput
 from whalefall.engine.sampling_params import SamplingParams

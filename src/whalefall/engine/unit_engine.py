@@ -19,8 +19,9 @@ import numpy as np
 
 from whalefall import ep, eplb
 from whalefall.engine.answer import Answer
+from whalefall.engine.config import EngineConfig
 from whalefall.engine.core import Batch
-from whalefall.engine.engine import Engine, EngineConfig, Request
+from whalefall.engine.engine import Engine, Request
 from whalefall.engine.outputs import Delta
 from whalefall.engine.sampling_params import SamplingParams
 from whalefall.engine.step_arrays import step_batch
