@@ -1,4 +1,4 @@
-"""File-system room: simulated processes — a manager, a storage node, a client — around the cores.
+"""File-system room: simulated processes — a manager, a storage node — around the cores.
 
 A process runs procedures; its effects take virtual time; a crash forgets all of it but the disk.
 """
@@ -9,9 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from whalefall.comm import crc32c
 from whalefall.fs.core import craq, effects, work
-from whalefall.fs.core.client import ClientCore, Piece, RefreshRouting
 from whalefall.fs.core.effects import Refused, Unreachable
 from whalefall.fs.core.manager import LeaseLost, Manager
 from whalefall.fs.core.messages import (
@@ -23,7 +21,6 @@ from whalefall.fs.core.messages import (
     NodeInfo,
     Read,
     ReadDone,
-    Routing,
 )
 from whalefall.fs.core.replica import Limits, StorageNode
 from whalefall.fs.simulation.store import SimStore, Unsynced
@@ -32,7 +29,7 @@ from whalefall.fs.simulation.together import InStep
 if TYPE_CHECKING:
     from whalefall.fs.simulation.world import World
 
-__all__ = ["SimClient", "SimManager", "SimNode", "SimProcess"]
+__all__ = ["SimManager", "SimNode", "SimProcess"]
 
 ON_DISK = (
     effects.Store, effects.Commit, effects.Abort, effects.Load, effects.Merge,
@@ -354,50 +351,3 @@ class SimNode(SimProcess):
             results.append((int(code), len(content), meta.version if meta else 0))
             data.append(content)
         return ReadDone(results), data
-
-
-class SimClient(SimProcess):
-    """A client that runs one operation after another."""
-
-    def __init__(self, world: World, name: str, retry_s: float) -> None:
-        super().__init__(world, name)
-        limits = Limits(world.lease_s, world.lease_s / 2, 0.0, 0.05, retry_s)
-        self.core = ClientCore(
-            name, limits, self.sim.clock, lambda n: self.sim.random.randrange(n), crc32c
-        )
-        self.managers = list(world.manager_names)
-
-    def perform(self, effect: Any, resume: Callable[[Any], None]) -> None:
-        if not isinstance(effect, RefreshRouting):
-            super().perform(effect, resume)
-            return
-        call = effects.Call(0, self.core.routing.version, b"", 0.1)
-
-        asked = self.managers[0]
-
-        def got(result: Any) -> None:
-            if isinstance(result, Exception) or isinstance(result[0], Failed):
-                if self.managers[0] == asked:  # else another procedure has moved on already
-                    self.managers.append(self.managers.pop(0))
-                resume(None)
-            else:
-                resume(result[0] if isinstance(result[0], Routing) else None)
-
-        self.call(asked, call, got)
-
-    def read(self, chain: int, chunk: bytes, done: Callable[[Any], None]) -> None:
-        """Read a chunk whole; `done` gets its bytes or the exception."""
-        piece = Piece(chain, chunk, 0, 64, None)
-        content: list[bytes] = [b""]
-
-        def call_with_data(to: str, call: effects.Call, resume: Callable[[Any], None]) -> None:
-            def got(result: Any) -> None:
-                if not isinstance(result, Exception) and isinstance(result[0], ReadDone):
-                    content[0] = result[1][0]
-                resume(result)
-
-            SimProcess.call(self, to, call, got)
-
-        self.call = call_with_data  # type: ignore[method-assign]
-        procedure = self.core.read([piece])
-        self.start(procedure, lambda r: done(r if isinstance(r, Exception) else content[0]))

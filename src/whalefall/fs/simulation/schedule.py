@@ -10,8 +10,9 @@ from typing import Any
 from whalefall.fs.core.effects import Procedure, Refused, Together
 from whalefall.fs.core.messages import Code, Kind
 from whalefall.fs.profiles import PROFILES
+from whalefall.fs.simulation.client import SimClient
 from whalefall.fs.simulation.history import Operation, linearizable
-from whalefall.fs.simulation.process import SimClient, SimNode
+from whalefall.fs.simulation.process import SimNode
 from whalefall.fs.simulation.world import Size, Violation, World
 from whalefall.sim import Faults, Simulation
 

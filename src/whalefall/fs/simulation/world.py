@@ -18,7 +18,8 @@ from whalefall.fs.core.manager import ROUTING_KEY
 from whalefall.fs.core.messages import Code, NodeInfo, Routing, Tag, Update
 from whalefall.fs.core.replica import StorageNode
 from whalefall.fs.kv import MemoryKV
-from whalefall.fs.simulation.process import SimClient, SimManager, SimNode, SimProcess
+from whalefall.fs.simulation.client import SimClient
+from whalefall.fs.simulation.process import SimManager, SimNode, SimProcess
 from whalefall.fs.simulation.store import SimStore
 from whalefall.sim import Faults, Network, Simulation
 
