@@ -24,7 +24,7 @@ from whalefall import comm
 from whalefall.arguments import flag, whole
 from whalefall.ep import rows as rules
 from whalefall.ep.arena import Arena
-from whalefall.ep.arguments import MOST, arrays, engine_arguments, engine_timeout
+from whalefall.ep.arguments import MOST, engine_arguments, engine_timeout
 from whalefall.ep.connect import close_all, host_name, open_links
 from whalefall.ep.counts import mailbox_bytes
 from whalefall.ep.exchange import Exchange
@@ -35,9 +35,10 @@ from whalefall.ep.library import library
 from whalefall.ep.links import Links
 from whalefall.ep.meeting import Hello, meet, number_engine, process_name
 from whalefall.ep.rows import Bias, Pending, Rows, contiguous_rows, result
+from whalefall.ep.spread import count_spread
 from whalefall.ep.topology import Topology
 from whalefall.ep.worker import Event, Worker, holding
-from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
+from whalefall.errors import ConfigError, ShapeError
 
 __all__ = ["Engine"]
 
@@ -45,7 +46,7 @@ CHUNK_BYTES = 2 << 20
 SLOTS = 2
 SHARED_BYTES = 16 << 30  # address space for results that neighbours write or read
 LOW_LATENCY_CHUNK = 8 << 20  # packed tokens of one dispatch from another host's rank
-MAX_EXPERTS, MAX_TOP_K = 4096, 128
+MAX_EXPERTS = 4096
 VERSION = 2
 
 
@@ -152,29 +153,7 @@ class Engine:
         Raises: ShapeError, DtypeError; LimitError for an expert that does not exist.
         """
         self.check_experts(num_experts)
-        arrays("layout", topk_idx=topk_idx if topk_idx is not None else 0)
-        if topk_idx.ndim != 2 or topk_idx.dtype != np.int64:
-            raise DtypeError(
-                f"ep: topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}, wanted int64 [T, K]"
-            )
-        whole("ep: top-k", topk_idx.shape[1], 0, MAX_TOP_K)
-        topk_idx = np.ascontiguousarray(topk_idx)
-        T, R, H = len(topk_idx), self.num_ranks, len(self.topology.hosts)
-        layout = Layout(
-            np.empty(R, np.int32), np.empty(H, np.int32), np.empty(num_experts, np.int32),
-            np.empty((T, R), bool),
-        )  # fmt: skip
-        bad = library().wf_ep_layout(
-            topk_idx.ctypes.data, T, topk_idx.shape[1], num_experts, R,
-            self.normal.host_of.ctypes.data, H, layout.per_rank.ctypes.data,
-            layout.per_host.ctypes.data, layout.per_expert.ctypes.data, layout.in_rank.ctypes.data,
-        )  # fmt: skip
-        if bad < 0:
-            row = topk_idx[-1 - bad].tolist()
-            raise LimitError(
-                f"ep: token {-1 - bad} names experts {row}, wanted −1 or 0 … {num_experts - 1}"
-            )
-        return layout
+        return count_spread(topk_idx, num_experts, self.normal.host_of, len(self.topology.hosts))
 
     def check_experts(self, num_experts: int) -> None:
         """Raise ShapeError for a number of experts that cannot be."""
