@@ -23,6 +23,7 @@ __all__ = [
     "as_numpy",
     "empty_at",
     "empty_like",
+    "over_memory",
     "refuse_gradient",
     "restore",
     "view",
@@ -183,7 +184,11 @@ def as_numpy(array: Any, name: str = "array") -> np.ndarray[Any, Any]:
     """
     if isinstance(array, np.ndarray):
         return array
-    seen = view(array, name)
+    return over_memory(view(array, name), array)
+
+
+def over_memory(seen: View, owner: Any = None) -> np.ndarray[Any, Any]:
+    """A numpy array over the memory of a view, which is the caller's to keep without `owner`."""
     dtype = NUMPY_DTYPES[seen.dtype]
     if 0 in seen.shape:
         return np.empty(seen.shape, dtype)
@@ -191,7 +196,7 @@ def as_numpy(array: Any, name: str = "array") -> np.ndarray[Any, Any]:
     highest = sum((n - 1) * s for n, s in zip(seen.shape, seen.strides, strict=True) if s > 0)
     size = (highest - lowest + 1) * dtype.itemsize
     memory = (ctypes.c_char * size).from_address(seen.address + lowest * dtype.itemsize)
-    memory.owner = array  # type: ignore[attr-defined]
+    memory.owner = owner  # type: ignore[attr-defined]
     return np.ndarray(
         seen.shape,
         dtype,

@@ -22,7 +22,7 @@ from whalefall.arguments import finite, flag, shown, whole
 from whalefall.comm.library import address
 from whalefall.ep import reference
 from whalefall.ep.arguments import MOST, arrays
-from whalefall.errors import ConfigError, DtypeError, MissingError, ShapeError, WhalefallError
+from whalefall.errors import ConfigError, DtypeError, ShapeError, WhalefallError
 
 __all__ = ["RoutingError", "hosts_touched", "route"]
 
@@ -75,7 +75,8 @@ def route(
         num_groups = topk_groups = 1
     try:
         native = library()
-    except MissingError:  # no compiler on this machine; jit has said so
+    except jit.NoCompilerError as missing:
+        jit.numpy_instead(missing)
         return reference.route(
             logits_TE, bias_E, top_k, num_groups, topk_groups, scoring, normalize, scale
         )

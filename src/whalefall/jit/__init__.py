@@ -6,6 +6,7 @@ Source: DeepGEMM's run-time compilation, for CPUs.
 """
 
 from whalefall.jit.compile import Library, build
+from whalefall.jit.compiler import NoCompilerError, numpy_instead
 from whalefall.jit.isa import LEVELS, best_level, levels
 from whalefall.jit.pool import MOST_THREADS, get_num_threads, set_num_threads
 
@@ -13,9 +14,11 @@ __all__ = [
     "LEVELS",
     "MOST_THREADS",
     "Library",
+    "NoCompilerError",
     "best_level",
     "build",
     "get_num_threads",
     "levels",
+    "numpy_instead",
     "set_num_threads",
 ]

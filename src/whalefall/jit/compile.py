@@ -121,8 +121,8 @@ def build(
         flags: more compiler options (a sanitizer, a warning).
         level: an ISA level; None: the best one, or what WHALEFALL_ISA forces.
     Returns: the library; the same object for the same arguments.
-    Raises: MissingError without a compiler or source, CompileError with the compiler's words,
-        ConfigError for a cache folder that cannot be used.
+    Raises: NoCompilerError, MissingError without the source, CompileError with the compiler's
+        words, ConfigError for a cache folder that cannot be used.
     """
     chosen = level or isa.best_level()
     pairs = tuple(sorted((defines or {}).items()))

@@ -8,15 +8,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from dataclasses import dataclass
 
 from whalefall import env
 from whalefall.errors import ConfigError, MissingError
 
-__all__ = ["Compiler", "compiler", "find_compiler"]
+__all__ = ["Compiler", "NoCompilerError", "compiler", "find_compiler", "numpy_instead"]
 
 
 NAMES = ("c++", "g++", "clang++")  # looked for in this order; make and env.py name them too
+
+
+class NoCompilerError(MissingError):
+    """There is no C++ compiler: what numpy can compute too, it computes."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,20 @@ def find_compiler() -> Compiler | None:
 
 
 def compiler() -> Compiler:
-    """The compiler; MissingError with the remedy where there is none."""
+    """The compiler; NoCompilerError with the remedy where there is none."""
     found = find_compiler()
     if found is None:
-        raise MissingError(
+        raise NoCompilerError(
             "no C++ compiler (WHALEFALL_CXX, c++, g++, clang++ or ziglang); "
             "pip install ziglang, or apt-get install g++"
         )
     return found
+
+
+_said = threading.Lock()  # held from the first warning on
+
+
+def numpy_instead(missing: NoCompilerError) -> None:
+    """Warn, once in a process, that numpy computes what a native unit would."""
+    if _said.acquire(blocking=False):
+        warnings.warn(f"{missing}; running the numpy reference, slowly", stacklevel=3)

@@ -42,8 +42,7 @@ __all__ = [
 
 _READ_BYTES = 1 << 29
 WITHOUT_COMPILER = (  # `make` and README say the same
-    "none: models answer by the numpy reference, slowly; gemm and attention functions raise "
-    "MissingError; pip install ziglang"
+    "none: models, gemm and attention answer by the numpy reference, slowly; pip install ziglang"
 )
 
 
@@ -154,7 +153,7 @@ def dot_is_fast(level: str) -> bool:
     Kernels' last bits hang on the answer, so whichever process measures first does it for all that
     share the cache folder.
     """
-    if isa.LEVELS[level].rank < isa.LEVELS["avx512bf16"].rank:
+    if isa.LEVELS[level].rank < isa.LEVELS["avx512bf16"].rank or find_compiler() is None:
         return False
 
     def measured() -> dict[str, float]:

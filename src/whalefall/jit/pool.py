@@ -12,18 +12,35 @@ from whalefall.arguments import whole
 from whalefall.errors import ConfigError
 from whalefall.jit import isa
 from whalefall.jit.compile import ON_LOAD, Library, build
+from whalefall.jit.compiler import NoCompilerError
 
 MOST_THREADS = 4096  # more than machines have cores: beyond it, a mistyped number
 
 __all__ = ["MOST_THREADS", "address", "get_num_threads", "set_num_threads"]
 
 
+class _NoThreads:
+    """Stands for the pool where nothing can be compiled: remembers a number, and has no threads."""
+
+    count = 1
+
+    def wf_pool_set_threads(self, count: int) -> None:
+        self.count = count
+
+    def wf_pool_get_threads(self) -> int:
+        return self.count
+
+
 @functools.cache
-def _pool() -> Library:
+def _pool() -> Library | _NoThreads:
     # One pool whatever WHALEFALL_ISA says, with the options that kernels have by default: for other
     # options ziglang would build its C++ library once more, which takes 40 s.
-    library = build(Path(__file__).parent / "native" / "pool.cpp", level=isa.levels()[-1])
-    library.wf_pool.restype = ctypes.c_void_p
+    library: Library | _NoThreads
+    try:
+        library = build(Path(__file__).parent / "native" / "pool.cpp", level=isa.levels()[-1])
+        library.wf_pool.restype = ctypes.c_void_p
+    except NoCompilerError:
+        library = _NoThreads()
     text = env.get("WHALEFALL_THREADS")
     if text and not (text.isdecimal() and 0 < int(text) <= MOST_THREADS):
         raise ConfigError(f"WHALEFALL_THREADS is {text!r}, wanted 1 to {MOST_THREADS}, whole")
@@ -33,7 +50,9 @@ def _pool() -> Library:
 
 def address() -> int:
     """The address of the pool's `wf::Pool`, for `wf_set_pool`."""
-    return int(_pool().wf_pool())
+    pool = _pool()
+    assert isinstance(pool, Library)  # who asks is a library just loaded
+    return int(pool.wf_pool())
 
 
 def get_num_threads() -> int:

@@ -7,13 +7,12 @@ MLA for generated tokens and for prompts, so a token's KV never depends on chunk
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from whalefall.errors import MissingError
+from whalefall import jit
 from whalefall.model.config import ModelConfig
 from whalefall.model.weights import Weights
 
@@ -83,6 +82,6 @@ def make_step(weights: Weights, config: ModelConfig, compute: str, max_positions
 
     try:
         return NativeStep(weights, config, compute, max_positions)
-    except MissingError as missing:
-        warnings.warn(f"{missing}; running the numpy reference, slowly", stacklevel=2)
+    except jit.NoCompilerError as missing:
+        jit.numpy_instead(missing)
         return NumpyStep(weights, config, max_positions)
