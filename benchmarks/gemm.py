@@ -22,7 +22,8 @@ import torch
 from benchmarks._experts import choices, experts_of
 from whalefall import gemm, jit
 from whalefall.gemm.linear import expert_structs, weight_struct
-from whalefall.gemm.native_calls import KINDS, Input, LinearCall, Output, library
+from whalefall.gemm.native_calls import library
+from whalefall.gemm.structs import KINDS, Input, LinearCall, Output
 from whalefall.jit import machine
 from whalefall.testing.benchmark import Row, by_level, interleave, save
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.attention import native_calls as native
+from whalefall.attention import structs
 
 CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "uint8": 3}
 
@@ -17,10 +18,10 @@ def addresses(tables: Any) -> Any:
     return np.array([row.ctypes.data for row in tables], np.uint64)
 
 
-def cache_struct(cache: Any) -> native.Cache:
+def cache_struct(cache: Any) -> structs.Cache:
     """A cache [blocks, page, kv_heads, width]."""
     s = cache.strides
-    return native.Cache(cache.ctypes.data, s[0], s[1], s[2], cache.shape[0], cache.shape[1])
+    return structs.Cache(cache.ctypes.data, s[0], s[1], s[2], cache.shape[0], cache.shape[1])
 
 
 def paged(
@@ -42,7 +43,7 @@ def paged(
     pointers = addresses(tables)
     out, lse = np.empty((tokens, heads, v_width), np.float32), np.empty((tokens, heads), np.float32)
     code = CODES[str(cache.dtype)]
-    args = native.PagedArgs(
+    args = structs.PagedArgs(
         *(q.ctypes.data, heads * width, width, out.ctypes.data, heads * v_width, v_width),
         *(lse.ctypes.data, heads, 1, None if sink is None else sink.ctypes.data),
         *(pointers.ctypes.data, keys.ctypes.data, tokens, heads, cache.shape[2], width, v_width),
@@ -61,7 +62,7 @@ def varlen(
     out, lse = np.empty((tokens, heads, v_width), np.float32), np.empty((tokens, heads), np.float32)
     q_starts, k_starts = np.asarray(q_starts, np.int32), np.asarray(k_starts, np.int32)
     kv_heads = k.shape[1]
-    args = native.VarlenArgs(
+    args = structs.VarlenArgs(
         *(q.ctypes.data, k.ctypes.data, v.ctypes.data, heads * width, width),
         *(kv_heads * width, width, kv_heads * v_width, v_width),
         *(out.ctypes.data, heads * v_width, v_width, lse.ctypes.data, heads, 1),
@@ -76,7 +77,7 @@ def append(latent: Any, rope: Any, tables: Any, positions: Any, cache: Any) -> N
     """Writes latent [T, L] and rope [T, R] fp32 at `positions` into cache [B, P, 1, W]."""
     tables = np.ascontiguousarray(tables, np.int32)
     positions, pointers = np.asarray(positions, np.int32), addresses(tables)
-    args = native.AppendArgs(
+    args = structs.AppendArgs(
         *(latent.ctypes.data, rope.ctypes.data, latent.shape[1], latent.shape[1]),
         *(rope.shape[1], rope.shape[1], 0, CODES[str(cache.dtype)]),
         *(pointers.ctypes.data, positions.ctypes.data, len(latent), cache_struct(cache)),

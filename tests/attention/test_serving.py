@@ -106,12 +106,13 @@ def paged_same_table(q: Any, cache: Any, table: Any, keys: Any, chosen: list[int
 
     from tests.attention.calls import cache_struct
     from whalefall.attention import native_calls as native
+    from whalefall.attention import structs
 
     part, n = np.ascontiguousarray(q[chosen]), np.asarray(keys[chosen], np.int32)
     pointers = np.full(len(chosen), table.ctypes.data, np.uint64)
     heads, width = q.shape[1:]
     out, lse = np.empty((len(chosen), heads, 64), np.float32), np.empty((len(chosen), heads), "f4")
-    args = native.PagedArgs(
+    args = structs.PagedArgs(
         *(part.ctypes.data, heads * width, width, out.ctypes.data, heads * 64, 64),
         *(lse.ctypes.data, heads, 1, None, pointers.ctypes.data, n.ctypes.data),
         *(len(chosen), heads, 1, width, 64, cache_struct(cache), 0.1, np.inf, 0, 0, 1),

@@ -39,7 +39,7 @@ def test_slow_denormals_change_no_bit() -> None:
 
     from tests.gemm.operands import fp8
     from whalefall.gemm.linear import weight_struct
-    from whalefall.gemm.native_calls import Input, LinearCall, Output
+    from whalefall.gemm.structs import Input, LinearCall, Output
 
     rng = np.random.default_rng(0)
     (weight, scale), _ = fp8(rng, (37, 300), (128, 128))

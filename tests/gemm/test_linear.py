@@ -12,7 +12,8 @@ import pytest
 from whalefall import gemm, jit
 from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
 from whalefall.gemm.linear import expert_structs, packed_width, quantize_rows, weight_struct
-from whalefall.gemm.native_calls import ACTIVATIONS, KINDS, Input, LinearCall, Output, library
+from whalefall.gemm.native_calls import library
+from whalefall.gemm.structs import ACTIVATIONS, KINDS, Input, LinearCall, Output
 from whalefall.jit import machine
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
@@ -89,7 +90,8 @@ def test_a_nan_weight_reaches_its_column_and_no_other(level: str, form: Any, cod
 @pytest.mark.parametrize("form", ["few", "many"])
 def test_a_part_of_a_weight_uses_the_scales_of_its_own_rows(level: str, form: Any) -> None:
     from whalefall.gemm.linear import weight_struct
-    from whalefall.gemm.native_calls import FORMS, Input, LinearCall, Output, library
+    from whalefall.gemm.native_calls import library
+    from whalefall.gemm.structs import FORMS, Input, LinearCall, Output
 
     rng = np.random.default_rng(2)
     weight, scale, _ = fp8_weight(rng, 300, 200)

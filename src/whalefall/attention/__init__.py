@@ -5,8 +5,9 @@ In: numpy arrays or CPU torch tensors. Out: values and log-sum-exp, in the calle
 Source: FlashMLA; DeepSeek-V2 paper, 2.1.
 """
 
-from whalefall.attention.cache import append_latent, dequantize_kv_cache
+from whalefall.attention.cache import append_latent
 from whalefall.attention.decode import flash_mla_with_kvcache
+from whalefall.attention.fp8_rows import dequantize_kv_cache
 from whalefall.attention.merge import merge_partials
 from whalefall.attention.metadata import FlashMLASchedMeta, get_mla_metadata
 from whalefall.attention.sparse import flash_mla_sparse_fwd

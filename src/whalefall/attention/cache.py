@@ -1,25 +1,21 @@
-"""The latent cache: appending rows, and the 656-byte FP8 row in numpy.
-
-Source: FlashMLA, the FP8 KV cache of DeepSeek-V3.2 (`tests/quant.py` defines how it is made).
-"""
+"""The latent cache: appending rows."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, AppendArgs, append_entry
+from whalefall.attention.fp8_rows import LATENT
+from whalefall.attention.native_calls import append_entry
 from whalefall.attention.operands import cache_operand, int32_operand, query_operand
-from whalefall.dtypes import e4m3_to_float
+from whalefall.attention.structs import TYPES, AppendArgs
 from whalefall.dtypes.written import refuse_overlap, written
 from whalefall.errors import ShapeError
 
-__all__ = ["append_latent", "dequantize_kv_cache"]
+__all__ = ["append_latent"]
 
-_LATENT, _ROPE, _TILE = 512, 64, 128
 _HERE = "append_latent"
 
 
@@ -49,8 +45,8 @@ def append_latent(
             f"{_HERE}: latent is {left.dtype} {list(left.shape)} and rope {right.dtype} "
             f"{list(right.shape)}, wanted as many rows of one dtype"
         )
-    if is_fp8_kvcache and left.shape[1] != _LATENT:
-        raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {_LATENT} in FP8")
+    if is_fp8_kvcache and left.shape[1] != LATENT:
+        raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {LATENT} in FP8")
     refuse_overlap(_HERE, "cache", written(cache, f"{_HERE}: cache"), (left, right))
     pages, kind, kv_heads = cache_operand(_HERE, "cache", cache, is_fp8_kvcache, width)
     if kv_heads != 1:
@@ -88,20 +84,3 @@ def _stretches(chosen: Any) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(chosen) != 1) + 1
     parts = np.split(chosen, cuts)
     return [(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
-def dequantize_kv_cache(rows: Any) -> Any:
-    """What rows of 656 bytes mean: [..., 656] uint8 → [..., 576] bfloat16 (products in fp32).
-
-    Source: FlashMLA, the V3.2 layout.
-    """
-    data = np.ascontiguousarray(rows).view(np.uint8)
-    if data.shape[-1] != FP8_ROW_BYTES:
-        raise ShapeError(
-            f"dequantize_kv_cache: rows of {data.shape[-1]} bytes, wanted {FP8_ROW_BYTES}"
-        )
-    end = _LATENT + 4 * _LATENT // _TILE
-    scale = np.ascontiguousarray(data[..., _LATENT:end]).view(np.float32)
-    values = e4m3_to_float(data[..., :_LATENT]) * np.repeat(scale, _TILE, axis=-1)
-    rope = np.ascontiguousarray(data[..., end:]).view(ml_dtypes.bfloat16)
-    return np.concatenate([values.astype(ml_dtypes.bfloat16), rope], axis=-1)

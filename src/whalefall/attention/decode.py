@@ -16,15 +16,7 @@ import numpy as np
 
 from whalefall import jit
 from whalefall.attention.metadata import check_metadata
-from whalefall.attention.native_calls import (
-    TYPES,
-    Chosen,
-    DecodeArgs,
-    PagedArgs,
-    SparseArgs,
-    decode_entry,
-    sparse_entry,
-)
+from whalefall.attention.native_calls import decode_entry, sparse_entry
 from whalefall.attention.operands import (
     cache_operand,
     int32_operand,
@@ -33,6 +25,7 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
+from whalefall.attention.structs import TYPES, Chosen, DecodeArgs, PagedArgs, SparseArgs
 from whalefall.dtypes import (
     NUMPY_DTYPES,
     CallMemo,

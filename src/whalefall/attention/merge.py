@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.attention.native_calls import TYPES, MergeArgs, merge_entry
+from whalefall.attention.native_calls import merge_entry
+from whalefall.attention.structs import TYPES, MergeArgs
 from whalefall.dtypes import as_numpy, empty_like, restore, view
 from whalefall.errors import DtypeError, ShapeError
 

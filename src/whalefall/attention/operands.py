@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.arguments import whole
-from whalefall.attention.native_calls import FP8_ROW_BYTES, TYPES, Cache
+from whalefall.attention.structs import FP8_ROW_BYTES, TYPES, Cache
 from whalefall.dtypes import View, as_numpy, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 

@@ -9,7 +9,7 @@ import ctypes
 import math
 from typing import Any
 
-from whalefall.attention.native_calls import TYPES, Cache, Chosen, SparseArgs, sparse_entry
+from whalefall.attention.native_calls import sparse_entry
 from whalefall.attention.operands import (
     int32_operand,
     query_operand,
@@ -17,6 +17,7 @@ from whalefall.attention.operands import (
     sink_operand,
     width_of_values,
 )
+from whalefall.attention.structs import TYPES, Cache, Chosen, SparseArgs
 from whalefall.dtypes import empty_like, refuse_gradient, view
 from whalefall.errors import ShapeError
 

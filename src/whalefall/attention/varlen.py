@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from whalefall.arguments import whole
-from whalefall.attention.native_calls import TYPES, VarlenArgs, varlen_entry
+from whalefall.attention.native_calls import varlen_entry
 from whalefall.attention.operands import query_operand, scale_operand
+from whalefall.attention.structs import TYPES, VarlenArgs
 from whalefall.dtypes import View, as_numpy, empty_like, refuse_gradient, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 

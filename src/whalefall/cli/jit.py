@@ -33,9 +33,11 @@ def warm(
     ] = None,
 ) -> None:
     """Compile what serving needs, for the best level of this machine."""
+    from whalefall.jit.compiler import compiler
     from whalefall.model.config import load_config
     from whalefall.serve.commands import bundled_path
 
+    compiler()  # without one, some units would be numpy's
     for name, compile_it in units(load_config(model or bundled_path()).num_heads):
         start = time.perf_counter()
         compile_it()
@@ -69,7 +71,8 @@ def units(heads: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _attention(heads: int) -> None:
-    from whalefall.attention.native_calls import TYPES, paged_entry
+    from whalefall.attention.native_calls import paged_entry
+    from whalefall.attention.structs import TYPES
 
     for cache in ("bfloat16", "float32", "fp8"):  # what --kv offers
         for bf16_q in (True, False):  # False: --compute fp32

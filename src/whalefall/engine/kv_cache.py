@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from whalefall.attention.native_calls import FP8_ROW_BYTES
+from whalefall.attention.structs import FP8_ROW_BYTES
 from whalefall.engine.core.sequence import BLOCK_SIZE
 from whalefall.errors import ConfigError, LimitError
 

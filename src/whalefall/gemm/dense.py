@@ -16,7 +16,7 @@ from whalefall import jit
 from whalefall.dtypes import CallMemo, as_numpy, view
 from whalefall.dtypes.written import may_write
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Prepared, Product, prepare
+from whalefall.gemm.calls import Prepared, prepare
 from whalefall.gemm.operands import (
     Operand,
     Pair,
@@ -30,6 +30,7 @@ from whalefall.gemm.operands import (
     refuse_overlap,
     target,
 )
+from whalefall.gemm.structs import Product
 
 __all__ = [
     "bf16_gemm_nn",

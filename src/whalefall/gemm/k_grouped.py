@@ -11,7 +11,7 @@ from typing import Any
 
 from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Layout, Product, run
+from whalefall.gemm.calls import run
 from whalefall.gemm.dense import check_dims
 from whalefall.gemm.grouped import k_stretches
 from whalefall.gemm.operands import (
@@ -24,6 +24,7 @@ from whalefall.gemm.operands import (
     refuse_overlap,
     value_pair,
 )
+from whalefall.gemm.structs import Layout, Product
 
 __all__ = [
     "k_grouped_bf16_gemm_tn_contiguous",

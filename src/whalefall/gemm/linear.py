@@ -19,7 +19,9 @@ from whalefall import jit
 from whalefall.dtypes import CallMemo, View, as_numpy, empty_like, refuse_gradient, view
 from whalefall.dtypes.written import may_write, written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.native_calls import (
+from whalefall.gemm.native_calls import library
+from whalefall.gemm.operands import refuse_overlap
+from whalefall.gemm.structs import (
     ACTIVATIONS,
     FORMS,
     KINDS,
@@ -30,9 +32,7 @@ from whalefall.gemm.native_calls import (
     LinearCall,
     Output,
     Weight,
-    library,
 )
-from whalefall.gemm.operands import refuse_overlap
 
 __all__ = [
     "ExpertWeights",

@@ -16,7 +16,7 @@ from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.dtypes.written import refuse_overlap as result_apart
 from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Layout
+from whalefall.gemm.structs import Layout
 
 __all__ = [
     "Operand",

@@ -13,12 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from whalefall.attention.native_calls import TYPES, paged_entry
+from whalefall.attention.native_calls import paged_entry
+from whalefall.attention.structs import TYPES
 from whalefall.ep.routing import library as gate_library
 from whalefall.errors import WhalefallError
 from whalefall.gemm.linear import refuse_mixed_kinds, weight_struct
-from whalefall.gemm.native_calls import ACTIVATIONS, FORMS, Expert, Weight
 from whalefall.gemm.native_calls import library as gemm_library
+from whalefall.gemm.structs import ACTIVATIONS, FORMS, Expert, Weight
 from whalefall.model import step_library
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import rules
