@@ -48,7 +48,7 @@ gpu: ## on a machine with a GPU: every GPU test and timing, with its own python3
 $(VENV)/.python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "whalefall needs Python 3.11 or newer as python3: apt-get install python3"; exit 2; }
 	@python3 -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); echo "this Python has no venv: apt-get install python3-venv"; exit 2; }
-	@command -v $${WHALEFALL_CXX:-c++} >/dev/null || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || $(PIP) ziglang || echo "no C++ compiler: models will answer by the numpy reference, slowly; gemm and attention functions will raise MissingError; pip install ziglang"
+	@command -v $${WHALEFALL_CXX:-c++} >/dev/null || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || $(PIP) ziglang || echo "no C++ compiler: models, gemm and attention will answer by the numpy reference, slowly; pip install ziglang"
 	@touch $@
 
 $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
