@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from whalefall import env
 from whalefall.errors import ConfigError
 from whalefall.options import within
 from whalefall.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from whalefall.serve.units import UnitsConfig
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
 SWITCH_S = 0.0005  # Python's own 5 ms is a fifth of a step
@@ -158,16 +161,7 @@ def serve(
         node_hour=node_hour,
         drain_s=drain_seconds,
     )
-    if (prefill is None) != (decode is None):
-        raise ConfigError(
-            f"serve: --prefill is {prefill}, --decode is {decode}; wanted both, or neither for one "
-            "process"
-        )
-    if trace_units is not None and prefill is None:
-        raise ConfigError(
-            f"serve: --trace-units {trace_units} is for --prefill and --decode; one process "
-            "records with WHALEFALL_TRACE=FOLDER"
-        )
+    check_units(prefill, decode, trace_units)
     options: dict[str, Any] = {
         "compute": compute,
         "kv": kv,
@@ -185,7 +179,7 @@ def serve(
     signal.signal(signal.SIGTERM, leave)  # while uvicorn does not heed it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if prefill is not None and decode is not None:
-        from whalefall.serve.units import Gateway, units_config
+        from whalefall.serve.units import units_config
 
         if trace_units is not None:
             trace_units.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be
@@ -201,13 +195,7 @@ def serve(
             threads=threads or 0,
             trace=str(trace_units.absolute()) if trace_units else "",
         )
-        end = partial(os.kill, os.getpid(), signal.SIGTERM)
-        with contextlib.closing(Gateway(folder, config, end)) as gateway:
-            try:
-                run(server, gateway, settings)
-            finally:
-                if gateway.failure is not None:
-                    raise gateway.failure
+        run_units(server, folder, config, settings)
         return
     from whalefall.engine import Engine, EngineConfig
     from whalefall.jit import set_num_threads
@@ -215,6 +203,36 @@ def serve(
     if threads is not None:
         set_num_threads(threads)
     run(server, Engine(folder, EngineConfig(**options)), settings)
+
+
+def check_units(prefill: str | None, decode: str | None, traces: Path | None) -> None:
+    """Raise ConfigError for options of units where there are none, or of one kind only."""
+    if (prefill is None) != (decode is None):
+        raise ConfigError(
+            f"serve: --prefill is {prefill}, --decode is {decode}; wanted both, or neither for one "
+            "process"
+        )
+    if traces is not None and prefill is None:
+        raise ConfigError(
+            f"serve: --trace-units {traces} is for --prefill and --decode; one process records "
+            "with WHALEFALL_TRACE=FOLDER"
+        )
+
+
+def run_units(server: socket.socket, folder: Path, config: UnitsConfig, settings: Settings) -> None:
+    """`run` in front of prefill and decode units, each of its own processes.
+
+    Raises: what ended a unit, once all are closed.
+    """
+    from whalefall.serve.units import Gateway
+
+    end = partial(os.kill, os.getpid(), signal.SIGTERM)
+    with contextlib.closing(Gateway(folder, config, end)) as gateway:
+        try:
+            run(server, gateway, settings)
+        finally:
+            if gateway.failure is not None:
+                raise gateway.failure
 
 
 def leave(*_: object) -> None:
