@@ -101,6 +101,8 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
         ConfigError,
         "extra_k_cache has another dtype than k_cache",
     ),
+    ({"causal": np.ones(2)}, ConfigError, r"causal is a float64 array \[2\], wanted True or Fal"),
+    ({"is_fp8_kvcache": [1, 0]}, ConfigError, r"is_fp8_kvcache is \[1, 0\], wanted True or Fal"),
 ]
 
 
@@ -222,3 +224,33 @@ def test_a_cache_that_overlaps_what_is_appended_is_refused() -> None:
         ):
             attention.append_latent(latent, rope, whole, slots)
     attention.append_latent(own[:, :32].copy(), own[:, 32:].copy(), whole, slots)
+
+
+@pytest.mark.parametrize("wrong", [np.ones(2), "no", [1]], ids=str)
+def test_flags_are_truth_values(wrong: Any) -> None:
+    q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)
+    rows, cache = np.zeros((4, 32), np.float32), np.zeros((2, 4, 1, 64), np.float32)
+    slots = np.arange(4, dtype=np.int32)
+    with pytest.raises(ConfigError, match=r"^append_latent: is_fp8_kvcache is .*, wanted True or"):
+        attention.append_latent(rows, rows, cache, slots, wrong)
+    for name, wanted in (("causal", "True or"), ("is_varlen", "True or"), ("dropout_p", "0")):
+        words = f"^flash_attn_varlen_func: {name} is .*, wanted {wanted}"
+        with pytest.raises(ConfigError, match=words):
+            attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, **{name: wrong})
+
+
+def test_rows_of_a_cache_are_an_array_of_656_bytes() -> None:
+    torch = pytest.importorskip("torch")
+    rows = np.arange(2 * 656, dtype=np.uint8).reshape(2, 656) % 100
+    plain = attention.dequantize_kv_cache(rows)
+    given = torch.from_numpy(rows)
+    assert attention.dequantize_kv_cache(given).tobytes() == plain.tobytes()
+    fp8 = given.view(torch.float8_e4m3fn)
+    assert attention.dequantize_kv_cache(fp8).tobytes() == plain.tobytes()
+    for wrong in (None, "rows", [1, 2], given.to_sparse(), given.to("meta"), rows.astype(object)):
+        with pytest.raises(WhalefallError, match=r"^dequantize_kv_cache: rows: .*, wanted") as no:
+            attention.dequantize_kv_cache(wrong)
+        assert "\n" not in str(no.value)
+    for shape in ((656, 2), (), (2, 655)):
+        with pytest.raises(ShapeError, match=r"^dequantize_kv_cache: rows of .* bytes, wanted 656"):
+            attention.dequantize_kv_cache(np.zeros(shape, np.uint8))

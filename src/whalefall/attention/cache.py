@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.arguments import flag
 from whalefall.attention.fp8_rows import LATENT
 from whalefall.attention.native_calls import append_entry
 from whalefall.attention.operands import cache_operand, int32_operand, query_operand
@@ -33,8 +34,10 @@ def append_latent(
         cache: [blocks, page, 1, kv_lora + rope], or [blocks, page, 1, 656] bytes with
             `is_fp8_kvcache` (kv_lora 512, rope 64): codes, a power of two for each 128 columns.
         slots: [T] int32: block * page + offset of each row; -1 writes nothing.
-    Raises: ShapeError, also where the cache's memory overlaps latent or rope; DtypeError.
+    Raises: ShapeError, also where the cache's memory overlaps latent or rope; DtypeError,
+        ConfigError.
     """
+    is_fp8_kvcache = flag(f"{_HERE}: is_fp8_kvcache", is_fp8_kvcache)
     parts = [
         query_operand(_HERE, n, a, "T, width") for n, a in (("latent", latent), ("rope", rope))
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from whalefall import jit
+from whalefall.arguments import flag
 from whalefall.attention.metadata import check_metadata
 from whalefall.attention.native_calls import decode_entry, sparse_entry
 from whalefall.attention.operands import (
@@ -104,6 +105,8 @@ def flash_mla_with_kvcache(
         return known(q)
     if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
         return _on_gpu(locals())
+    causal = flag(f"{_HERE}: causal", causal)
+    is_fp8_kvcache = flag(f"{_HERE}: is_fp8_kvcache", is_fp8_kvcache)
     seen, kept = query_operand(_HERE, "q", q, "b, s_q, h_q, d")
     head_dim_v = width_of_values(_HERE, "head_dim_v", head_dim_v, seen.shape[3])
     scale = scale_operand(_HERE, "softmax_scale", softmax_scale, seen.shape[3])
@@ -115,7 +118,7 @@ def flash_mla_with_kvcache(
             extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
         )
         dense = (k_cache, block_table, cache_seqlens)
-        _dense(call, seen, dense, head_dim_v, scale, bool(causal), is_fp8_kvcache, sink)
+        _dense(call, seen, dense, head_dim_v, scale, causal, is_fp8_kvcache, sink)
     else:
         if causal:
             raise ConfigError(

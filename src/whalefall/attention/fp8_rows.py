@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.attention.structs import FP8_ROW_BYTES
-from whalefall.dtypes import E4M3_MAX, ceil_to_ue8m0, e4m3_to_float, float_to_e4m3
+from whalefall.dtypes import E4M3_MAX, as_numpy, ceil_to_ue8m0, e4m3_to_float, float_to_e4m3, view
 from whalefall.errors import ShapeError
 
 __all__ = ["LATENT", "dequantize_kv_cache", "quantize_kv_rows"]
@@ -25,9 +25,11 @@ LEAST_SCALE = 1e-4  # before it is rounded up to a power of two
 def dequantize_kv_cache(rows: Any) -> Any:
     """What rows of 656 bytes mean: [..., 656] uint8 → [..., 576] bfloat16 (products in fp32).
 
+    Raises: ShapeError; DtypeError, UnsupportedError for what is no array in the CPU's memory.
     Source: FlashMLA, the V3.2 layout.
     """
-    data = np.ascontiguousarray(rows).view(np.uint8)
+    view(rows, "dequantize_kv_cache: rows")
+    data = np.ascontiguousarray(as_numpy(rows)).view(np.uint8)
     if data.shape[-1] != FP8_ROW_BYTES:
         raise ShapeError(
             f"dequantize_kv_cache: rows of {data.shape[-1]} bytes, wanted {FP8_ROW_BYTES}"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from whalefall.arguments import whole
+from whalefall.arguments import flag, shown, whole
 from whalefall.attention.native_calls import varlen_entry
 from whalefall.attention.operands import query_operand, scale_operand
 from whalefall.attention.structs import TYPES, VarlenArgs
@@ -133,8 +134,10 @@ def _attend(
     causal: bool,
     is_varlen: bool,
 ) -> tuple[Any, Any]:
-    if dropout_p != 0.0:
-        raise ConfigError(f"{where}: dropout_p is {dropout_p}, wanted 0")
+    if not isinstance(dropout_p, Real) or dropout_p != 0.0:
+        raise ConfigError(f"{where}: dropout_p is {shown(dropout_p)}, wanted 0")
+    causal = flag(f"{where}: causal", causal)
+    is_varlen = flag(f"{where}: is_varlen", is_varlen)
     refuse_gradient(where, (q, k, v))
     operands = [query_operand(where, n, a, "T, h, d") for n, a in (("q", q), ("k", k), ("v", v))]
     seen_q, seen_k, seen_v = (seen for seen, _ in operands)
