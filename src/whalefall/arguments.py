@@ -6,6 +6,7 @@ refusal in one line: what, got, wanted. Arrays have checks of their own, in `dty
 
 from __future__ import annotations
 
+import contextlib
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -66,10 +67,8 @@ def flag(what: str, value: Any) -> bool:
         return bool(value)
     truth = str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     if truth or value is None or isinstance(value, Integral):
-        try:
+        with contextlib.suppress(ValueError, RuntimeError):  # of several, or without memory
             return bool(value)
-        except (ValueError, RuntimeError):  # an array of several, or without memory
-            pass
     raise ConfigError(f"{what} is {shown(value)}, wanted True or False")
 
 

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("name = ", "is not TOML"),
         ("efficiency = 3", "efficiency is 3"),
         ("", "lacks "),
-        (None, "fp8_tflops is nan, wanted a number above 0"),
+        (None, "fp8_tflops is nan, wanted a finite number above 0"),
     ],
 )
 def test_a_wrong_hardware_file_is_one_line(text: str | None, words: str, tmp_path: Path) -> None:

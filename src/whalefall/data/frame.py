@@ -291,9 +291,7 @@ def _function(item: Any, where: str) -> Callable[..., Any]:
 
 
 def _batch_size(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise PlanError(f"map_batches: batch_size is {value!r}, wanted rows >= 1")
-    return value
+    return whole("map_batches: batch_size", value, 1, error=PlanError)
 
 
 def escaped(text: str) -> str:

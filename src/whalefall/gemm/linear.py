@@ -189,11 +189,8 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
         structs[i].w2 = weight_struct(e.w2, e.w2_scale, f"{where}: expert {i}: w2")
         shapes = [(w.rows, w.cols) for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
         first = (structs[0].w1.rows, structs[0].w1.cols)
-        if shapes != [first, first, first[::-1]]:
-            raise ShapeError(
-                f"{where}: expert {i}: w1, w3, w2 are {shapes}, wanted "
-                f"{[first, first, first[::-1]]}"
-            )
+        if shapes != (wanted := [first, first, first[::-1]]):
+            raise ShapeError(f"{where}: expert {i}: w1, w3, w2 are {shapes}, wanted {wanted}")
     refuse_mixed_kinds(where, structs)
     return structs
 

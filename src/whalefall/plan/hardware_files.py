@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from whalefall.arguments import finite
 from whalefall.errors import ConfigError, MissingError
 from whalefall.jit import machine
 from whalefall.plan.this_machine import shares
@@ -94,13 +94,9 @@ def parse(raw: dict[str, Any], where: str) -> Hardware:
     if missing:
         raise ConfigError(f"hardware {where}: lacks {', '.join(missing)}")
     for key in wanted:
-        if not isinstance(raw[key], int | float) or not 0 < raw[key] < math.inf:
-            raise ConfigError(f"hardware {where}: {key} is {raw[key]!r}, wanted a number above 0")
+        finite(f"hardware {where}: {key}", raw[key], 0, above=True)
     for key in shares:
-        if not isinstance(given[key], int | float) or not 0 < given[key] <= 1:
-            raise ConfigError(
-                f"hardware {where}: efficiency.{key} is {given[key]!r}, wanted 0 to 1"
-            )
+        finite(f"hardware {where}: efficiency.{key}", given[key], 0, 1, above=True)
     efficiency = Efficiency(**{key: float(given[key]) for key in shares})
     numbers = {key: raw[key] for key in wanted}
     return Hardware(name=str(raw.get("name", where)), efficiency=efficiency, **numbers)

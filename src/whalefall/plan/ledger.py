@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from whalefall.arguments import finite
 from whalefall.errors import ConfigError
 from whalefall.plan import published
 from whalefall.plan.fleet import Fleet
@@ -23,8 +24,7 @@ class Prices:
 
     def __post_init__(self) -> None:
         for name in ("hit", "miss", "output"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"price of {name}: got {getattr(self, name)}, wanted 0 or more")
+            finite(f"price of {name}", getattr(self, name), 0)
 
 
 V3 = Prices(*published.V3_PRICES)

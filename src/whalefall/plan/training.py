@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from whalefall.arguments import finite
 from whalefall.errors import ConfigError
 
 __all__ = ["PRETRAINING", "TrainingRun"]
@@ -31,11 +32,9 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         for name in ("gpu_hours", "tokens", "active_parameters", "peak_tflops"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"plan train: {name} is {getattr(self, name)}, wanted above 0")
+            finite(f"plan train: {name}", getattr(self, name), 0, above=True)
         for name in ("other_hours", "gpu_hour"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"plan train: {name} is {getattr(self, name)}, wanted 0 or more")
+            finite(f"plan train: {name}", getattr(self, name), 0)
 
     @property
     def total_hours(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from whalefall.arguments import finite, whole
 from whalefall.errors import ConfigError
 
 __all__ = ["Settings"]
@@ -39,15 +40,10 @@ class Settings:
             raise ConfigError(
                 f"serve: --host {self.host} is reachable from elsewhere and needs --api-key KEY"
             )
-        if self.max_queue < 1 or self.max_request_bytes < 1024:
-            raise ConfigError(
-                f"serve: --max-queue {self.max_queue} and --max-request-bytes "
-                f"{self.max_request_bytes}, wanted at least 1 and 1024"
-            )
-        if not 0 <= self.node_hour < float("inf"):
-            raise ConfigError(f"serve: --node-hour is {self.node_hour}, wanted 0 or more dollars")
-        if not 0 <= self.drain_s < float("inf"):
-            raise ConfigError(f"serve: --drain-seconds is {self.drain_s}, wanted 0 or more")
+        whole("serve: --max-queue", self.max_queue, 1)
+        whole("serve: --max-request-bytes", self.max_request_bytes, 1024)
+        finite("serve: --node-hour", self.node_hour, 0)
+        finite("serve: --drain-seconds", self.drain_s, 0)
 
 
 def is_loopback(host: str) -> bool:

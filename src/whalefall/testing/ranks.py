@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whalefall import launch
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError
 
 __all__ = ["run_ranks"]
@@ -30,8 +31,7 @@ def run_ranks(
     Raises: RankFailure if a rank fails, with its last words; the others are ended. ConfigError for
         a function that a new process could not find.
     """
-    if size < 1:
-        raise ConfigError(f"run_ranks: size is {size}, wanted 1 or more")
+    whole("run_ranks: size", size, 1)
     if "." in target.__qualname__ or target.__name__ == "<lambda>":
         raise ConfigError(
             f"run_ranks: {target.__qualname__} is no function at the top of a module; a new "

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from whalefall import env
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError
 
 __all__ = ["Event", "instant", "is_recording", "record", "save", "span", "start", "stop"]
@@ -172,8 +173,7 @@ def start(name: str = "", *, rank: int | None = None, max_events: int = 1_000_00
     global _session
     if _session is not None:
         raise ConfigError("trace.start: this process records already; call trace.stop() first")
-    if max_events < 1:
-        raise ConfigError(f"trace.start: max_events is {max_events}; it must be at least 1")
+    whole("trace.start: max_events", max_events, 1)
     _session = Session(name or f"whalefall {os.getpid()}", rank, max_events)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whalefall.arguments import whole
 from whalefall.data.constants import DEFAULT_BATCH_SIZE
 from whalefall.data.context import Context
 from whalefall.data.errors import PlanError
@@ -177,9 +178,8 @@ class ArrowStreamNode(ArrowComputeNode):
     ) -> None:
         super().__init__(ctx, input_deps, process_func=process_func, **options)
         size = self.default_batch_size if streaming_batch_size is None else streaming_batch_size
-        if not isinstance(size, int) or size < 1:
-            raise PlanError(f"{type(self).__name__}: batch size is {size!r}, wanted rows >= 1")
-        self.batch_size = size
+        what = f"{type(self).__name__}: streaming_batch_size"
+        self.batch_size = whole(what, size, 1, error=PlanError)
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"batch_size": self.batch_size}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from whalefall.arguments import whole
 from whalefall.data.constants import MB
 from whalefall.data.context import Context
 from whalefall.data.errors import PlanError
@@ -114,8 +115,7 @@ class LimitNode(SqlEngineNode):
     """The first `limit` rows of all partitions together; the output is not partitioned."""
 
     def __init__(self, ctx: Context, input_dep: Node, limit: int) -> None:
-        if not isinstance(limit, int) or limit < 0:
-            raise PlanError(f"limit is {limit!r}, wanted a count of rows")
+        limit = whole("LimitNode: limit", limit, 0, error=PlanError)
         super().__init__(ctx, [input_dep], f"select * from {{0}} limit {limit}")
         self.limit = limit
 

@@ -9,6 +9,7 @@ Source: DeepEP `Buffer`; deviations in docs/differences.md.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.torch.group import MpiGroup, TorchGroup
 from whalefall.ep.torch.low_latency import LowLatency
 from whalefall.ep.torch.normal import Normal
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, DtypeError, LimitError
 
 __all__ = ["Buffer"]
 
@@ -103,6 +104,52 @@ class Buffer(Normal, LowLatency):
         if not self.explicitly_destroy:
             raise ConfigError("Buffer.destroy: made without explicitly_destroy=True; just drop it")
         self.runtime.close()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> torch.Tensor:
+        """This rank's shared memory as a tensor; its contents change with every call.
+
+        Other ranks may read from it until they have returned from their last call too: synchronise
+        the group before writing.
+
+        Args:
+            dtype: of the elements.
+            size: shape; None: all of it, 1-D.
+            offset: in bytes.
+            use_rdma_buffer: the low-latency form's memory.
+        """
+        use_rdma_buffer = flag("get_local_buffer_tensor: use_rdma_buffer", use_rdma_buffer)
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(
+                f"get_local_buffer_tensor: dtype is a {type(dtype).__name__}, wanted a torch.dtype"
+            )
+        whole("get_local_buffer_tensor: offset", offset, 0, ADDRESSES)
+        if size is not None and not isinstance(size, tuple | list):
+            raise ConfigError(
+                f"get_local_buffer_tensor: size is a {type(size).__name__}, wanted a torch.Size"
+            )
+        for n in size or ():
+            whole("get_local_buffer_tensor: size", n, 0, ADDRESSES)
+        exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
+        nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if exchange is None or not 0 <= offset <= nbytes:
+            raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
+        item = torch.empty(0, dtype=dtype).element_size()
+        count = (nbytes - offset) // item if size is None else math.prod(size)
+        if offset + count * item > nbytes:
+            raise LimitError(
+                f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
+            )
+        if count == 0:
+            return torch.empty(size or (0,), dtype=dtype)
+        memory = exchange.fabric.own_memory(offset, count * item)
+        flat = torch.frombuffer(memory, dtype=dtype)
+        return flat if size is None else flat.view(size)
 
     @staticmethod
     def is_sm90_compiled() -> bool:

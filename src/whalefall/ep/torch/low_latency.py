@@ -9,7 +9,6 @@ Source: DeepEP `Buffer.low_latency_*`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whalefall.arguments import flag, whole
-from whalefall.ep.arguments import ADDRESSES, MOST
+from whalefall.ep.arguments import MOST
 from whalefall.ep.config import low_latency_size_hint
 from whalefall.ep.counts import CLEAN
 from whalefall.ep.engine import Engine
@@ -242,48 +241,6 @@ class LowLatency:
         memory = low.fabric.slot_view(begin)[head : head + El * R * M * stride * 2]
         flat = torch.frombuffer(memory, dtype=torch.bfloat16)
         return flat.as_strided((El, R * M, H), (R * M * stride, stride, 1))
-
-    def get_local_buffer_tensor(
-        self,
-        dtype: torch.dtype,
-        size: torch.Size | None = None,
-        offset: int = 0,
-        use_rdma_buffer: bool = False,
-    ) -> Tensor:
-        """This rank's shared memory as a tensor; its contents change with every call.
-
-        Other ranks may read from it until they have returned from their last call too: synchronise
-        the group before writing.
-
-        Args:
-            dtype: of the elements.
-            size: shape; None: all of it, 1-D.
-            offset: in bytes.
-            use_rdma_buffer: the low-latency form's memory.
-        """
-        use_rdma_buffer = flag("get_local_buffer_tensor: use_rdma_buffer", use_rdma_buffer)
-        if not isinstance(dtype, torch.dtype):
-            raise DtypeError(f"Buffer: dtype is a {type(dtype).__name__}, wanted a torch.dtype")
-        whole("get_local_buffer_tensor: offset", offset, 0, ADDRESSES)
-        if size is not None and not isinstance(size, tuple | list):
-            raise ConfigError(f"Buffer: size is a {type(size).__name__}, wanted a torch.Size")
-        for n in size or ():
-            whole("get_local_buffer_tensor: size", n, 0, ADDRESSES)
-        exchange = self.runtime.low_latency if use_rdma_buffer else self.runtime.normal
-        nbytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        if exchange is None or not 0 <= offset <= nbytes:
-            raise LimitError(f"Buffer: offset {offset} of a buffer of {nbytes} bytes")
-        item = torch.empty(0, dtype=dtype).element_size()
-        count = (nbytes - offset) // item if size is None else math.prod(size)
-        if offset + count * item > nbytes:
-            raise LimitError(
-                f"Buffer: {count * item} bytes at {offset} of a buffer of {nbytes} bytes"
-            )
-        if count == 0:
-            return torch.empty(size or (0,), dtype=dtype)
-        memory = exchange.fabric.own_memory(offset, count * item)
-        flat = torch.frombuffer(memory, dtype=dtype)
-        return flat if size is None else flat.view(size)
 
     # ---- masks of failed ranks
 
