@@ -27,6 +27,7 @@ from whalefall.data.nodes import (
     DataSourceNode,
     EvenlyDistributedPartitionNode,
     HashPartitionNode,
+    LimitNode,
     LoadPartitionedDataSetNode,
     PandasBatchNode,
     ProjectionNode,
@@ -306,3 +307,12 @@ def test_an_edited_module_of_the_users_changes_a_fingerprint(
         prints.append(fingerprint.fingerprint(helper))
     sys.modules.pop("helper_of_mine")
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "7", True])
+def test_counts_of_rows_are_whole_numbers(wrong: Any) -> None:
+    plan_ctx = Context()
+    with pytest.raises(PlanError, match=f"LimitNode: limit is {wrong!r}, wanted a whole number >="):
+        LimitNode(plan_ctx, numbers(plan_ctx), wrong)
+    with pytest.raises(PlanError, match=f"CopyStream: streaming_batch_size is {wrong!r}, wanted a"):
+        CopyStream(plan_ctx, (numbers(plan_ctx),), streaming_batch_size=wrong)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from whalefall.errors import ConfigError, MissingError
 from whalefall.model.config import parse_config
 from whalefall.plan import capacity, kernels
 from whalefall.plan.hardware_files import load_hardware, names, parse
+from whalefall.plan.ledger import Prices
 from whalefall.plan.published import TRAIN_TRACE_MS
 from whalefall.plan.train_step import train_chunk_seconds
 from whalefall.plan.training import TrainingRun
@@ -145,3 +148,27 @@ def test_v3s_training_cost_comes_out() -> None:
     assert run.days(2048) == pytest.approx(56.7, abs=0.1)
     with pytest.raises(ConfigError, match="tokens is -1"):
         TrainingRun(tokens=-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Prices(hit=-1.0), "price of hit is -1.0, wanted a finite number >= 0"),
+        (lambda: Prices(output=math.inf), "price of output is inf, wanted a finite number >= 0"),
+        (lambda: TrainingRun(tokens=0), "plan train: tokens is 0, wanted a finite number above 0"),
+        (lambda: TrainingRun(gpu_hour=math.nan), "plan train: gpu_hour is nan, wanted a finite"),
+    ],
+)
+def test_numbers_that_price_nothing_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make()
+
+
+def test_an_efficiency_is_a_share(tmp_path: Path) -> None:
+    shipped = resources.files("whalefall.plan").joinpath("hardware/h800.toml").read_text()
+    head, shares = shipped.split("[efficiency]")
+    for wrong in ("0", "1.5", "true", "'half'"):
+        path = tmp_path / "own.toml"
+        path.write_text(f"{head}[efficiency]" + re.sub(r"(?m)= .*?(?=\s|$)", f"= {wrong}", shares))
+        with pytest.raises(ConfigError, match=r"efficiency\.\w+ is .*, wanted above 0 to 1"):
+            load_hardware(str(path))

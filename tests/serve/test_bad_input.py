@@ -177,3 +177,17 @@ def test_a_tokenizer_much_smaller_than_the_vocabulary_gets_one_warning(
     said = capsys.readouterr().err
     assert said.startswith(f"warning: the tokenizer has {ids} ids, the model 256:") == warns
     assert said.count("\n") == warns
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_queue", 0, "--max-queue is 0, wanted a whole number >= 1"),
+        ("max_request_bytes", 1023, "--max-request-bytes is 1023, wanted a whole number >= 1024"),
+        ("node_hour", -0.5, "--node-hour is -0.5, wanted a finite number >= 0"),
+        ("drain_s", float("inf"), "--drain-seconds is inf, wanted a finite number >= 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, value: float, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^serve: {words}$"):
+        Settings("echo", **{name: value})  # type: ignore[arg-type]

@@ -55,3 +55,8 @@ def test_a_failing_rank_ends_the_others_and_is_named() -> None:
 def test_a_function_no_process_can_find_is_refused() -> None:
     with pytest.raises(ConfigError, match="no function at the top of a module"):
         run_ranks(lambda rank, size, folder: None, 1)
+
+
+def test_run_ranks_wants_a_rank() -> None:
+    with pytest.raises(ConfigError, match="run_ranks: size is 0, wanted a whole number >= 1"):
+        run_ranks(meet, 0, "hello")

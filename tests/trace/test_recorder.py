@@ -114,3 +114,8 @@ def test_a_forked_child_does_not_repeat_its_parents_events() -> None:
     if child == 0:
         os._exit(len(trace.stop()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_recorder_keeps_at_least_one_event() -> None:
+    with pytest.raises(ConfigError, match=r"trace.start: max_events is 0, wanted a whole number"):
+        trace.start(max_events=0)
