@@ -84,8 +84,6 @@ def flash_mla_with_kvcache(
     Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: FlashMLA `flash_mla_with_kvcache`.
     """
-    if type(q) is not np.ndarray:
-        refuse_gradient(_HERE, (q, k_cache, attn_sink, extra_k_cache))
     check_metadata(_HERE, tile_scheduler_metadata, num_splits)
     given: tuple[Any, ...] = (q, k_cache, block_table, cache_seqlens)
     which: tuple[bool, ...] | None = None
@@ -103,6 +101,7 @@ def flash_mla_with_kvcache(
     known = _MEMO.find(given, rest)
     if known is not None:
         return known(q)
+    refuse_gradient(_HERE, (q, k_cache, attn_sink, extra_k_cache))
     if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
         return _on_gpu(locals())
     causal = flag(f"{_HERE}: causal", causal)
