@@ -17,6 +17,7 @@ llm = LLM(bundled_path(), num_blocks=64)
 print(len(llm.generate(["The whale"], SamplingParams(max_tokens=3))[0].outputs[0].token_ids))
 """
 EVERYTHING = """
+import ml_dtypes
 import numpy as np
 from whalefall import attention, compat, gemm, jit
 from whalefall.engine import LLM, SamplingParams
@@ -32,14 +33,18 @@ deep_gemm.fp8_gemm_nt(packed, packed, d, c=d, recipe=(1, 1, 128))
 print(d[0, 0], gemm.linear(x, x)[0, 0], deep_gemm.get_num_sms())
 out, lse = flash_mla.flash_attn_varlen_func(q, q, q, ends, ends, 3, 3)
 print(out[0, 0, 0], attention.merge_partials(out[None], lse[None])[0][0, 0, 0])
+half, page = (np.ones(s, ml_dtypes.bfloat16) for s in ((1, 1, 2, 16), (1, 64, 1, 16)))
+metadata = flash_mla.get_mla_metadata()
+out, _ = flash_mla.flash_mla_with_kvcache(half, page, ends[None, :1], ends[1:], 8, *metadata)
+print(out[0, 0, 0, 0])
 print(route(np.eye(4, dtype=np.float32), None, 1)[0][:, 0])
 llm = LLM(bundled_path(), num_blocks=64)
 print(len(llm.generate(["The whale"], SamplingParams(max_tokens=3))[0].outputs[0].token_ids))
 """
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    settings = os.environ | {"WHALEFALL_CXX": "/bin/false"}
+def run(*args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "WHALEFALL_CXX": "/bin/false", **settings}
     command = [sys.executable, *args]
     return subprocess.run(
         command, capture_output=True, text=True, env=settings, check=False, cwd=ROOT
@@ -63,9 +68,9 @@ def test_a_model_answers_with_one_warning() -> None:
     assert done.stderr.count("running the numpy reference, slowly") == 1
 
 
-def test_all_rooms_answer_with_one_warning_in_all() -> None:
-    done = run("-W", "always", "-c", EVERYTHING)
-    assert done.stdout == "129.0 128.0 1\n1.0 1.0\n[0 1 2 3]\n3\n", done.stderr
+def test_all_rooms_answer_with_one_warning_in_all(tmp_path: Path) -> None:
+    done = run("-W", "always", "-c", EVERYTHING, WHALEFALL_CACHE=str(tmp_path))
+    assert done.stdout == "129.0 128.0 1\n1.0 1.0\n1\n[0 1 2 3]\n3\n", done.stderr
     warned = [line for line in done.stderr.splitlines() if "no C++ compiler" in line]
     assert len(warned) == 1
     assert "pip install ziglang" in warned[0]
