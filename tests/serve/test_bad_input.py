@@ -12,7 +12,7 @@ from tests.serve.conftest import served
 from tests.serve.fake import EchoEngine
 from whalefall.errors import ConfigError
 from whalefall.serve import Settings
-from whalefall.serve.commands import warn_of_tokenizer
+from whalefall.serve.commands import listen, warn_of_tokenizer
 
 
 @pytest.fixture
@@ -191,3 +191,9 @@ def test_a_tokenizer_much_smaller_than_the_vocabulary_gets_one_warning(
 def test_settings_out_of_range_are_refused(name: str, value: float, words: str) -> None:
     with pytest.raises(ConfigError, match=f"^serve: {words}$"):
         Settings("echo", **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"--port is {port}, wanted a whole number from 0 to 6"):
+        listen("127.0.0.1", port)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whalefall import env
+from whalefall.arguments import whole
 from whalefall.errors import ConfigError
 from whalefall.options import within
 from whalefall.serve.settings import Settings
@@ -34,8 +35,7 @@ def bundled_path() -> Path:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket, taken before the model is loaded; ConfigError where the port is in use."""
-    if not 0 <= port < 65536:
-        raise ConfigError(f"serve: --port is {port}, wanted 0 to 65535")
+    whole("serve: --port", port, 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
