@@ -11,12 +11,14 @@ import pytest
 
 from tests.engine.test_precision import BUNDLED, divergence, tokens
 from tests.model.forms import FORMS
+from tests.no_compiler import no_compiler
 from whalefall import LLM, SamplingParams
 from whalefall.attention import append_latent, dequantize_kv_cache
 from whalefall.errors import ConfigError
 from whalefall.model import Checkpoint, load_config, load_weights, reference
 from whalefall.model.native_step import NativeStep
-from whalefall.model.step import StepBatch
+from whalefall.model.numpy_step import NumpyStep
+from whalefall.model.step import Step, StepBatch
 from whalefall.model.synth import synth
 
 PROMPT = np.random.default_rng(1).integers(2, 250, 150).tolist()
@@ -100,6 +102,28 @@ def test_a_step_over_fp8_rows_is_float64_attention_over_the_published_rows(
         published = published_row(exact)
         # a value between two codes may go either way
         assert (kept != published).mean() < differing
+
+
+def test_numpy_steps_over_fp8_rows_where_no_compiler_is(model: Path) -> None:
+    config = load_config(model)
+    weights = load_weights(Checkpoint(model), config)
+    pages = np.array([[2, 0, 1]], np.int32)
+    asked, ends = np.arange(75, dtype=np.int32), np.array([0, 75], np.int32)
+
+    def run(step: Step, row: int = 656, dtype: type = np.uint8) -> tuple[np.ndarray, np.ndarray]:
+        kv, logits = np.zeros((config.num_layers, 3, 64, row), dtype), []
+        for first in (0, 75):  # the second part reads what the first wrote
+            ids = np.array(PROMPT[first : first + 75], np.int32)
+            batch = StepBatch(ids, first + asked, ends, pages, asked, True)
+            logits.append(step(batch, kv))
+        return np.concatenate(logits), kv
+
+    want, stored = run(NativeStep(weights, config, "fp32", 256))
+    with no_compiler():
+        found, rows = run(NumpyStep(weights, config, 256))
+        plain, _ = run(NumpyStep(weights, config, 256), 576, np.float32)
+    assert (rows[0] != stored[0]).mean() < 1e-3  # later layers are as far apart as the steps are
+    assert divergence(want, found) < 2e-5 < divergence(want, plain) / 5
 
 
 def test_a_row_takes_656_bytes_and_holds_the_published_layout(model: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from whalefall.errors import UnsupportedError
+from whalefall.attention import append_latent, dequantize_kv_cache
 from whalefall.model import reference as plain
 from whalefall.model.config import ModelConfig
 from whalefall.model.gate import choose_experts
@@ -34,9 +34,7 @@ class NumpyStep:
     def __call__(
         self, batch: StepBatch, kv: np.ndarray, hidden: np.ndarray | None = None
     ) -> np.ndarray:
-        """See `step.Step`. Raises: UnsupportedError for a cache of FP8 rows."""
-        if kv.dtype == np.uint8:
-            raise UnsupportedError("kv is 'fp8', which wants the native step; install a compiler")
+        """See `step.Step`."""
         c, w = self.config, self.weights
         x = w.embed[batch.tokens].astype(np.float32)
         for index, layer in enumerate(w.layers):
@@ -86,7 +84,7 @@ class NumpyStep:
         q_nope, q_rope = np.split(q, [c.qk_nope_head_dim], axis=-1)
         latent, k_rope = np.split(plain.linear(x, w.kv_a), [c.kv_lora_rank], axis=-1)
         latent = plain.rms_norm(latent, w.kv_a_norm, c.norm_eps_latent)
-        rows = np.concatenate([latent, plain.rotate(k_rope, cos_sin)], axis=-1)
+        k_rope = plain.rotate(k_rope, cos_sin)
         up = w.kv_b.dequantize().reshape(c.num_heads, -1, c.kv_lora_rank)
         k_up_HNL, v_up_HVL = np.split(up, [c.qk_nope_head_dim], axis=1)
         q_latent = np.einsum("thn,hnl->thl", q_nope, k_up_HNL)
@@ -95,9 +93,11 @@ class NumpyStep:
         for s in range(len(batch.starts) - 1):
             part = slice(batch.starts[s], batch.starts[s + 1])
             positions, table = batch.positions[part], batch.block_tables[s]
-            kv[table[positions // 64], positions % 64] = rows[part].astype(kv.dtype)
+            _append(kv, latent[part], k_rope[part], table, positions)
             known = np.arange(positions[-1] + 1)
-            keys = kv[table[known // 64], known % 64].astype(np.float32)
+            keys = kv[table[known // 64], known % 64]
+            keys = dequantize_kv_cache(keys) if kv.dtype == np.uint8 else keys
+            keys = keys.astype(np.float32)
             scores = np.einsum("thl,kl->htk", q_full[part], keys) * np.float32(c.softmax_scale)
             scores = np.where(known <= positions[:, None], scores, -np.inf)
             p = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -105,6 +105,17 @@ class NumpyStep:
             out[part] = np.einsum("htk,kl->thl", p, keys[:, : c.kv_lora_rank])
         values = np.einsum("thl,hvl->thv", out, v_up_HVL)
         return plain.linear(values.reshape(len(x), -1), w.o)
+
+
+def _append(
+    kv: np.ndarray, latent: np.ndarray, rope: np.ndarray, table: np.ndarray, positions: np.ndarray
+) -> None:
+    """A sequence's new rows at their places in a cache, rounded to its format."""
+    blocks, places = table[positions // 64], positions % 64
+    if kv.dtype == np.uint8:
+        append_latent(latent, rope, kv[:, :, None], blocks * 64 + places, True)
+    else:
+        kv[blocks, places] = np.concatenate([latent, rope], axis=-1).astype(kv.dtype)
 
 
 def _logits(x: np.ndarray, head: Linear, batch: StepBatch, hidden: np.ndarray | None) -> np.ndarray:
