@@ -16,6 +16,7 @@ from whalefall import ep, trace
 from whalefall.ep.library import library
 from whalefall.ep.torch import combine as differentiable_combine
 from whalefall.ep.torch import dispatch as differentiable_dispatch
+from whalefall.ep.worker import Event
 from whalefall.errors import (
     ConfigError,
     DtypeError,
@@ -388,6 +389,66 @@ def check_asynchronous_calls_finish_with_their_events(buffer: ep.Buffer) -> None
     assert torch.equal(back, (x.float() * times).to(BF16))
     with pytest.raises(ConfigError, match="needs previous_event"):
         buffer.combine(got, handle, allocate_on_comm_stream=True)
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """Zeros like `t`, no two elements of a row side by side."""
+    return torch.zeros(*t.shape, 2, dtype=t.dtype)[..., 0]
+
+
+def check_what_is_given_is_read_after_the_previous_event(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    scales, worst = torch.rand(len(x), H // 128), M * buffer.group_size
+    wanted = dispatch(buffer, (x.to(FP8), scales), idx, weights)
+    handle, (rows, row_scales) = wanted[4], wanted[0]
+    added, summed, _ = buffer.combine(rows.to(BF16), handle, wanted[2], (x, x))
+    layout = *buffer.get_dispatch_layout(idx, E)[:-1], idx, weights
+
+    def call(form: str, values, given_scales, ids, ws, rows, row_weights, bias, **more):
+        per_rank, per_host, per_expert, in_rank, *_ = layout
+        if form == "handle":
+            return buffer.dispatch((values, given_scales), handle, **more)
+        if form == "combine":
+            return buffer.combine(rows, handle, row_weights, (bias, bias), **more)
+        return buffer.dispatch(
+            (values, given_scales), None, per_rank, per_host, in_rank, per_expert, ids, ws,
+            num_worst_tokens=worst if form == "worst" else 0, **more,
+        )  # fmt: skip
+
+    inputs = (x.to(FP8), scales, idx, weights, rows.to(BF16), wanted[2], x)
+    for form in ("counts", "worst", "handle", "combine"):
+        for late in (apart, torch.zeros_like):
+            given, event = [late(t) for t in inputs], Event()
+            previous = ep.EventOverlap(ep.EventHandle(event))
+            if late is torch.zeros_like and form == "counts":
+                given[1] = torch.zeros(H // 128, len(x)).t()
+            got = call(form, *given, previous_event=previous, async_finish=True)
+            for t, value in zip(given, inputs, strict=True):
+                t.copy_(value)
+            event.finish()
+            got[-1].current_stream_wait()
+            if form == "combine":
+                assert torch.equal(got[0], added) and torch.equal(got[1], summed)
+                continue
+            n = len(rows)
+            assert torch.equal(got[0][0][:n].view(torch.uint8), rows.view(torch.uint8)), form
+            assert torch.equal(got[0][1][:n], row_scales), form
+            if form != "handle":
+                assert torch.equal(got[1][:n], wanted[1]), form
+                assert torch.equal(got[2][:n], wanted[2]), form
+
+
+def check_a_layout_is_counted_after_the_previous_event(buffer: ep.Buffer) -> None:
+    idx, event = batch(buffer.rank)[1], Event()
+    wanted, late = buffer.get_dispatch_layout(idx, E), torch.full_like(idx, -1)
+
+    def later() -> None:
+        late.copy_(idx)
+        event.finish()
+
+    threading.Timer(0.05, later).start()
+    got = buffer.get_dispatch_layout(late, E, ep.EventOverlap(ep.EventHandle(event)))
+    assert [torch.equal(a, b) for a, b in zip(got[2:4], wanted[2:4], strict=True)] == [True] * 2
 
 
 def check_some_ranks_wait_for_a_dispatch_and_some_do_not(buffer: ep.Buffer) -> None:

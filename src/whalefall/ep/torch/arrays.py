@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -10,35 +11,67 @@ import torch
 
 from whalefall.errors import DtypeError, ShapeError
 
-__all__ = ["array", "bf16", "from_bf16", "rows", "tensor"]
+__all__ = ["Copies", "array", "bf16", "from_bf16", "rows", "tensor"]
 
 
-def rows(t: torch.Tensor, name: str) -> np.ndarray:
-    """[T, H] of any dtype as bytes [T, row bytes]; copied only if elements of a row lie apart."""
+class Copies:
+    """Contiguous stand-ins for tensors that may not be read yet; `before` fills them."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def of(self, t: torch.Tensor) -> torch.Tensor:
+        """Memory for the copy of a tensor."""
+        self._pairs.append((_like(t), t))
+        return self._pairs[-1][0]
+
+    def before(self, call: Callable[[], None]) -> None:
+        """Copy, then `call()`."""
+        for made, t in self._pairs:
+            made.copy_(t)
+        call()
+
+
+def rows(
+    t: torch.Tensor, name: str, copies: Copies | None = None, together: bool = False
+) -> np.ndarray:
+    """[T, H] of any dtype as bytes [T, row bytes]; copied if elements of a row lie apart.
+
+    Args:
+        t: the tensor.
+        name: of the argument.
+        copies: where a copy is to be made later.
+        together: rows must not lie apart either.
+    """
     _check(t, name)
     if t.dim() != 2:
         raise ShapeError(f"ep: {name} is {list(t.shape)}, wanted [tokens, hidden]")
     t = t.detach()
     if not t.numel():  # may have any strides, which views of other types refuse
         t = torch.empty(t.shape, dtype=t.dtype)
-    elif t.stride(1) != 1:
-        t = t.contiguous()
+    elif t.stride(1) != 1 or (together and not t.is_contiguous()):
+        t = _copy(t, copies)
     return np.asarray(t.view(torch.uint8).numpy())
 
 
-def array(t: torch.Tensor, dtype: torch.dtype, name: str) -> np.ndarray:
-    """A tensor of this dtype as a contiguous array.
+def array(
+    t: torch.Tensor, dtype: torch.dtype, name: str, copies: Copies | None = None
+) -> np.ndarray:
+    """A tensor of this dtype as a contiguous array; `copies` as of `rows`.
 
     Raises: DtypeError.
     """
     _check(t, name)
     if t.dtype != dtype:
         raise DtypeError(f"ep: {name} is {t.dtype}, wanted {dtype}")
-    return np.asarray(t.detach().contiguous().numpy())
+    t = t.detach()
+    return np.asarray((t if t.is_contiguous() else _copy(t, copies)).numpy())
 
 
-def bf16(t: torch.Tensor, name: str) -> np.ndarray:
-    """A bf16 tensor as an ml_dtypes array; rows may lie apart.
+def bf16(
+    t: torch.Tensor, name: str, copies: Copies | None = None, together: bool = False
+) -> np.ndarray:
+    """A bf16 tensor as an ml_dtypes array; rows may lie apart. Arguments as of `rows`.
 
     Raises: DtypeError.
     """
@@ -48,8 +81,8 @@ def bf16(t: torch.Tensor, name: str) -> np.ndarray:
     t = t.detach()
     if not t.dim():
         raise ShapeError(f"ep: {name} is a number, wanted rows")
-    if t.stride(-1) != 1:
-        t = t.contiguous()
+    if t.stride(-1) != 1 or (together and not t.is_contiguous()):
+        t = _copy(t, copies)
     return np.asarray(t.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
 
 
@@ -66,6 +99,15 @@ def tensor(a: np.ndarray | None, dtype: torch.dtype | None = None) -> Any:
         return torch.empty((*a.shape[:-1], a.shape[-1] // dtype.itemsize), dtype=dtype)
     t = torch.from_numpy(a)
     return t if dtype is None else t.view(dtype)
+
+
+def _like(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty(t.shape, dtype=t.dtype)
+
+
+def _copy(t: torch.Tensor, later: Copies | None) -> torch.Tensor:
+    # not `contiguous`: of one column that returns any stride
+    return _like(t).copy_(t) if later is None else later.of(t)
 
 
 def _check(t: torch.Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ from whalefall.ep.direct import MISCOUNTED
 from whalefall.ep.engine import Engine
 from whalefall.ep.handle import Handle, Layout
 from whalefall.ep.rows import Rows
-from whalefall.ep.torch.arrays import array, bf16, rows, tensor
+from whalefall.ep.torch.arrays import Copies, array, bf16, rows, tensor
 from whalefall.ep.torch.handles import DispatchHandle
 from whalefall.errors import ConfigError, ShapeError
 
@@ -24,22 +24,23 @@ Scaled = tuple[Tensor, Tensor]
 
 
 def sent(
-    x: Tensor | Scaled, topk_idx: Tensor | None, topk_weights: Tensor | None
+    x: Tensor | Scaled, topk_idx: Tensor | None, topk_weights: Tensor | None, copies: Copies
 ) -> tuple[Rows, tuple[torch.dtype, torch.dtype | None]]:
-    """What to send as bytes, and the dtypes it has."""
+    """What to send as bytes, of which some are there after `copies`, and the dtypes it has."""
     if (topk_idx is None) != (topk_weights is None):
         raise ConfigError("Buffer.dispatch: topk_idx and topk_weights come together or not at all")
     if isinstance(x, tuple) and len(x) != 2:
         raise ConfigError(f"Buffer.dispatch: x is a tuple of {len(x)}, wanted (FP8 rows, scales)")
     values, scales = x if isinstance(x, tuple) else (x, None)
-    idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx")
-    weights = None if topk_weights is None else array(topk_weights, torch.float32, "topk_weights")
+    idx = None if topk_idx is None else array(topk_idx, torch.int64, "topk_idx", copies)
+    weights = None
+    if topk_weights is not None:
+        weights = array(topk_weights, torch.float32, "topk_weights", copies)
     if idx is not None and weights is not None and idx.shape != weights.shape:
         raise ShapeError(f"Buffer.dispatch: topk_idx {idx.shape}, topk_weights {weights.shape}")
-    given = rows(values, "x")
-    made = Rows(
-        given, None if scales is None else rows(scales.contiguous(), "scales"), idx, weights
-    )
+    given = rows(values, "x", copies)
+    scale = None if scales is None else rows(scales, "scales", copies, together=True)
+    made = Rows(given, scale, idx, weights)
     for name, other in (("scales", made.scale), ("topk_idx", idx)):
         if other is not None and len(other) != len(given):
             raise ShapeError(f"Buffer.dispatch: {name} has {len(other)} tokens, x has {len(given)}")
@@ -52,14 +53,14 @@ def as_given(received: Any, dtypes: tuple[torch.dtype, torch.dtype | None], x: A
     return (values, tensor(received.scale, dtypes[1])) if isinstance(x, tuple) else values
 
 
-def bias_rows(bias: Tensor | None, tokens: int, hidden: int) -> np.ndarray | None:
-    """A bias [T, H] bf16 as an array; None stays None."""
+def bias_rows(bias: Tensor | None, tokens: int, hidden: int, copies: Copies) -> np.ndarray | None:
+    """A bias [T, H] bf16 as a contiguous array; None stays None."""
     if bias is None:
         return None
-    given = bf16(bias, "bias")
+    given = bf16(bias, "bias", copies, together=True)
     if given.shape != (tokens, hidden):
         raise ShapeError(f"Buffer.combine: bias is {list(bias.shape)}, wanted [{tokens}, {hidden}]")
-    return np.ascontiguousarray(given)
+    return given
 
 
 def layout_of(handle: Handle) -> Layout:

@@ -26,7 +26,7 @@ from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.handle import Handle, Layout, Want
 from whalefall.ep.rows import Rows, check_combine
 from whalefall.ep.torch import direct
-from whalefall.ep.torch.arrays import array, bf16, from_bf16, tensor
+from whalefall.ep.torch.arrays import Copies, array, bf16, from_bf16, tensor
 from whalefall.ep.torch.given import (
     Scaled,
     as_given,
@@ -65,10 +65,13 @@ class Normal:
         Args:
             topk_idx: [T, K] int64; −1 is not sent.
             num_experts: E.
+            previous_event: waited for here, since the counts are made here.
+            async_finish, allocate_on_comm_stream: as in `dispatch`.
         Returns: tokens of each rank [R] int32; of each host [hosts] int32, None within one host;
             selections of each expert [E] int32; is_token_in_rank [T, R] bool; event.
         """
         self._before(previous_event, async_finish, allocate_on_comm_stream)
+        _await(previous_event)
         layout = self.runtime.layout(array(topk_idx, torch.int64, "topk_idx"), num_experts)
         hosts = tensor(layout.per_host) if len(self.runtime.topology.hosts) > 1 else None
         event = EventOverlap(EventHandle() if async_finish else None)
@@ -106,7 +109,7 @@ class Normal:
             expert_alignment: the returned counts are rounded up to its multiples.
             num_worst_tokens: allocate so many rows and do not wait for the counts.
             config: accepted.
-            previous_event: the data move after it.
+            previous_event: x, scales and top-k are read after it, the layout at the call.
             async_finish: return at once; results are valid after the event.
             allocate_on_comm_stream: accepted, with both of the above.
         Returns: recv_x (as x), recv_topk_idx [N, K] int64 (local ids, −1 for others),
@@ -164,14 +167,15 @@ class Normal:
         self, x: Tensor | Scaled, given: direct.Given, announced: Announced | None, worst: int,
         alignment: int, previous: EventOverlap | None, async_finish: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
-        sent, dtypes = given_rows(x, given.topk_idx, given.topk_weights)
+        copies = Copies()
+        sent, dtypes = given_rows(x, given.topk_idx, given.topk_weights, copies)
         layout = layout_given(
             self.runtime, given.in_rank, given.per_rank, given.per_expert, len(sent.x)
         )
         want, exchange = Want(len(layout.per_expert), sent.top_k), self.runtime.normal
         if worst > 0:
             return self._dispatch_worst(
-                sent, layout, want, worst, dtypes, x, previous, async_finish
+                sent, layout, want, worst, dtypes, x, copies, previous, async_finish
             )
         if announced is None:
             pending = exchange.dispatch(sent, layout, want)
@@ -179,7 +183,7 @@ class Normal:
             announced.handle.make_lists()
             pending = exchange.through_slots(sent, layout, want, announced.handle)
         received = pending.result
-        event = self._run(pending.run, previous, async_finish)
+        event = self._run(partial(copies.before, pending.run), previous, async_finish)
         counts = -(-received.per_expert // alignment) * alignment
         made = DispatchHandle.of(partial(_known, received.handle), self._num_hosts)
         return (
@@ -190,19 +194,20 @@ class Normal:
     def _dispatch_again(
         self, x: Tensor | Scaled, handle: Any, previous: EventOverlap | None, async_finish: bool
     ) -> tuple[Any, ...]:
-        sent, dtypes = given_rows(x, None, None)
+        copies = Copies()
+        sent, dtypes = given_rows(x, None, None, copies)
         native = native_of(handle, self.runtime)
         if native.num_tokens != len(sent.x):
             raise ShapeError(
                 f"Buffer.dispatch: {len(sent.x)} tokens, handle is of {native.num_tokens}"
             )
         pending = self.runtime.normal.dispatch(sent, layout_of(native), Want(0, 0), native)
-        event = self._run(pending.run, previous, async_finish)
+        event = self._run(partial(copies.before, pending.run), previous, async_finish)
         return as_given(pending.result, dtypes, x), None, None, None, None, event
 
     def _dispatch_worst(
         self, sent: Rows, layout: Layout, want: Want, worst: int, dtypes: Any, x: Any,
-        previous: EventOverlap | None, async_finish: bool,
+        copies: Copies, previous: EventOverlap | None, async_finish: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         if sent.topk_idx is None:
             raise ConfigError("Buffer.dispatch: num_worst_tokens needs topk_idx and topk_weights")
@@ -220,7 +225,7 @@ class Normal:
             received.topk_idx[received.handle.num_rows :] = -1
 
         self._unannounced = announced if async_finish else None
-        event = self._run(run, previous, async_finish)
+        event = self._run(partial(copies.before, run), previous, async_finish)
 
         def native() -> Handle:
             if event.event is not None:
@@ -267,7 +272,8 @@ class Normal:
             self.runtime.worker.drain()
             add_up()
             return out, summed, EventOverlap()
-        given = bf16(x, "x")
+        copies = Copies()
+        given = bf16(x, "x", copies)
         if given.ndim != 2 or len(given) < native.num_rows:
             raise ShapeError(
                 f"Buffer.combine: x is {list(x.shape)}, wanted [{native.num_rows}, hidden]"
@@ -276,11 +282,12 @@ class Normal:
         if isinstance(bias, tuple) and len(bias) > 2:
             raise ConfigError(f"Buffer.combine: {len(bias)} biases, wanted at most two")
         biases = [
-            bias_rows(b, T, given.shape[1]) for b in (bias if isinstance(bias, tuple) else [bias])
+            bias_rows(b, T, given.shape[1], copies)
+            for b in (bias if isinstance(bias, tuple) else [bias])
         ]
         weights = out_weights = None
         if topk_weights is not None:
-            weights = array(topk_weights, torch.float32, "topk_weights")
+            weights = array(topk_weights, torch.float32, "topk_weights", copies)
             check_combine(given, native, weights)
             out_weights = np.empty((T, weights.shape[1]), np.float32)
         out = self.runtime.arena.empty((T, given.shape[1]), given.dtype)
@@ -288,7 +295,7 @@ class Normal:
             given, native, out, row_weights=weights, out_weights=out_weights,
             bias=(biases[0], biases[1] if len(biases) > 1 else None),
         )  # fmt: skip
-        event = self._run(pending.run, previous_event, async_finish)
+        event = self._run(partial(copies.before, pending.run), previous_event, async_finish)
         return from_bf16(out), tensor(out_weights), event
 
     def get_combine_buffer(self, handle: tuple[Any, ...], hidden: int) -> Tensor:
@@ -357,8 +364,7 @@ class Normal:
         self, call: Callable[[], None], previous: EventOverlap | None, async_finish: bool
     ) -> EventOverlap:
         def after_previous() -> None:
-            if isinstance(previous, EventOverlap) and previous.event is not None:
-                previous.event.current_stream_wait()
+            _await(previous)
             call()
 
         if async_finish:
@@ -366,6 +372,11 @@ class Normal:
         self.runtime.worker.drain()
         after_previous()
         return EventOverlap()
+
+
+def _await(previous: EventOverlap | None) -> None:
+    if isinstance(previous, EventOverlap) and previous.event is not None:
+        previous.event.current_stream_wait()
 
 
 def _known(handle: Handle) -> Handle:
