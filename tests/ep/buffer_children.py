@@ -193,9 +193,10 @@ def check_weights_as_received_in_the_worst_case_go_with_a_combine_buffer(
     wanted, summed, _ = buffer.combine(rows, handle, given)
     returned = buffer.get_combine_buffer(handle, H)
     returned[:] = rows[: len(returned)]
-    for some in (given, given[: len(returned)]):
-        out, again, _ = buffer.combine(returned, handle, some)
-        assert torch.equal(out, wanted) and torch.equal(again, summed)
+    for x in (returned, rows, rows[: len(returned) + 1]):
+        for some in (given, given[: len(returned)]):
+            out, again, _ = buffer.combine(x, handle, some)
+            assert torch.equal(out, wanted) and torch.equal(again, summed)
     with pytest.raises(ShapeError, match="topk_weights"):
         buffer.combine(returned, handle, given[:-1])
 

@@ -94,12 +94,14 @@ def layout_given(
     return Layout(ranks, np.array(hosts, np.int32), counts, in_rank)
 
 
-def of_rows(weights: Any, x: Any, handle: Handle) -> Any:
-    """Weights as received with `num_worst_tokens`, cut to x where x has no rows beyond."""
-    if not (handle.room and isinstance(weights, Tensor) and isinstance(x, Tensor)):
-        return weights
-    cut = weights.shape[:1] == (handle.room,) and x.shape[:1] == (handle.num_rows,)
-    return weights[: handle.num_rows] if cut else weights
+def of_rows(x: Any, weights: Any, handle: Handle) -> tuple[Any, Any]:
+    """x and its weights; where one has rows beyond those received, both are cut to these."""
+    if not (isinstance(weights, Tensor) and isinstance(x, Tensor) and weights.dim() and x.dim()):
+        return x, weights
+    N, beside = handle.num_rows, len(weights)
+    if len(x) == beside or len(x) < N or not (beside == N or beside == handle.room > N):
+        return x, weights
+    return x[:N], weights[:N]
 
 
 def native_of(handle: Any, engine: Engine) -> Handle:

@@ -252,9 +252,9 @@ class Normal:
         """Add up, for each token, what the ranks return: bias first, then ranks in order, in fp32.
 
         Args:
-            x: [N, H] bf16, rows as received; not weighted here.
+            x: [N, H] bf16, rows as received, or more of which the first N count; not weighted here.
             handle: of the dispatch.
-            topk_weights: [N, K] float32, added up too; after `num_worst_tokens` as received, or N.
+            topk_weights: [N, K] float32, added up too; or, after `num_worst_tokens`, as received.
             bias: [T, H] bf16, or two of them.
             config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
         Returns: [T, H] bf16, [T, K] float32 or None, event. The same bits on every run.
@@ -263,7 +263,7 @@ class Normal:
         self._await_announced()
         native = native_of(handle, self.runtime)
         self.runtime.normal.num_threads = self._threads
-        topk_weights = of_rows(topk_weights, x, native)
+        x, topk_weights = of_rows(x, topk_weights, native)
         whole = direct.combine(self.runtime.normal, x, native, topk_weights, bias)
         if whole is not None:
             out, summed, add_up = whole
