@@ -146,3 +146,30 @@ def while_a_rank_is_slow(folder: str, rank: int, size: int, hosts: list[str] | N
             wrong += not (back == (x + i)[:, None]).all()
         engine.barrier()
     return wrong
+
+
+def make_while_a_rank_dies(
+    folder: str, rank: int, size: int, hosts: list[str] | None, step: int
+) -> str:
+    """Rank 1 is killed at a step of making a Buffer; what the others hear."""
+    import torch.distributed as dist
+
+    from whalefall.ep import Buffer, TorchGroup
+
+    if hosts:
+        os.environ["WHALEFALL_HOST"] = hosts[rank]
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+    if rank == 1:
+        steps, gather = iter(range(step + 1)), TorchGroup.all_gather
+
+        def all_gather(group: TorchGroup, message: bytes) -> list[bytes]:
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(group, message)
+
+        TorchGroup.all_gather = all_gather  # type: ignore[method-assign]
+    try:
+        Buffer(dist.group.WORLD, 1 << 20)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "made"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from whalefall import launch
+from whalefall.ep import TorchGroup
+from whalefall.errors import ConfigError
 
 TWO, UNEVEN = ["a", "a", "b", "b"], ["a", "b", "b", "b"]
 WAYS = ["dispatch", "selections", "threads", "barrier", "low latency", "hook", "handle"]
@@ -51,6 +53,37 @@ def test_every_other_rank_names_the_killed_one_and_nothing_stays(start, tmp_path
         assert said["rank"] == case[3], said  # not one that left because of it
         assert f"rank {case[3]} is dead" in said["error"] and said["seconds"] < 30
     assert regions() <= before
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("hosts", "step"), [(None, 1), (["a", "b", "b"], 3)], ids=str)
+def test_a_rank_killed_while_buffers_are_made_is_one_line_to_the_others(
+    start, tmp_path, hosts, step: int
+) -> None:
+    tasks = start(
+        "make_while_a_rank_dies", 3, module="fault_children", folder=str(tmp_path), hosts=hosts,
+        step=step,
+    )  # fmt: skip
+    with launch.Group(tasks) as group:
+        for name in ("rank 0", "rank 2"):
+            group.members[name].process.wait(timeout=100)
+            assert group.members[name].exit().code == 0
+            said = group.members[name].value()
+            wanted = "RankFailure: ep: a rank died or left while the Buffer was made: "
+            assert said.startswith(wanted) and "\n" not in said and ".cc:" not in said, said
+
+
+def test_a_group_without_cpu_tensors_is_told_from_a_dead_rank(monkeypatch) -> None:
+    import torch.distributed as dist
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("No backend type associated with device type cpu")  # as torch, on nccl
+
+    group = object.__new__(TorchGroup)
+    group.group, group.size = None, 2
+    monkeypatch.setattr(dist, "all_gather", refuse)
+    with pytest.raises(ConfigError, match="no backend for CPU tensors"):
+        group.all_gather(b"")
 
 
 @pytest.mark.ranks

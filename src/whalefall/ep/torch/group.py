@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from whalefall.errors import ConfigError, RankFailure, WhalefallError
 
 __all__ = ["MpiGroup", "TorchGroup"]
 
@@ -25,7 +29,15 @@ class TorchGroup:
         self.address = _own_address()
 
     def all_gather(self, message: bytes) -> list[bytes]:
-        """Every rank's message, padded to the longest on the way."""
+        """Every rank's message, padded to the longest on the way.
+
+        Raises: RankFailure, whose rank gloo does not tell; ConfigError for a backend without CPU
+            tensors.
+        """
+        with _refusals():
+            return self._gather(message)
+
+    def _gather(self, message: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(message or b"\0"), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
@@ -46,8 +58,32 @@ class MpiGroup:
         self.address = _own_address()
 
     def all_gather(self, message: bytes) -> list[bytes]:
-        """Every rank's message."""
-        return list(self.comm.allgather(message))
+        """Every rank's message.
+
+        Raises: RankFailure.
+        """
+        with _refusals():
+            return list(self.comm.allgather(message))
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What a backend raises, as one line."""
+    try:
+        yield
+    except WhalefallError:
+        raise
+    except RuntimeError as error:
+        said = str(error).strip().split("\n")[0]
+        if "No backend type" in said:
+            raise ConfigError(
+                "Buffer: group has no backend for CPU tensors; new_group(backend='gloo') makes one"
+            ) from None
+        # gloo: "[file:line] what happened. What may help elsewhere."
+        what = said.split("] ", 1)[-1].split(". ")[0]
+        raise RankFailure(
+            f"ep: a rank died or left while the Buffer was made: {what}; start all ranks again"
+        ) from None
 
 
 def _own_address() -> str:
