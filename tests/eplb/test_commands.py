@@ -78,3 +78,23 @@ def test_an_empty_file_of_loads_is_one_line(tmp_path, capsys) -> None:
         main(["eplb", "plan", str(tmp_path / "loads.csv"), "--replicas", "4", "--gpus", "2"])
     said = capsys.readouterr().err
     assert left.value.code == 2 and "the file is empty" in said and said.count("\n") == 1
+
+
+def test_json_that_nests_too_deeply_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "loads.json").write_text("[" * 100_000)
+    assert run(tmp_path / "loads.json", "--replicas", 4, "--gpus", 2) == 2
+    said = capsys.readouterr().err
+    assert "nests too deeply" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--output", "--html"])
+def test_what_cannot_be_written_is_named_as_given(option, loads, tmp_path, capsys) -> None:
+    sizes = (loads, "--replicas", 40, "--gpus", 8, option)
+    (tmp_path / "file").touch()
+    for target, error, why in (
+        (tmp_path / "no" / "x.json", "FileNotFoundError", "No such file or directory"),
+        (tmp_path / "file" / "x.json", "NotADirectoryError", "Not a directory"),
+        (tmp_path, "IsADirectoryError", "Is a directory"),
+    ):
+        assert run(*sizes, target) == 2
+        assert capsys.readouterr().err == f"{error}: {target}: {why}\n"

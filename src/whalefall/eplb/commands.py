@@ -15,8 +15,10 @@ import numpy.typing as npt
 import typer
 
 from whalefall.errors import CorruptError, MissingError, ShapeError
+from whalefall.writing import write_text
 
 app = typer.Typer(add_completion=False)
+WANTED = "wanted rows of equal length, one a layer: .npy, .json or .csv"
 
 
 @app.callback()
@@ -41,15 +43,11 @@ def read_array(path: Path, what: str) -> npt.NDArray[Any]:
             raise ValueError("the file is empty")
         return np.loadtxt(io.StringIO(text), delimiter=",", ndmin=2)
     except (ValueError, TypeError, OSError, EOFError) as error:
-        wanted = "rows of equal length, one a layer: .npy, .json or .csv"
-        raise CorruptError(f"eplb: cannot read the {what} in {path}: {error}; {wanted}") from None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` so that the file appears whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    temporary.replace(path)
+        raise CorruptError(f"eplb: cannot read the {what} in {path}: {error}; {WANTED}") from None
+    except RecursionError:
+        raise CorruptError(
+            f"eplb: cannot read the {what} in {path}: it nests too deeply; {WANTED}"
+        ) from None
 
 
 def in_order(experts: int, gpus: int) -> npt.NDArray[np.int64]:
@@ -105,12 +103,10 @@ def plan(
     }
     if output is not None:
         arrays = {name: getattr(placement, name).tolist() for name in ARRAYS}
-        write_json(output, {**facts, **arrays})
+        write_text(output, json.dumps({**facts, **arrays}) + "\n")
     if html is not None:
         from whalefall.eplb.heatmap import page
 
-        if not html.parent.is_dir():
-            raise MissingError(f"eplb: no folder {html.parent} to write {html.name} into")
         name = "before: experts in order, no replicas" if old is None else "before"
         page(html, before, after, (name, "after"))
     if as_json:

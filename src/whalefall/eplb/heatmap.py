@@ -9,6 +9,8 @@ import drawsvg
 import numpy as np
 import numpy.typing as npt
 
+from whalefall.writing import write_text
+
 __all__ = ["heat_map", "page"]
 
 Floats = npt.NDArray[np.float64]
@@ -81,6 +83,4 @@ def page(path: Path, before_LG: Floats, after_LG: Floats, names: tuple[str, str]
         parts.append(f"<h2>{html.escape(title)}</h2>")
         parts.append(heat_map(loads_LG, name).as_svg(header=""))
     text = "\n".join(parts) + "\n</html>\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)

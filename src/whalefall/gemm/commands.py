@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from whalefall import charts
+from whalefall.writing import write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 KS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -42,9 +42,7 @@ def accumulation(
         chart.x_labels = KS
         chart.add("one level (emulated)", [(p.k, p.one_level) for p in points])
         chart.add("two levels", [(p.k, p.two_level) for p in points])
-        temporary = svg.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(chart.render(disable_xml_declaration=True).encode())
-        os.replace(temporary, svg)
+        write_text(svg, chart.render(disable_xml_declaration=True))
     if as_json:
         typer.echo(json.dumps([p._asdict() for p in points]))
         return

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import drawsvg
 
 from whalefall.pipeline.simulator import Result
+from whalefall.writing import write_text
 
 __all__ = ["Box", "Panel", "of_result", "of_trace", "timeline", "write"]
 
@@ -132,7 +133,4 @@ def _legend(drawing: drawsvg.Drawing, kinds: set[str], y: float) -> None:
 
 def write(panels: Sequence[Panel], path: str | Path) -> None:
     """Write the picture; the file appears whole."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(timeline(panels).as_svg(), encoding="utf-8")
-    temporary.replace(target)
+    write_text(path, timeline(panels).as_svg())

@@ -12,9 +12,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
+
+from whalefall.writing import whole_file
 
 if TYPE_CHECKING:
     from whalefall.trace.recorder import Event, Session
@@ -42,24 +44,15 @@ def write(path: str | Path, events: Iterable[dict[str, Any]], header: dict[str, 
         header: further top-level keys, e.g. `distributedInfo`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile("", "wb", 6, raw, 0) as packed:
-                    count = _write_events(packed, events, header)
-            else:
-                count = _write_events(raw, events, header)
-            raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with whole_file(path) as raw:
+        if path.suffix != ".gz":
+            return _write_events(raw, events, header)
+        with gzip.GzipFile("", "wb", 6, raw, 0) as packed:
+            return _write_events(packed, events, header)
 
 
 def _write_events(
-    file: IO[bytes] | gzip.GzipFile, events: Iterable[dict[str, Any]], header: dict[str, Any]
+    file: BinaryIO | gzip.GzipFile, events: Iterable[dict[str, Any]], header: dict[str, Any]
 ) -> int:
     encoder = msgspec.json.Encoder(enc_hook=str)
     keys = {"schemaVersion": 1, "displayTimeUnit": "ms", **header}

@@ -15,6 +15,7 @@ from typing import Any
 from whalefall.trace.reader import TraceFile, args_of
 from whalefall.trace.rules import Rules
 from whalefall.trace.summary import Summary, completed, summarize
+from whalefall.writing import write_text
 
 __all__ = ["write_page"]
 
@@ -54,10 +55,7 @@ def write_page(path: str | Path, output: str | Path, rules: Rules | None = None)
         lanes.setdefault(key, _Lane()).add(event["ts"], event["dur"], name, kind)
     data = _data(lanes, names)
     text = _html(source.name, summarize(source, rules), data)
-    target = Path(output)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_text(output, text)
     return sum(len(lane["events"]) for lane in data["lanes"])
 
 
