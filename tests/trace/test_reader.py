@@ -62,13 +62,22 @@ def test_a_bare_array_may_lack_its_bracket(tmp_path: Path) -> None:
         ('{"traceEvents": [{"ph": }]}', "event 0"),
         ("[" * 100000, "nests too deeply|is list"),
         ('{"traceEvents": [{"ph": "X"} {"ph": "X"}]}', None),
+        ('{"traceEvents": [{"ph": "X"}, {"ph": "X"},]}', None),
+        ('{"a": 1 "traceEvents": [{"ph": "X"}, {"ph": "X"}], }', None),
+        ('{"traceEvents": [{"ph": "X"}; {"ph": "X"}]}', "has ';' after event 1"),
+        ('{"traceEvents": [{"ph": "X"}]}xyz', "goes on with 'x' after its end"),
+        ('{"traceEvents": []}{"traceEvents": []}', "goes on with '{' after its end"),
+        ('[{"ph": "X"}]]', "goes on with ']' after its end"),
+        ('{1: 2, "traceEvents": []}', "has the key 1; wanted text"),
     ],
 )
 def test_damage_is_one_clear_line(text: str, words: str | None, tmp_path: Path) -> None:
     file = TraceFile(write(tmp_path / "t.json", text))
-    if words is None:  # a forgotten comma is forgiven
+    if words is None:  # a comma too few or too many is forgiven, but no sound trace
         assert len(list(file)) == 2
+        assert any("comma" in kind for kind in check(file.path).problems)
         return
+    assert check(file.path).problems.keys() & {"damaged", "no closing bracket"}
     with pytest.raises(CorruptError, match=words):
         list(file)
 

@@ -58,6 +58,8 @@ def check(path: str | Path) -> Report:
         report.note("damaged", str(error))
     if file.truncated:
         report.note("no closing bracket", f"after event {report.events}")
+    for kind, where in file.flaws.items():
+        report.note(kind, where)
     for lane, stack in open_.items():
         for begin in stack:
             report.note("begin without end", f"{_shown(begin.get('name'))} on {'/'.join(lane)}")

@@ -31,6 +31,7 @@ class TraceFile:
         path: the file.
         header: top-level entries beside the events, those read so far.
         truncated: a bare array ended without its bracket, which the format allows.
+        flaws: kind → where first: commas that lack or are too many, which is forgiven.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,6 +40,7 @@ class TraceFile:
             raise MissingError(f"trace: no file {self.path}")
         self.header: dict[str, Any] = {}
         self.truncated = False
+        self.flaws: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the events in file order.
@@ -57,20 +59,24 @@ class TraceFile:
                 raise CorruptError(
                     f"trace: {self.path} starts with {first!r}; wanted a JSON object or array"
                 )
+            if not self.truncated:
+                text.end()
 
     def _object(self, text: _Text) -> Iterator[dict[str, Any]]:
         text.skip("{")
         found = False
         while text.peek() != "}":
             key = text.value()
+            if not isinstance(key, str):
+                raise CorruptError(f"trace: {self.path} has the key {key!r:.60}; wanted text")
             text.skip(":")
             if key == "traceEvents":
                 found = True
                 yield from self._events(text, bare=False)
             else:
-                self.header[str(key)] = text.value()
-            if text.peek() == ",":
-                text.skip(",")
+                self.header[key] = text.value()
+            self._next(text, "}")
+        text.skip("}")
         if not found:
             raise CorruptError(f"trace: {self.path} has no traceEvents; it is no Chrome trace")
 
@@ -98,8 +104,24 @@ class TraceFile:
                 )
             count += 1
             yield event
-            if text.peek(bare) == ",":
-                text.skip(",")
+            self._next(text, "]", bare, count)
+
+    def _next(self, text: _Text, end: str, bare: bool = False, count: int = 0) -> None:
+        """Pass the comma before a further entry; `end` stays."""
+        mark = text.peek(bare)
+        if mark in (end, ""):
+            return
+        where = f"event {count}" if end == "]" else "an entry of the header"
+        if mark == ",":
+            text.skip(",")
+            if text.peek(bare) == end:
+                self.flaws.setdefault("comma before a bracket", f"after {where}")
+        elif mark == ("{" if end == "]" else '"'):
+            self.flaws.setdefault("no comma", f"after {where}")
+        else:
+            raise CorruptError(
+                f"trace: {self.path} has {mark!r} after {where}; wanted a comma or {end!r}"
+            )
 
 
 def _unpacked(raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
@@ -156,6 +178,11 @@ class _Text:
         if found != mark:
             raise CorruptError(f"trace: {self.path} has {found!r} where {mark!r} belongs")
         self.place += 1
+
+    def end(self) -> None:
+        """Raise CorruptError unless nothing but white space is left."""
+        if rest := self.peek(True):
+            raise CorruptError(f"trace: {self.path} goes on with {rest!r} after its end")
 
     def value(self) -> Any:
         """Parse the JSON value that comes next, reading on as far as it goes."""
