@@ -168,3 +168,25 @@ def test_a_trace_without_work_says_what_would_be_work(
     for command in ("summary", "overlap"):
         assert run(command, file) == 0
         assert "no work in this trace" in capsys.readouterr().out
+
+
+def test_names_that_are_half_a_surrogate_pair_are_shown_as_escapes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "t.json", tmp_path / "t.html"
+    file.write_text(json.dumps([{**KERNEL, "name": "\ud800x", "pid": "\udfff"}]))
+    for command, *more in (("summary",), ("overlap",), ("html", page), ("diff", file)):
+        assert run(command, file, *more) == 0
+    said = capfd.readouterr().out
+    assert "\\ud800x" in said and "device \\udfff" in said
+    assert '"\\ud800x"' in page.read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_written_is_named_as_given(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("html", "cut"):
+        for target in (tmp_path, Path("/")):
+            assert run(command, recorded, target) == 2
+            assert capsys.readouterr().err == f"IsADirectoryError: {target}: Is a directory\n"
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from whalefall import trace
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, CorruptError
 
 WORKER = """
 import sys, time
@@ -106,3 +106,92 @@ def test_cut_keeps_names_that_are_half_a_surrogate_pair(tmp_path: Path) -> None:
     path.write_text('{"traceEvents": [{"ph": "X", "name": "\\ud800", "ts": 1, "dur": 2}]}')
     assert trace.cut(path, tmp_path / "cut.json", 0, 9) == 1
     assert '"\\ud800"' in (tmp_path / "cut.json").read_text()
+
+
+def lane(name: str, start: int, took: int, device: int = 0) -> dict:
+    return {
+        "ph": "X", "cat": "kernel", "name": name, "pid": device, "tid": 7, "ts": start, "dur": took,
+        "args": {"device": device, "stream": 7},
+    }  # fmt: skip
+
+
+def written(path: Path, *events: dict, **header: object) -> Path:
+    path.write_text(json.dumps({"traceEvents": events, **header}))
+    return path
+
+
+def test_devices_of_one_number_in_different_files_do_not_hide_each_others_communication(
+    tmp_path: Path,
+) -> None:
+    one = [lane("ncclDevKernel", 0, 100), lane("gemm", 40, 20), lane("gemm", 0, 5, device=1)]
+    paths = [
+        written(tmp_path / "a.json", *one),
+        written(tmp_path / "b.json", lane("gemm", 0, 100)),
+        written(tmp_path / "c.json", lane("nccl", 0, 30), lane("gemm", 10, 50)),
+    ]
+    trace.merge(paths[:2], tmp_path / "ab.json")
+    trace.merge([tmp_path / "ab.json", paths[2]], tmp_path / "abc.json")
+    trace.merge([tmp_path / "abc.json"] * 2, tmp_path / "twice.json")
+    wanted = [
+        ("0 (file 0)", 20, 100, 20), ("0 (file 1)", 100, 0, 0), ("0 (file 2)", 50, 30, 20),
+        ("1", 5, 0, 0),
+    ]  # fmt: skip
+    found = trace.summarize(tmp_path / "abc.json")
+    assert [
+        (d.device, d.compute_us, d.communication_us, d.overlapped_us) for d in found.devices
+    ] == wanted
+    assert found.overlap_ratio == 40 / 130
+    assert {e["args"]["device"] for e in events(tmp_path / "abc.json")} == {0, 1}
+    twice = trace.summarize(tmp_path / "twice.json")
+    assert (twice.compute_us, twice.overlapped_us) == (2 * 175, 2 * 40)
+    assert len(twice.devices) == 8 and len(twice.streams) == 8
+
+
+UNCLEAR = {
+    "a text for an object": {"whalefall": "v1"},
+    "a list for a boot": {"whalefall": {"boot": ["x"]}},
+    "a clock as text": {"whalefall": {"boot": "x", "monotonic_ns": "7"}},
+    "a time as text": {"baseTimeNanoseconds": "soon"},
+    "a time that is none": {"baseTimeNanoseconds": float("nan")},
+    "a time beyond reason": {"baseTimeNanoseconds": 10**300},
+}
+
+
+@pytest.mark.parametrize("header", UNCLEAR.values(), ids=UNCLEAR)
+def test_a_header_without_a_clock_is_refused_in_one_line(header: dict, tmp_path: Path) -> None:
+    a = written(tmp_path / "a.json", lane("gemm", 0, 1), baseTimeNanoseconds=1000)
+    b = written(tmp_path / "b.json", lane("gemm", 0, 1), **header)
+    with pytest.raises(CorruptError, match=f"b.json: .*{next(iter(header))}.* wanted") as refused:
+        trace.merge([a, b], tmp_path / "out.json")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+    trace.cut(b, tmp_path / "cut.json", 0, 1)
+    text = (tmp_path / "cut.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_cut_keeps_begins_and_ends_together(tmp_path: Path) -> None:
+    def mark(phase: str, at: int, name: str = "", tid: int = 1) -> dict:
+        return {"ph": phase, "pid": 1, "tid": tid, "ts": at} | ({"name": name} if name else {})
+
+    spans = {  # on lanes of their own: from, to, whether any of it lies in 40 … 70
+        "around": (0, 100, True), "before": (0, 39, False), "into": (10, 40, True),
+        "within": (50, 60, True), "out of": (69, 90, True), "after": (70, 90, False),
+    }  # fmt: skip
+    marks = [
+        mark(phase, at, name, tid)
+        for tid, (name, (start, end, _)) in enumerate(spans.items(), 10)
+        for phase, at in (("B", start), ("E", end))
+    ]
+    nested = [mark("B", 1, "outer"), mark("B", 2, "gone"), mark("E", 3), mark("B", 45, "inner")]
+    nested += [mark("E", 50), mark("B", 80, "late"), mark("E", 90), mark("E", 95)]
+    unended = [mark("B", 5, "open", 2)]
+    path = written(tmp_path / "t.json", *sorted(marks, key=lambda e: e["ts"]), *nested, *unended)
+    trace.cut(path, tmp_path / "cut.json", 40, 70)
+    kept = list(trace.TraceFile(tmp_path / "cut.json"))
+    begun = {e["name"] for e in kept if e["ph"] == "B"}
+    inside = {name for name, (*_, some) in spans.items() if some}
+    assert begun == inside | {"outer", "inner", "open"}
+    assert [(e["ph"], e["ts"]) for e in kept if e["tid"] == 1] == [
+        ("B", 1), ("B", 45), ("E", 50), ("E", 95),
+    ]  # fmt: skip
+    assert trace.check(tmp_path / "cut.json").problems.keys() == {"begin without end"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,22 @@ def test_holistic_trace_analysis_loads_our_traces(tmp_path: Path) -> None:
     assert sorted(found.t.traces) == [0, 1]
     names = found.t.symbol_table.get_sym_table()
     assert "gemm" in names and all(len(frame) >= 6 for frame in found.t.traces.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_holistic_trace_analysis_loads_merged_traces_of_one_device_number(tmp_path: Path) -> None:
+    analysis = pytest.importorskip("hta.trace_analysis")
+    for name in ("gemm", "ncclDevKernel"):
+        kernel = {
+            "ph": "X", "cat": "kernel", "name": name, "pid": 0, "tid": 7, "ts": 0, "dur": 9,
+            "args": {"device": 0, "stream": 7, "correlation": 1},
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({"traceEvents": [kernel]}))
+    merged = tmp_path / "merged.json.gz"
+    trace.merge([tmp_path / "gemm.json", tmp_path / "ncclDevKernel.json"], merged)
+    found = analysis.TraceAnalysis(trace_files={0: str(merged)}, trace_dir=str(tmp_path))
+    _, kernels = found.get_gpu_kernel_breakdown(visualize=False, num_kernels=9)
+    assert {"gemm", "ncclDevKernel"} <= set(kernels["name"])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,7 +21,8 @@ from whalefall.trace.recorder import (
 
 if TYPE_CHECKING:
     from whalefall.trace.checker import check
-    from whalefall.trace.merging import clock_offset, cut, merge
+    from whalefall.trace.cutting import cut
+    from whalefall.trace.merging import clock_offset, merge
     from whalefall.trace.page import write_page
     from whalefall.trace.reader import TraceFile
     from whalefall.trace.rules import Rules
@@ -53,7 +54,7 @@ _LATER = {
     "TraceFile": "reader",
     "check": "checker",
     "clock_offset": "merging",
-    "cut": "merging",
+    "cut": "cutting",
     "merge": "merging",
     "summarize": "summary",
     "write_page": "page",

@@ -7,6 +7,7 @@ profiler's.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,12 @@ def _milliseconds(us: float) -> str:
     return f"{us / 1000:,.3f} ms"
 
 
+def _say(text: str) -> None:
+    """Print a line; what the terminal cannot show, such as half a surrogate pair, as an escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise MissingError(f"trace: no folder {path.parent} to write {path.name} into")
@@ -60,29 +67,29 @@ def summary(
 
     found = summarize(file, _rules(rules))
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        _say(json.dumps(found.as_dict()))
         return
     if not found.streams:
-        typer.echo(NO_WORK)
+        _say(NO_WORK)
         return
-    typer.echo(f"span {_milliseconds(found.span_us)}")
+    _say(f"span {_milliseconds(found.span_us)}")
     for stream in found.streams:
         busy = stream.busy_us / stream.span_us if stream.span_us else 0.0
-        typer.echo(
+        _say(
             f"stream {stream.id:12} {stream.kernels:8} kernels  busy "
             f"{_milliseconds(stream.busy_us)} of {_milliseconds(stream.span_us)} ({busy:.1%})"
         )
     _print_overlap(found.compute_us, found.communication_us, found.overlapped_us)
     for name, step in found.steps.items():
-        typer.echo(f"steps {name}  {step['count']} x {_milliseconds(step['mean_us'])}")
+        _say(f"steps {name}  {step['count']} x {_milliseconds(step['mean_us'])}")
     for gap in found.gaps[:3]:
-        typer.echo(
+        _say(
             f"idle {_milliseconds(gap.duration_us)} on {gap.stream} at "
             f"{_milliseconds(gap.start_us)}"
         )
-    typer.echo("top by time:")
+    _say("top by time:")
     for kernel in found.kernels[:top]:
-        typer.echo(
+        _say(
             f"  {_milliseconds(kernel.total_us):>14} {kernel.count:7} x  {kernel.kind:13} "
             f"{kernel.name[:90]}"
         )
@@ -90,9 +97,9 @@ def summary(
 
 def _print_overlap(compute_us: float, communication_us: float, overlapped_us: float) -> None:
     ratio = overlapped_us / communication_us if communication_us else 0.0
-    typer.echo(f"compute       {_milliseconds(compute_us)}")
-    typer.echo(f"communication {_milliseconds(communication_us)}")
-    typer.echo(f"overlapped    {_milliseconds(overlapped_us)} ({ratio:.1%} of communication)")
+    _say(f"compute       {_milliseconds(compute_us)}")
+    _say(f"communication {_milliseconds(communication_us)}")
+    _say(f"overlapped    {_milliseconds(overlapped_us)} ({ratio:.1%} of communication)")
 
 
 @app.command()
@@ -103,12 +110,12 @@ def overlap(file: File, rules: RulesFile = None, as_json: AsJson = False) -> Non
     found = summarize(file, _rules(rules))
     if as_json:
         devices = [asdict(device) for device in found.devices]
-        typer.echo(json.dumps({"overlap_ratio": found.overlap_ratio, "devices": devices}))
+        _say(json.dumps({"overlap_ratio": found.overlap_ratio, "devices": devices}))
         return
     if not found.devices:
-        typer.echo(NO_WORK)
+        _say(NO_WORK)
     for device in found.devices:
-        typer.echo(f"device {device.device}")
+        _say(f"device {device.device}")
         _print_overlap(device.compute_us, device.communication_us, device.overlapped_us)
 
 
@@ -120,11 +127,11 @@ def check(file: File, as_json: AsJson = False) -> None:
     report = check_(file)
     if as_json:
         problems = [asdict(problem) for problem in report.problems.values()]
-        typer.echo(json.dumps({"events": report.events, "problems": problems}))
+        _say(json.dumps({"events": report.events, "problems": problems}))
     else:
-        typer.echo(f"{report.events} events, {len(report.problems)} kinds of fault")
+        _say(f"{report.events} events, {len(report.problems)} kinds of fault")
         for problem in report.problems.values():
-            typer.echo(f"  {problem.count:6} x {problem.kind}: {problem.example}")
+            _say(f"  {problem.count:6} x {problem.kind}: {problem.example}")
     raise typer.Exit(1 if report.problems else 0)
 
 
@@ -144,10 +151,10 @@ def diff(a: File, b: File, rules: RulesFile = None, as_json: AsJson = False) -> 
     rows.sort(key=lambda row: (-abs(row[0]), row[1]))
     if as_json:
         keys = ("change_us", "name", "a_us", "b_us")
-        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        _say(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
         return
     for change, name, before, after in rows[:20]:
-        typer.echo(
+        _say(
             f"{change / 1000:+12.3f} ms  {before / 1000:10.3f} -> {after / 1000:10.3f}  {name[:80]}"
         )
 
@@ -160,10 +167,10 @@ def cut(
     end: Annotated[float, typer.Option("--to", help="ms from the first event")] = 1e12,
 ) -> None:
     """Write the part of a trace between two times."""
-    from whalefall.trace.merging import cut as cut_
+    from whalefall.trace.cutting import cut as cut_
 
     _check_folder(output)
-    typer.echo(f"{cut_(file, output, start * 1000, end * 1000)} events to {output}")
+    _say(f"{cut_(file, output, start * 1000, end * 1000)} events to {output}")
 
 
 @app.command()
@@ -175,7 +182,7 @@ def merge(
     from whalefall.trace.merging import merge as merge_
 
     _check_folder(output)
-    typer.echo(f"{merge_(files, output)} events to {output}")
+    _say(f"{merge_(files, output)} events to {output}")
 
 
 @app.command()
@@ -189,4 +196,4 @@ def html(
 
     target = output or file.with_name(file.name.split(".json")[0] + ".html")
     _check_folder(target)
-    typer.echo(f"{write_page(file, target, _rules(rules))} events to {target}")
+    _say(f"{write_page(file, target, _rules(rules))} events to {target}")

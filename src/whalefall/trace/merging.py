@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from whalefall.errors import ConfigError
+from whalefall.errors import ConfigError, CorruptError
 from whalefall.trace import chrome
-from whalefall.trace.reader import TraceFile, as_time
+from whalefall.trace.reader import TraceFile, args_of, as_time
 
-__all__ = ["clock_offset", "cut", "merge"]
+__all__ = ["clock_offset", "merge"]
+
+LATEST_NS = 10**19
 
 
 def clock_offset(exchanges: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
@@ -34,13 +36,35 @@ def clock_offset(exchanges: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
 
 
 def _origin_ns(file: TraceFile) -> tuple[str, int | None, int | None]:
-    """A file's boot, and what its time zero is on the monotonic and on the wall clock."""
+    """A file's boot, and what its time zero is on the monotonic and on the wall clock.
+
+    Raises: CorruptError for a header that says none of these.
+    """
     # the header may follow the events: read it all, keeping nothing
     for _ in file:
         pass
     ours = file.header.get("whalefall") or {}
-    wall = file.header.get("baseTimeNanoseconds")
-    return str(ours.get("boot", "")), ours.get("monotonic_ns"), wall
+    if not isinstance(ours, dict):
+        raise CorruptError(f"trace: {file.path}: whalefall is {ours!r:.60}; wanted an object")
+    boot = ours.get("boot", "")
+    if not isinstance(boot, str):
+        raise CorruptError(f"trace: {file.path}: whalefall.boot is {boot!r:.60}; wanted text")
+    return (
+        boot,
+        _nanoseconds(file, "whalefall.monotonic_ns", ours.get("monotonic_ns")),
+        _nanoseconds(file, "baseTimeNanoseconds", file.header.get("baseTimeNanoseconds")),
+    )
+
+
+def _nanoseconds(file: TraceFile, key: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and -LATEST_NS < value < LATEST_NS):
+        raise CorruptError(
+            f"trace: {file.path}: {key} is {value!r:.60}; wanted nanoseconds within ±1e19"
+        )
+    return int(value)
 
 
 def merge(
@@ -50,12 +74,16 @@ def merge(
 ) -> int:
     """Write one trace that holds all events of `paths`, times from the earliest file's zero.
 
+    A process whose number an earlier file has is renamed; devices keep theirs, and an event's
+    argument `file` tells apart those of different files (none: the first).
+
     Args:
         paths: the files, each of one process or several.
         output: the file to write (`.gz` compresses it).
         offsets_ns: path → how far that file's clock is ahead (`clock_offset`); subtracted.
     Returns: the number of events written.
-    Raises: ConfigError without files; CorruptError, MissingError as the reader does.
+    Raises: ConfigError without files; CorruptError, MissingError as the reader does, and for clocks
+        that are no numbers.
     """
     if not paths:
         raise ConfigError("trace.merge: no files given")
@@ -72,41 +100,29 @@ def merge(
 
 
 def _shifted(files: Sequence[TraceFile], shifts_us: Sequence[float]) -> Iterator[dict[str, Any]]:
-    taken: set[str] = set()
+    taken: set[str] = set()  # pids in the merged trace
+    sources: dict[tuple[int, str], int] = {}  # (file, its own file) → number in the merged trace
     for number, (file, shift) in enumerate(zip(files, shifts_us, strict=True)):
         own: dict[str, Any] = {}  # this file's pid → its pid in the merged trace
         for event in file:
-            pid = event.get("pid", 0)
-            key = json.dumps(pid)
+            key = json.dumps(event.get("pid", 0))
             if key not in own:
-                own[key] = f"{pid} (file {number})" if key in taken else pid
+                own[key] = _free(event.get("pid", 0), number, taken)
             event["pid"] = own[key]
             if (at := as_time(event.get("ts"))) is not None:
                 event["ts"] = at + shift
+            args = args_of(event)
+            if "device" in args:  # every file counts its devices from 0
+                came = number, json.dumps(args.get("file"))
+                if source := sources.setdefault(came, len(sources)):
+                    args["file"] = source
             yield event
-        taken.update(own)
 
 
-def cut(path: str | Path, output: str | Path, from_us: float, to_us: float) -> int:
-    """Write the part of a trace between two times, counted from its first timed event.
-
-    Events that reach into the part are kept whole; names of processes and lanes stay.
-
-    Returns: the number of events written.
-    Raises: ConfigError if the part is empty.
-    """
-    if not from_us < to_us:
-        raise ConfigError(f"trace.cut: from {from_us} to {to_us} us holds nothing")
-    file = TraceFile(path)
-    times = (as_time(e.get("ts")) for e in file if e.get("ph") in ("X", "B", "i", "I"))
-    first = min((at for at in times if at is not None), default=0.0)
-
-    def kept() -> Iterator[dict[str, Any]]:
-        for event in file:
-            start = (as_time(event.get("ts")) or 0.0) - first
-            inside = start < to_us and start + (as_time(event.get("dur")) or 0.0) >= from_us
-            if event.get("ph") == "M" or inside:
-                yield event
-
-    keys = ("distributedInfo", "baseTimeNanoseconds", "whalefall", "deviceProperties")
-    return chrome.write(output, kept(), {k: file.header[k] for k in keys if k in file.header})
+def _free(pid: Any, number: int, taken: set[str]) -> Any:
+    """`pid`, or a name after it and its file, that no process has yet; it is taken then."""
+    name, n = pid, number
+    while (key := json.dumps(name)) in taken:
+        name, n = f"{pid} (file {n})", n + 1
+    taken.add(key)
+    return name

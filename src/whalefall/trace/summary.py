@@ -2,13 +2,14 @@
 
 In: a trace file, or events. Out: a `Summary`, whose `as_dict` is the command's JSON. One pass;
 memory holds names and idle gaps, not events. Overlap: the share of communication time during which
-a compute kernel runs on the same device.
+a compute kernel runs on the same device; in merged traces, the same device of the same file.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +49,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Compute and communication of one device, as covered time."""
+    """Compute and communication of one device, as covered time.
+
+    Attributes:
+        device: its number; of several merged files' devices of that number, with the file.
+    """
 
     device: str
     compute_us: float
@@ -85,16 +90,21 @@ class Summary:
         return asdict(self)
 
 
+Device = tuple[str, str]  # its number, and of which merged file
+
+
 class _Lanes:
     """What is gathered of one class of events: those on devices, or those on host threads."""
 
     def __init__(self) -> None:
         self.spans: dict[str, Collector] = {}
         self.counts: dict[str, int] = {}
-        self.kinds: dict[tuple[str, str], Collector] = {}
+        self.kinds: dict[tuple[Device, str], Collector] = {}
         self.names: dict[tuple[str, str], list[float]] = {}
 
-    def add(self, lane: str, device: str, kind: str, name: str, start: float, took: float) -> None:
+    def add(
+        self, lane: str, device: Device, kind: str, name: str, start: float, took: float
+    ) -> None:
         if lane not in self.spans:
             self.spans[lane], self.counts[lane] = Collector(), 0
         self.spans[lane].add(start, start + took)
@@ -157,14 +167,16 @@ def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None
             continue
         lane = f"{event.get('pid')}/{event.get('tid')}"
         kind = rules.kind(category, name)
-        args = args_of(event)
         if category in DEVICE:
-            where = str(args.get("device", event.get("pid")))
-            device.add(lane, where, kind, name, start, took)
+            device.add(lane, _device(event), kind, name, start, took)
         elif category in ("compute", "communication", "cpu_op"):
-            where = str(args.get("device", event.get("pid")))
-            host.add(lane, where, kind, name, start, took)
+            host.add(lane, _device(event), kind, name, start, took)
     return _conclude(device if device.spans else host, steps)
+
+
+def _device(event: dict[str, Any]) -> Device:
+    args = args_of(event)
+    return str(args.get("device", event.get("pid"))), str(args.get("file", ""))
 
 
 def _conclude(lanes: _Lanes, steps: dict[str, list[float]]) -> Summary:
@@ -207,12 +219,16 @@ def _conclude(lanes: _Lanes, steps: dict[str, list[float]]) -> Summary:
 
 def _overlaps(lanes: _Lanes) -> list[Overlap]:
     nothing = union(np.empty(0), np.empty(0))
+    devices = {device for device, _ in lanes.kinds}
+    files_of = Counter(number for number, _ in devices)
     out = []
-    for device in sorted({device for device, _ in lanes.kinds}):
+    for device in sorted(devices):
         spans = [
             lanes.kinds[device, kind].spans() if (device, kind) in lanes.kinds else nothing
             for kind in ("compute", "communication")
         ]
         shared = intersection_length(*spans)
-        out.append(Overlap(device, length(spans[0]), length(spans[1]), shared))
+        number, file = device
+        name = f"{number} (file {file or 0})" if files_of[number] > 1 else number
+        out.append(Overlap(name, length(spans[0]), length(spans[1]), shared))
     return out
