@@ -635,6 +635,96 @@ def check_two_low_latency_calls_may_be_under_way(buffer: ep.Buffer) -> None:
     buffer.clean_low_latency_buffer(M, H, E)
 
 
+def check_hooks_may_be_called_in_any_order(buffer: ep.Buffer) -> None:
+    rank, first = buffer.rank, buffer.rank * (E // buffer.group_size)
+    x, idx, weights = batch(rank)
+    want, seen = weighted(x, idx, weights), []
+    rows, count, *_ = low_latency(buffer, x, idx, use_fp8=False)
+    for step in range(8):  # more than there are slots, mailboxes
+        sign = -1 if step % 2 else 1  # a slot's rows are never those that lay there before
+        orders = [0, 1, rank % 2, rank // 2 % 2]
+        a, b = (
+            low_latency(buffer, sign * f * x, idx, use_fp8=False, return_recv_hook=True)
+            for f in (2, 4)
+        )
+        for hook in [a[4], b[4]][:: -1 if orders[step % 4] else 1]:
+            time.sleep(0.02 * (rank == step % buffer.group_size))
+            hook()
+        late = low_latency(buffer, sign * x, idx, use_fp8=False, return_recv_hook=True)
+        rows_a = experts(a[0], first)
+        made = [buffer.low_latency_combine(rows_a, idx, weights, a[2])[0]]  # waited for
+        time.sleep(0.02 * (rank == step % buffer.group_size))
+        late[4]()
+        for e, n in enumerate(count.tolist()):
+            seen += [torch.equal(got[0][e, :n], sign * f * rows[e, :n])
+                     for got, f in ((a, 2), (b, 4), (late, 1))]  # fmt: skip
+        halves = [
+            buffer.low_latency_combine(
+                experts(got[0], first), idx, weights, got[2], return_recv_hook=True
+            )
+            for got in (b, late)
+        ]
+        for out in halves[:: -1 if orders[(step + 1) % 4] else 1]:
+            time.sleep(0.02 * (rank == step % buffer.group_size))
+            out[2]()
+        made += [out for out, _, _ in halves]
+        seen += [torch.equal(m, sign * f * want) for m, f in zip(made, (2, 4, 1), strict=True)]
+    assert all(seen)
+
+
+def check_a_hook_called_again_does_nothing(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    stats = torch.zeros(E // buffer.group_size, dtype=torch.int32)
+    for _ in range(3):
+        rows, count, handle, _, hook = low_latency(
+            buffer, x, idx, use_fp8=False, return_recv_hook=True,
+            cumulative_local_expert_recv_stats=stats.zero_(),
+        )  # fmt: skip
+        hook(), hook()
+        assert torch.equal(stats, count)
+        rows = experts(rows, buffer.rank * len(stats))
+        out, _, hook = buffer.low_latency_combine(rows, idx, weights, handle, return_recv_hook=True)
+        hook(), hook()
+        assert torch.equal(out, weighted(x, idx, weights))
+
+
+def check_a_hook_that_was_not_called_is_asked_for(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    first = buffer.rank * (E // buffer.group_size)
+    rows, count, handle, _, hook = low_latency(buffer, x, idx, use_fp8=False, return_recv_hook=True)
+    with pytest.raises(ConfigError, match="a dispatch whose hook was not called; call it first"):
+        buffer.low_latency_combine(rows, idx, weights, handle)
+    *_, second = low_latency(buffer, x, idx, return_recv_hook=True)
+    for asynchronous in (False, True):
+        with pytest.raises(ConfigError, match=r"dispatch: the hook of .* call 2 before was not"):
+            low_latency(buffer, x, idx, async_finish=asynchronous)
+    with pytest.raises(ConfigError, match="call it first"):
+        buffer.clean_low_latency_buffer(M, H, E)
+    hook()
+    again = low_latency(buffer, -x, idx, return_recv_hook=True, use_fp8=False)
+    again[4]()
+    with pytest.raises(ConfigError, match=r"combine: the hook of .* call 2 before was not called"):
+        buffer.low_latency_combine(rows, idx, weights, handle)
+    del second  # nobody can call it any more
+    out, _, _ = buffer.low_latency_combine(experts(rows, first), idx, weights, handle)
+    assert torch.equal(out, weighted(x, idx, weights))
+    assert torch.equal(again[1], count)
+
+
+def check_a_combine_waits_for_its_asynchronous_dispatch(buffer: ep.Buffer) -> None:
+    x, idx, weights = batch(buffer.rank)
+    for asynchronous in (True, False):
+        rows, _, handle, _, _ = low_latency(buffer, x, idx, use_fp8=False, async_finish=True)
+        out, event, _ = buffer.low_latency_combine(
+            rows, idx, weights, handle, async_finish=asynchronous
+        )
+        if asynchronous:
+            event.current_stream_wait()
+        assert torch.allclose(
+            out.float(), x.float() * (weights * (idx >= 0)).sum(1)[:, None], atol=0.05, rtol=0.02
+        )
+
+
 def check_low_latency_refuses_before_it_sends(buffer: ep.Buffer) -> None:
     x, idx, weights = batch(buffer.rank, M + 1)
     with pytest.raises(

@@ -20,10 +20,12 @@ from whalefall import trace
 from whalefall.ep.arena import Arena
 from whalefall.ep.counts import COMBINE, Counts
 from whalefall.ep.fabric import Fabric
+from whalefall.ep.halves import Hooks
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout
 from whalefall.ep.library import KDISAGREE, CombineCall, library, pointer
 from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
+from whalefall.ep.worker import Event, Worker
 from whalefall.errors import ConfigError, LimitError, ShapeError
 
 __all__ = ["BIG_BYTES", "META_BYTES", "THREAD_BYTES", "Combining"]
@@ -49,6 +51,8 @@ class Combining:
         num_threads: that copy and add; 0: by load (bytes, and cores for each rank of the host).
         counts: the ranks' headers.
         is_direct: rows are written and read where neighbours' results are, where they fit.
+        hooks: the calls that wait for their hooks (low latency).
+        forwarder: the thread that forwards to other hosts while a combine waits for its hook.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Combining:
         self.counts = Counts(fabric, links, engine)
         self.lib = library()
         self.num_threads = 0
+        self.hooks, self.forwarder = Hooks(fabric.plan.slots), Worker("ep forward")
         self.is_direct = fabric.shared is not None and self.num_hosts == 1
         self._cores = max(1, len(os.sched_getaffinity(0)) // len(fabric.locals))
 
@@ -132,6 +137,8 @@ class Combining:
             out_weights=pointer(out_weights), zero_copy=zero_copy_stride > 0, log_format=log_format,
         )  # fmt: skip
         keep = (x, out, row_weights, topk_weights, out_weights, bias)
+        if self.one_tick:
+            self.hooks.make_room(self.counts.tick, "low_latency_combine")
         if self.num_hosts == 1 and not self.one_tick:
             return Pending(_nothing, _nothing, self.sum_up(call, handle, len(x), *keep), out)
         return self._in_halves(call, handle, [*keep], zero_copy_stride, out, waited_ns)
@@ -208,6 +215,7 @@ class Combining:
         keep += [handle, cursor, waited_ns]
         fabric, where, lib = self.fabric, ctypes.addressof(call), self.lib
         posted: list[tuple[int, int]] = []
+        forwarded: list[Event] = []
 
         def stage(i: int = 0) -> None:
             call.serial = handle.serial
@@ -215,28 +223,41 @@ class Combining:
                 posted.append(self._post_form(call))
             fabric.check(lib.wf_ep_combine_stage(fabric.pointer, where, i, most, stride), "combine")
 
-        def finish(i: int = 0) -> None:
+        def forward(i: int = 0) -> None:
             status = lib.wf_ep_combine_await(fabric.pointer, call.base, i, pointer(waited_ns))
             # What neighbours staged tells whether all combine alike, headers what others call.
             if posted and (status == KDISAGREE or (status == 0 and self.num_hosts > 1)):
                 self._collect_forms(posted[0], call.base)
             if status == KDISAGREE:
-                lib.wf_ep_done(fabric.pointer, call.base + i)
-                self._check_alike(call.base + i)
+                try:
+                    self._check_alike(call.base + i)
+                finally:
+                    self._end(call.base + i)
             fabric.check(status, "combine")
             if self.num_hosts > 1:
                 self.links.send_partials(call, handle, i, most, stride)
+
+        def leave() -> None:
+            # The others may be at their hooks of this combine long before this rank is.
+            if self.num_hosts > 1:
+                forwarded.append(self.forwarder.submit(forward))
+
+        def finish(i: int = 0) -> None:
+            if forwarded:
+                forwarded.pop().wait()
+            else:
+                forward(i)
             with self.links.partials(call, i):
                 status = lib.wf_ep_combine_sum(
                     fabric.pointer, where, i, most, stride, pointer(own)
                 )  # fmt: skip
                 fabric.check(status, "combine")
-            lib.wf_ep_done(fabric.pointer, call.base + i)
+            self._end(call.base + i)
             if i + 1 == ticks:  # whoever has only this half keeps all arrays alive with it
                 keep.clear()
 
         if self.one_tick:
-            return Pending(stage, finish, _nothing, out)
+            return Pending(stage, finish, _nothing, out, leave, call.base)
         call.serial = handle.serial
         header = self._post_form(call)
         done = self.counts.collected_later(header[0])
@@ -254,6 +275,13 @@ class Combining:
             keep.clear()
 
         return Pending(_nothing, _nothing, run, out)
+
+    def _end(self, tick: int) -> None:
+        """This rank has done a tick."""
+        if self.one_tick:
+            self.lib.wf_ep_done(self.fabric.pointer, tick)
+        else:
+            self.lib.wf_ep_done_before(self.fabric.pointer, tick + 1)
 
     def _post_form(self, call: CombineCall) -> tuple[int, int]:
         """Tell all ranks what will come back."""
@@ -278,7 +306,7 @@ class Combining:
             self.counts.collect(posted)
         except ShapeError:
             if tick is not None:
-                self.lib.wf_ep_done(self.fabric.pointer, tick)
+                self._end(tick)
             raise
 
     def _shared_at(self, call: CombineCall, num_rows: int) -> int:
@@ -304,7 +332,11 @@ class Combining:
         return self.counts.tick
 
     def await_next_slot(self) -> None:
-        """Return when the next collective's slot is free."""
+        """Return when the next collective's slot is free.
+
+        Raises: ConfigError if a hook of this rank's keeps it; RankFailure.
+        """
+        self.hooks.make_room(self.counts.tick, "low latency")
         status = self.lib.wf_ep_await_slot(self.fabric.pointer, self.counts.tick)
         self.fabric.check(status, "zero-copy buffer")
 

@@ -75,6 +75,7 @@ def close_all(worker: Worker, normal: Combining, low: Combining | None, lock: Lo
     worker.close()  # at the interpreter's end something may be under way
     for exchange in (normal, low):
         if exchange is not None:
+            exchange.forwarder.close()
             exchange.links.close()
             exchange.fabric.close()
     lock.close()

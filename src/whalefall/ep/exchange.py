@@ -195,6 +195,7 @@ class Exchange(Direct):
 
         Its result's `handle` and `per_expert` are known after `receive`.
         """
+        self.hooks.make_room(self.counts.tick, "low_latency_dispatch")
         handle = Handle(want, self.rank, self.fabric.topology, layout.in_rank, rows.topk_idx)
         room = want.num_experts // self.size * want.rows_per_expert
         received = self.allocate(rows, want, room)
@@ -213,7 +214,7 @@ class Exchange(Direct):
             try:
                 heads = self.counts.collect(posted[0])
             except ShapeError:
-                self.lib.wf_ep_done(self.fabric.pointer, call.base)
+                self._end(call.base)
                 raise
             handle.fill(heads)
             assert handle.expert_counts is not None
@@ -225,7 +226,7 @@ class Exchange(Direct):
             send()
             receive()
 
-        return Pending(send, receive, run, received)
+        return Pending(send, receive, run, received, tick=call.base)
 
     def agree(self, kind: int, num_experts: int) -> None:
         """A call of the low-latency form that moves nothing; it takes a tick, as all do, so that
@@ -239,7 +240,7 @@ class Exchange(Direct):
         posted = self.counts.post(fields, Layout.nothing(self.size, self.num_hosts))
         self.lib.wf_ep_staged(self.fabric.pointer, self.rank, tick)
         self._collect_forms(posted, tick)
-        self.lib.wf_ep_done(self.fabric.pointer, tick)
+        self._end(tick)
 
     def _phase(self, call: DispatchCall, keep: list[Any], stage: bool, pull: bool) -> None:
         with trace.span("ep.dispatch", "communication", tokens=call.tokens):

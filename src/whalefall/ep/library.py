@@ -100,6 +100,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_failed": [_P, _I64, _I64],
     "wf_ep_give_up": [_P, _I64],
     "wf_ep_done": [_P, _U32],
+    "wf_ep_done_before": [_P, _U32],
     "wf_ep_is_alive": [_P, _I64],
     "wf_ep_pack": [_P, _P, _I64, _I64, _P, _I64, _P],
     "wf_ep_dispatch": [_P, _P],
@@ -136,6 +137,7 @@ _NOTHING = (
     "wf_ep_failed",
     "wf_ep_give_up",
     "wf_ep_done",
+    "wf_ep_done_before",
     "wf_ep_cast",
     "wf_ep_take_out",
 )

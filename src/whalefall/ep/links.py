@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from whalefall import comm
 from whalefall.comm.library import address
 from whalefall.ep.fabric import Fabric, kind_and_rank
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import KDEAD, KFAILED, CombineCall, DispatchCall, library
+from whalefall.ep.library import KDEAD, CombineCall, DispatchCall, library
+from whalefall.ep.partials import Partials
 from whalefall.ep.sender import LOOK_S, QUEUE, Sender
 from whalefall.errors import ConfigError, RankFailure
 
@@ -89,9 +89,7 @@ class HostLinks(Links):
         self.fabric, self.lib = fabric, library()
         self._up, self._down = up, down
         self._closing = False
-        self._partials: dict[int, queue.Queue[tuple[int, Any]]] = {
-            h: queue.Queue(QUEUE) for h in up
-        }
+        self._partials = {h: Partials(QUEUE, fabric.plan.slots) for h in up}
         self._lost: dict[int, int] = {}  # host: the status that its proxy ended with
         self._proxy = {h: fabric.topology.proxy(fabric.rank, h) for h in up}
         self._to_proxy = {
@@ -201,7 +199,7 @@ class HostLinks(Links):
                 elif frame.kind == "awaits":
                     self._hear(self._proxy[host], frame.number)
                 else:
-                    self._partials[host].put((frame.number, payload.obj))
+                    self._partials[host].put(frame.number, payload.obj)
         except (OSError, comm.CommError):
             self._host_gone(host, KDEAD)
 
@@ -239,39 +237,26 @@ class HostLinks(Links):
     def _hear(self, rank: int, awaited: int) -> None:
         self.lib.wf_ep_told_awaited(self.fabric.attached, rank, awaited)
 
-    def _next_partial(self, host: int, wanted: int) -> tuple[int, Any] | None:
-        """The next block from a host that is none of an earlier tick; None: the host is gone."""
+    def _next_partial(self, host: int, wanted: int) -> Any:
+        """The block of a tick from a host; None: the host is gone."""
         end, arrived = self._deadline(), self._partials[host]
         with self._awaiting(host) as say:
             while not self._is_gone(host):
-                with contextlib.suppress(queue.Empty):
-                    number, block = arrived.get(timeout=LOOK_S)
-                    if number >= wanted or not self.fabric.plan.shrink:
-                        return number, block
-                    continue  # of a tick while all its ranks were masked
+                block = arrived.take(wanted, LOOK_S)
+                if block is not None:
+                    return block
                 say()
                 self._goes_on_with(host, end, "combine")
-        while not arrived.empty():  # so that a host which is only masked can send on
-            arrived.get()
+        arrived.clear()
         return None
 
     @contextlib.contextmanager
     def partials(self, call: CombineCall, i: int) -> Iterator[None]:
         """Have the other hosts' partial results of block i at hand; none of a host that is gone."""
         blocks: dict[int, Any] = {}
-        table, wanted = np.zeros(len(self.fabric.topology.hosts), np.uint64), call.base + i
+        table = np.zeros(len(self.fabric.topology.hosts), np.uint64)
         for host in self._partials:
-            next_one = self._next_partial(host, wanted)
-            if next_one is None:
-                continue
-            number, blocks[host] = next_one
-            if number != wanted:
-                rank = self._proxy[host]
-                words = (
-                    f"ep: combine: rank {rank} is at tick {number}, we at {wanted}; ranks "
-                    "must call the same collectives in the same order"
-                )
-                self.fabric.give_up(-(KFAILED + rank), RankFailure(words, rank=rank))
+            blocks[host] = self._next_partial(host, call.base + i)
             if blocks[host]:
                 table[host] = address(blocks[host])
         call.remote = table.ctypes.data

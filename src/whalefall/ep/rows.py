@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,12 +69,20 @@ class Rows:
 
 @dataclass
 class Pending:
-    """A collective whose data phase has not run: `send` and `receive`, or both by `run`."""
+    """A collective whose data phase has not run: `send` and `receive`, or both by `run`.
+
+    Attributes:
+        leave: called between the halves where the caller goes away; what other ranks need from
+            this one goes on without it.
+        tick: of the low-latency form.
+    """
 
     send: Callable[[], None]
     receive: Callable[[], None]
     run: Callable[[], None]
     result: Any
+    leave: Callable[[], None] = field(default=lambda: None)
+    tick: int = 0
 
 
 def _row_bytes(array: np.ndarray) -> int:

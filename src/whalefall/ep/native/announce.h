@@ -87,7 +87,7 @@ static int64_t write_rows(const Group& g, const Dispatch& d, const Heads& heads,
   for (int s = 0; s < g.num_ranks; s++)
     if (int64_t status = await_rank(g, s, g.stream[s]->staged, tick + 1)) return status;
   if (d.recv_token) take_out(d, to.to[g.rank], to.rows[g.rank]);
-  advance(g.control[g.local]->pulled, tick + 1);
+  catch_up(g, tick + 1);
   return 0;
 }
 

@@ -101,9 +101,9 @@ WF_EXPORT void wf_ep_give_up(const Group* g, int64_t status) {
   g->control[g->local]->gave_up.store(status);
 }
 
-WF_EXPORT void wf_ep_done(const Group* g, uint32_t tick) {
-  advance(g->control[g->local]->pulled, tick + 1);
-}
+// This rank has done `tick`, in whatever order (the low-latency form); or all before `tick`.
+WF_EXPORT void wf_ep_done(const Group* g, uint32_t tick) { end_tick(*g, tick); }
+WF_EXPORT void wf_ep_done_before(const Group* g, uint32_t tick) { catch_up(*g, tick); }
 
 WF_EXPORT int64_t wf_ep_is_alive(const Group* g, int64_t local) {
   return is_alive(*g, static_cast<int>(local));
@@ -173,7 +173,10 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
     }
     if (!d.pull) continue;
     if (int64_t status = pull_tick(g, d, begin, end, tick)) return status;
-    advance(g.control[g.local]->pulled, tick + 1);
+    if (d.stage)
+      catch_up(g, d.base + i + 1);
+    else
+      end_tick(g, tick);
   }
   return 0;
 }
@@ -290,7 +293,7 @@ WF_EXPORT int64_t wf_ep_combine(const Group* group, Combine* combine, const int3
     }
     if (!status) status = wf_ep_combine_sum(group, &c, i, max_entries, 0, &own);
     if (status) return status;
-    wf_ep_done(group, at_once ? last : first + static_cast<uint32_t>(i));
+    catch_up(g, (at_once ? c.base + ticks - 1 : c.base + i) + 1);
   }
   return c.shared_at < 0 ? 0 : await_readers(g, last);
 }

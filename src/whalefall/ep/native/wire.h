@@ -49,7 +49,9 @@ struct Waiting {
 };
 
 struct Control {                 // one a local rank
-  Word pulled;                   // ticks done
+  Word pulled;                   // the oldest tick not done
+  std::atomic_flag ending;       // a thread of this rank changes the two
+  uint64_t ended;                // bit i: tick pulled + i is done, out of order
   std::atomic<int64_t> gave_up;  // the status that ended its collectives, else 0
   Waiting waiting;
 };
@@ -280,10 +282,23 @@ inline int64_t await_readers(const Group& g, uint32_t tick) {
   return 0;
 }
 
-// All ticks before `tick` are done, those too that were taken and then not used (ranks disagreed).
+// All ticks before `tick` are done, those too that were taken and then not used (ranks disagreed):
+// where ticks end in order.
 inline void catch_up(const Group& g, int64_t tick) {
   auto to = static_cast<uint32_t>(tick);
   if (!reached(g.control[g.local]->pulled, to)) advance(g.control[g.local]->pulled, to);
+}
+
+// `tick` is done, whether earlier ones are or not: hooks may be called in any order, also while
+// the communication thread ends another. No rank is ever as many ticks ahead as there are slots.
+inline void end_tick(const Group& g, uint32_t tick) {
+  Control& mine = *g.control[g.local];
+  while (mine.ending.test_and_set(std::memory_order_acquire)) pause_cpu();
+  uint32_t oldest = mine.pulled.value.load();
+  mine.ended |= 1ull << (tick - oldest) % 64;
+  for (; mine.ended & 1; mine.ended >>= 1) oldest++;
+  if (oldest != mine.pulled.value.load()) advance(mine.pulled, oldest);
+  mine.ending.clear(std::memory_order_release);
 }
 
 inline uint8_t* slot_at(const Group& g, int rank, uint32_t tick) {

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from whalefall.ep.events import EventHandle
+from whalefall.ep.halves import Half
 from whalefall.ep.handle import Handle
+from whalefall.errors import ConfigError
 
 __all__ = ["DispatchHandle", "LowLatencyHandle"]
 
@@ -80,7 +83,33 @@ class LowLatencyHandle(tuple[Any, ...]):
     """Of `low_latency_dispatch`: (src_info, layout_range, max tokens, hidden, experts).
 
     Attributes:
-        native: the engine's handle.
+        native: the engine's handle; waits for an asynchronous dispatch.
     """
 
-    native: Handle
+    _native: Handle
+    _event: EventHandle | None
+    _half: Half
+
+    @classmethod
+    def of(
+        cls, fields: tuple[Any, ...], native: Handle, event: EventHandle | None, half: Half
+    ) -> LowLatencyHandle:
+        """A handle whose counts are there after the event, where there is one, or the half."""
+        made = cls(fields)
+        made._native, made._event, made._half = native, event, half
+        return made
+
+    @property
+    def native(self) -> Handle:
+        """The engine's handle.
+
+        Raises: ConfigError while the dispatch's hook has not been called; what the dispatch raised.
+        """
+        if self._event is not None:
+            self._event.current_stream_wait()
+        elif self._half.is_left:
+            raise ConfigError(
+                "low latency: handle is of a dispatch whose hook was not called; call it first"
+            )
+        self._half.end()  # only repeats its failure
+        return self._native

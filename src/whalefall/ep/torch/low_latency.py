@@ -1,7 +1,8 @@
 """Ep room: the low-latency calls of `Buffer`: one row for each selection, halves that can be split.
 
 With `return_recv_hook=True` a call only sends; its results are valid after the hook, and nothing
-runs in between. Two collectives may be under way at a time.
+runs in between (between hosts, a combine is forwarded). Two collectives may be under way at a time;
+their hooks may be called in any order.
 Source: DeepEP `Buffer.low_latency_*`.
 
 # T tokens, M most tokens of a rank, R ranks, E experts, El experts of this rank, K top-k, H hidden
@@ -23,9 +24,10 @@ from whalefall.ep.counts import CLEAN
 from whalefall.ep.engine import Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.exchange import Exchange
+from whalefall.ep.halves import Half
 from whalefall.ep.handle import Handle, Want
 from whalefall.ep.library import library
-from whalefall.ep.rows import Rows
+from whalefall.ep.rows import Pending, Rows
 from whalefall.ep.torch.arrays import array, bf16, rows, tensor
 from whalefall.ep.torch.handles import LowLatencyHandle
 from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
@@ -93,13 +95,15 @@ class LowLatency:
             round_scale: scales are powers of two.
             use_ue8m0: scales come as four exponents in an int32 (needs `round_scale`).
             async_finish: return at once; results are valid after the event.
-            return_recv_hook: only send; results are valid after the hook.
+            return_recv_hook: only send; results are valid after the hook, which does nothing when
+                called again.
         Returns: recv_x [El, R·M, H] bf16, or (E4M3, scales [El, R·M, H/128] or [El, R·M, H/512],
             rows next to each other in memory); recv_count [El] int32, rows beyond are undefined;
             handle; event; hook or None. Rows come by source rank, then token
             (in the original as they arrive).
         Raises: LimitError if T > M or the buffer is too small, before anything is sent;
-            ConfigError, ShapeError, DtypeError; RankFailure.
+            ConfigError, also while the hook of the call two before was not called; ShapeError,
+            DtypeError; RankFailure.
         """
         low, M = self._low, num_max_dispatch_tokens_per_rank
         async_finish, return_recv_hook = _one_of(
@@ -143,9 +147,11 @@ class LowLatency:
             if total is not None:
                 total[:] += received.per_expert.astype(np.int32)
 
-        event, hook = self._halves(pending.send, receive, async_finish, return_recv_hook)
-        made = LowLatencyHandle((source, ranges, M, H, num_experts))
-        made.native = received.handle
+        half = Half(receive)
+        event, hook = self._halves(pending, half, async_finish, return_recv_hook)
+        made = LowLatencyHandle.of(
+            (source, ranges, M, H, num_experts), received.handle, event.event, half
+        )
         if use_fp8:
             packed = tensor(received.x, torch.float8_e4m3fn).view(El, R * M, H)
             result: Any = (packed, tensor(received.scale).transpose(1, 2))
@@ -220,7 +226,8 @@ class LowLatency:
             given, native, bf16(result, "out"), topk_weights=weights, zero_copy_stride=stride,
             waited_ns=waited, log_format=use_logfmt,
         )  # fmt: skip
-        event, hook = self._halves(pending.send, pending.receive, async_finish, return_recv_hook)
+        half = Half(pending.receive)
+        event, hook = self._halves(pending, half, async_finish, return_recv_hook)
         return result, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
@@ -265,18 +272,21 @@ class LowLatency:
     # ---- inside
 
     def _halves(
-        self, send: Hook, receive: Hook, async_finish: bool, split: bool
+        self, pending: Pending, half: Half, async_finish: bool, split: bool
     ) -> tuple[EventOverlap, Hook | None]:
         def both() -> None:
-            send()
-            receive()
+            pending.send()
+            half.end()
 
         if async_finish:
             return EventOverlap(EventHandle(self.runtime.submit(both))), None
         self.runtime.worker.drain()
         if split:
-            send()
-            return EventOverlap(), self.runtime.held(receive)
+            hook = self.runtime.held(half.end)
+            pending.send()
+            pending.leave()
+            self._low.hooks.leave(pending.tick, hook, half)
+            return EventOverlap(), hook
         both()
         return EventOverlap(), None
 
