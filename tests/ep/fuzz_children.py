@@ -3,6 +3,8 @@
 All ranks draw the same sequence and can make every rank's input, so each knows what must come.
 """
 
+from __future__ import annotations
+
 import os
 import random
 from collections.abc import Callable
@@ -36,6 +38,20 @@ class Sent:
         """The ranks that hold each token's experts, in order."""
         each = self.experts // size
         return [sorted({e // each for e in row if e >= 0}) for row in self.idx[source].tolist()]
+
+
+@dataclass
+class Low:
+    """A low-latency call under way, and what must hold once it has ended."""
+
+    sent: Sent
+    check: Check
+    event: ep.EventOverlap
+    hook: Callable[[], None] | None
+    rows: torch.Tensor | None = None  # what the experts read
+    count: torch.Tensor | None = None
+    handle: tuple = ()
+    fp8: bool = False
 
 
 @dataclass
@@ -250,47 +266,82 @@ class Player:
 
     def low_latency(self) -> None:
         """Dispatch and combine; halves by hook or event, another call in between."""
-        sent, dice, me = self.draw(low=True), self.dice, self.rank
-        way = dice.choice(["plain", "hook", "async"])
-        more = {"return_recv_hook": way == "hook", "async_finish": way == "async"}
-        each, dtype = sent.experts // self.size, dice.choice(["bf16", "bf16", "fp8"])
         self.settle()
-        got, count, handle, event, hook = self.buffer.low_latency_dispatch(
-            sent.x[me], sent.idx[me], M, sent.experts, use_fp8=dtype == "fp8", **more
-        )
-        if way == "hook" and dice.random() < 0.5:
+        one = self.low_dispatch()
+        if one.hook is not None and self.dice.random() < 0.3:
             self.combine()
-        finish(event, hook)
-        for e in range(each):
-            rows = [
-                sent.x[s][t] for s in range(self.size)
-                for t, row in enumerate(sent.idx[s].tolist()) for one in row if one == me * each + e
-            ]  # fmt: skip
-            assert int(count[e]) == len(rows)
-            wanted = torch.stack(rows) if rows else sent.x[0][:0]
-            if dtype == "fp8":
-                wanted = cast(wanted)
-            assert bits((got[0] if dtype == "fp8" else got)[e, : len(rows)]) == bits(wanted)
-        if dtype == "fp8":
+        between = self.dice.choice(["nothing", "a batch", "a combine"])
+        if between == "nothing":
+            self.end(one)
+            self.end(self.low_combine(one))
             return
+        if between == "a combine":
+            self.end(one)
+        other = self.low_dispatch()
+        if between == "a batch":
+            self.end(one, other)
+            self.end(self.low_combine(one), self.low_combine(other))
+            return
+        back = self.low_combine(one)
+        self.end(back, other)
+        self.end(self.low_combine(other))
+
+    def end(self, *calls: Low) -> None:
+        """Wait for calls under way, each rank in an order of its own, and check what they bring."""
+        turned = (self.rank >> self.dice.randrange(2)) % 2  # the same dice on all ranks
+        for call in reversed(calls) if turned else calls:
+            finish(call.event, call.hook)
+            call.check()
+
+    def low_dispatch(self) -> Low:
+        sent, dice, me = self.draw(low=True), self.dice, self.rank
+        way = dice.choice(["plain", "hook", "hook", "async"])
+        more = {"return_recv_hook": way == "hook", "async_finish": way == "async"}
+        each, fp8 = sent.experts // self.size, dice.random() < 0.3
+        got, count, handle, event, hook = self.buffer.low_latency_dispatch(
+            sent.x[me], sent.idx[me], M, sent.experts, use_fp8=fp8, **more
+        )
+
+        def check() -> None:
+            for e in range(each):
+                rows = [
+                    sent.x[s][t] for s in range(self.size)
+                    for t, row in enumerate(sent.idx[s].tolist()) for i in row if i == me * each + e
+                ]  # fmt: skip
+                assert int(count[e]) == len(rows)
+                wanted = torch.stack(rows) if rows else sent.x[0][:0]
+                if fp8:
+                    wanted = cast(wanted)
+                assert bits((got[0] if fp8 else got)[e, : len(rows)]) == bits(wanted)
+
+        rows = torch.zeros(got[0].shape, dtype=BF16) if fp8 else got
+        return Low(sent, check, event, hook, rows, count, handle, fp8)
+
+    def low_combine(self, call: Low) -> Low:
+        sent, dice, me, fp8 = call.sent, self.dice, self.rank, call.fp8
+        way, zero_copy = dice.choice(["plain", "hook", "hook", "async"]), dice.random() < 0.3
+        more = {"return_recv_hook": way == "hook", "async_finish": way == "async"}
+        each = sent.experts // self.size
         factor = torch.arange(me * each, (me + 1) * each).view(-1, 1, 1) * 0.3 + 1
-        result = (got.float() * factor).to(BF16)
-        zero_copy = dice.random() < 0.3
+        result = (call.rows.float() * factor).to(BF16)
         if zero_copy:
-            place = self.buffer.get_next_low_latency_combine_buffer(handle)
-            for e, n in enumerate(count.tolist()):
+            place = self.buffer.get_next_low_latency_combine_buffer(call.handle)
+            for e, n in enumerate(call.count.tolist()):
                 place[e, :n] = result[e, :n]
         back, event, hook = self.buffer.low_latency_combine(
-            result, sent.idx[me], sent.weights[me], handle, zero_copy=zero_copy, **more
+            result, sent.idx[me], sent.weights[me], call.handle, zero_copy=zero_copy, **more
         )
-        finish(event, hook)
         acc, idx = torch.zeros(sent.x[me].shape), sent.idx[me]
-        for k in range(idx.shape[1]):
+        for k in range(0 if fp8 else idx.shape[1]):
             row = (sent.x[me].float() * (idx[:, k : k + 1] * 0.3 + 1)).to(BF16).float()
             acc = torch.where(
                 idx[:, k : k + 1] >= 0, acc + sent.weights[me][:, k : k + 1] * row, acc
             )
-        assert bits(back) == bits(acc.to(BF16))
+
+        def check() -> None:
+            assert bits(back) == bits(acc.to(BF16))
+
+        return Low(sent, check, event, hook)
 
     def others(self) -> None:
         what = self.dice.choice(["barrier", "clean", "forget", "threads"])
