@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -169,6 +170,16 @@ def test_one_hundred_experts_of_which_twenty_take_most_tokens() -> None:
     assert after.balance[0] > 0.99
 
 
+@pytest.mark.parametrize(
+    ("experts", "slots", "gpus"), [(16, 100_000, 100_000), (64, 60_000, 20_000)]
+)
+def test_many_replicas_are_placed_in_seconds(experts: int, slots: int, gpus: int) -> None:
+    loads = np.random.default_rng(0).lognormal(0, 1, (1, experts))
+    began = time.process_time()
+    assert eplb.rebalance(loads, slots, 1, 1, gpus).balance[0] > 0.97
+    assert time.process_time() - began < 30  # minutes where the work grows with slots × GPUs
+
+
 def test_without_a_compiler_the_published_algorithm_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise MissingError("no compiler")
@@ -207,6 +218,7 @@ def test_torch_tensors_in_torch_tensors_out() -> None:
         ([[1.0, 2.0]], (2, 1, None, 2), DtypeError, "num_nodes is None, wanted a whole number"),
         ([[1.0, 2.0]], (2, 1, 1, True), DtypeError, "num_gpus is True, wanted a whole number"),
         ([[1.0, 2.0]], (2 * 10**30, 1, 1, 2), LimitError, "num_replicas is 20+; .* at most 2147"),
+        ([[1.0, 2.0]], (1 << 28, 1, 1, 2), LimitError, "so num_replicas at most 134217728"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -14,6 +14,7 @@ from whalefall.errors import ConfigError, DtypeError, LimitError, ShapeError
 __all__ = ["Shape", "check_loads", "check_moving", "check_previous", "check_shape"]
 
 LARGEST = 2**31 - 1  # an int of the compiled search
+MOST_PAIRS = 1 << 28  # (expert, slot) pairs of a layer, for which tables are made
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def check_shape(
 ) -> Shape:  # fmt: skip
     """The sizes, groups and nodes set to 1 in global mode.
 
-    Raises: ShapeError where they do not fit; DtypeError or LimitError for what is no size.
+    Raises: ShapeError where they do not fit; DtypeError for what is no size; LimitError for what
+        is larger than the tables can be.
     """
     experts = loads.shape[1]
     given = {
@@ -107,6 +109,11 @@ def check_shape(
     if replicas < experts:
         raise ShapeError(
             f"eplb: num_replicas is {replicas}, but there are {experts} experts; each needs a slot"
+        )
+    if experts * replicas > MOST_PAIRS:
+        raise LimitError(
+            f"eplb: {experts} experts times num_replicas {replicas} is {experts * replicas}; it "
+            f"must be at most {MOST_PAIRS}, so num_replicas at most {MOST_PAIRS // experts}"
         )
     if replicas % gpus:
         raise ShapeError(f"eplb: num_replicas {replicas} is not a multiple of num_gpus {gpus}")

@@ -2,7 +2,10 @@
 // Source: EPLB `balanced_packing`, `replicate_experts` (behaviour; written anew).
 #pragma once
 #include <algorithm>
+#include <functional>
 #include <numeric>
+#include <queue>
+#include <utility>
 #include <vector>
 
 namespace eplb {
@@ -14,14 +17,14 @@ inline std::vector<int> balanced_packing(const std::vector<float>& weight, int p
   std::iota(order.begin(), order.end(), 0);
   if (room == 1) return order;
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return weight[a] > weight[b]; });
-  std::vector<float> sum(packs, 0.f);
+  using Pack = std::pair<float, int>;  // sum, number: the lightest first, ties to the first
+  std::priority_queue<Pack, std::vector<Pack>, std::greater<Pack>> open;
+  for (int k = 0; k < packs; ++k) open.push({0.f, k});
   for (int item : order) {
-    int best = -1;
-    for (int k = 0; k < packs; ++k)
-      if (fill[k] < room && (best < 0 || sum[k] < sum[best])) best = k;
-    pack_of[item] = best;
-    ++fill[best];
-    sum[best] += weight[item];
+    const auto [sum, k] = open.top();
+    open.pop();
+    pack_of[item] = k;
+    if (++fill[k] < room) open.push({sum + weight[item], k});
   }
   return pack_of;
 }
@@ -31,12 +34,15 @@ inline std::vector<int> replicate(const std::vector<float>& weight, int slots) {
   const int experts = int(weight.size());
   std::vector<int> slot(slots), count(experts, 1);
   std::iota(slot.begin(), slot.begin() + experts, 0);
+  using Share = std::pair<float, int>;  // of the largest, ties to the first expert
+  std::priority_queue<Share> largest;
+  for (int e = 0; e < experts; ++e) largest.push({weight[e], -e});
   for (int s = experts; s < slots; ++s) {
-    int best = 0;
-    for (int e = 1; e < experts; ++e)
-      if (weight[e] / float(count[e]) > weight[best] / float(count[best])) best = e;
+    const int best = -largest.top().second;
+    largest.pop();
     slot[s] = best;
     ++count[best];
+    largest.push({weight[best] / float(count[best]), -best});
   }
   return slot;
 }

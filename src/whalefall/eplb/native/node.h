@@ -2,7 +2,10 @@
 // Bound: a search is O(slots^2) per step; a node of 72 slots takes tens of microseconds.
 #pragma once
 #include <cmath>
+#include <functional>
+#include <queue>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "bound.h"
@@ -48,20 +51,28 @@ inline void spread(Search& search, const std::vector<int>& count) {
     search.index();
     return;
   }
-  std::vector<int> fill(search.num_gpus, 0);
-  for (int e : item) {
-    int best = -1;
-    bool best_apart = false;
-    for (int g = 0; g < search.num_gpus; ++g) {
-      if (fill[g] == search.per_gpu) continue;
-      const bool apart = search.held(g, e) == 0;
-      if (best < 0 || apart > best_apart ||
-          (apart == best_apart && search.load[g] < search.load[best]))
-        best = g, best_apart = apart;
-    }
-    search.slot[best * search.per_gpu + fill[best]++] = e;
-    search.load[best] += share[e];
-    ++search.held(best, e);
+  using Gpu = std::pair<double, int>;  // load, number: the lightest first, ties to the first
+  std::priority_queue<Gpu, std::vector<Gpu>, std::greater<Gpu>> open;
+  for (int g = 0; g < search.num_gpus; ++g) open.push({0.0, g});
+  std::vector<int> fill(search.num_gpus, 0), having;  // with room, but with the expert already
+  const auto put_back = [&] {
+    for (int g : having) open.push({search.load[g], g});
+    having.clear();
+  };
+  bool apart = true;  // a GPU without the expert is left
+  for (size_t i = 0; i < item.size(); ++i) {
+    const int e = item[i];  // the replicas of an expert come one after the other
+    if (i && item[i - 1] != e) put_back(), apart = true;
+    if (open.empty()) put_back(), apart = false;
+    const int g = open.top().second;
+    open.pop();
+    search.slot[g * search.per_gpu + fill[g]++] = e;
+    search.load[g] += share[e];
+    if (fill[g] == search.per_gpu) continue;
+    if (apart)
+      having.push_back(g);
+    else
+      open.push({search.load[g], g});
   }
   search.index();
 }
@@ -69,9 +80,10 @@ inline void spread(Search& search, const std::vector<int>& count) {
 // Two replicas of one expert on a GPU: one changes place with the replica that makes the larger of
 // the two loads smallest.
 inline void separate(Search& search) {
-  for (int a = 0; a < search.num_slots; ++a) {
+  for (int a = 0; a < search.num_slots && search.work < kWork; ++a) {
     const int g = a / search.per_gpu, x = search.slot[a];
     if (search.held(g, x) < 2) continue;
+    search.work += 2 * search.num_slots;
     int best = -1;
     double best_value = 0;
     for (int b = 0; b < search.num_slots; ++b) {
@@ -124,15 +136,17 @@ inline std::vector<int> counts_for(const double* w, int experts, int slots, int 
     left -= count[e];
   }
   if (left < 0) return {};
-  for (; left > 0; --left) {
-    int best = -1;
-    for (int e = 0; e < experts; ++e) {
-      if (count[e] >= cap) continue;
-      const double share = w[e] / count[e];
-      if (best < 0 || (dilute ? share < w[best] / count[best] : share > w[best] / count[best]))
-        best = e;
-    }
-    ++count[best];
+  // the largest share first, or the smallest; ties to the first expert
+  std::priority_queue<std::pair<double, int>> next;
+  const auto offer = [&](int e) {
+    if (count[e] < cap) next.push({dilute ? -(w[e] / count[e]) : w[e] / count[e], -e});
+  };
+  for (int e = 0; e < experts; ++e) offer(e);
+  for (; left > 0; --left) {  // `cap` leaves room for all
+    const int e = -next.top().second;
+    next.pop();
+    ++count[e];
+    offer(e);
   }
   return count;
 }

@@ -14,6 +14,10 @@
 
 namespace eplb {
 
+// Comparisons of loads after which a search ends where it is: about a second. Only thousands of
+// slots take so many; the count is the same on every machine.
+constexpr int64_t kWork = int64_t(1) << 29;
+
 struct Search {
   int num_experts, num_slots, num_gpus, per_gpu;
   int domain;  // GPUs of one node, between which replicas may move
@@ -23,6 +27,8 @@ struct Search {
   std::vector<std::vector<int>> gpus;  // of each expert's replicas
   const uint8_t* origin = nullptr;     // [gpu, expert]: was there before
   int moved = 0, budget = -1;
+  int64_t work = 0, round = 0;  // comparisons made; which slot experts are tried for
+  std::vector<int64_t> tried;   // [experts] the round in which each was
 
   Search(const double* w, int experts, int slots, int n_gpus, int domain_gpus)
       : num_experts(experts),
@@ -33,9 +39,10 @@ struct Search {
         weight(w),
         slot(slots, -1),
         count(experts, 0),
-        on(n_gpus * experts, 0),
+        on(size_t(n_gpus) * experts, 0),
         load(n_gpus, 0.0),
-        gpus(experts) {}
+        gpus(experts),
+        tried(experts, 0) {}
 
   double share(int e) const { return weight[e] / count[e]; }
   int& held(int g, int e) { return on[size_t(g) * num_experts + e]; }
@@ -89,6 +96,7 @@ struct Search {
       const double share_x = share(x);
       for (int h = begin; h < begin + domain; ++h) {
         if (h == g || held(h, x)) continue;
+        work += per_gpu;
         for (int b = h * per_gpu; b < (h + 1) * per_gpu; ++b) {
           const int y = slot[b];
           const double less = share_x - share(y);
@@ -106,6 +114,7 @@ struct Search {
   // may hold an expert several times on one GPU: each of them changes.
   double after_replace(int b, int y) {
     const int h = b / per_gpu, x = slot[b];
+    work += int64_t(gpus[x].size() + gpus[y].size());
     const double rise = weight[x] / (count[x] - 1) - share(x);
     const double now_y = weight[y] / (count[y] + 1), fall = share(y) - now_y;
     double value = load[h] - share(x) + now_y;
@@ -127,15 +136,21 @@ struct Search {
 
   void try_replacements(Move& best, int g, double heaviest) {
     const int begin = g / domain * domain * per_gpu, end = begin + domain * per_gpu;
-    for (int b = begin; b < end; ++b) {
+    for (int b = begin; b < end && work < kWork; ++b) {
       if (count[slot[b]] < 2) continue;
+      work += b / per_gpu == g ? end - begin : per_gpu;
       if (b / per_gpu != g) {  // a further replica elsewhere for one of the experts of g
         for (int a = g * per_gpu; a < (g + 1) * per_gpu; ++a)
           try_replace(best, b, slot[a], heaviest);
         continue;
       }
-      for (int c = begin; c < end; ++c)  // a slot of g for a lighter expert
-        if (c / per_gpu != g) try_replace(best, b, slot[c], heaviest);
+      ++round;
+      for (int c = begin; c < end && work < kWork; ++c) {  // a slot of g for a lighter expert
+        const int y = slot[c];
+        if (c / per_gpu == g || tried[y] == round) continue;
+        tried[y] = round;
+        try_replace(best, b, y, heaviest);
+      }
     }
   }
 
@@ -165,7 +180,8 @@ struct Search {
 
   // Until the largest load is at most `target`, or no move helps.
   void run(double target, int max_steps) {
-    for (int step = 0; step < max_steps; ++step) {
+    for (int step = 0; step < max_steps && work < kWork; ++step) {
+      work += num_slots + int64_t(domain) * per_gpu * per_gpu;  // looked at, if not compared
       const int g = int(std::max_element(load.begin(), load.end()) - load.begin());
       const double heaviest = load[g];
       if (heaviest <= target) return;
