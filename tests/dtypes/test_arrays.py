@@ -12,7 +12,7 @@ import pytest
 
 from whalefall import dtypes
 from whalefall.dtypes import NUMPY_DTYPES, view
-from whalefall.errors import DtypeError, UnsupportedError
+from whalefall.errors import DtypeError, ShapeError, UnsupportedError
 
 
 def test_a_view_is_address_shape_strides_and_name() -> None:
@@ -75,6 +75,48 @@ def test_tensors_whose_memory_does_not_hold_their_values_are_refused() -> None:
     for tensor in sparse:
         with pytest.raises(DtypeError, match=r"x: a tensor of layout torch\.sparse.*to_dense\(\)"):
             dtypes.view(tensor, "x")
+
+
+def test_tensors_that_reach_beyond_their_storage_are_refused() -> None:
+    import torch
+
+    for size, at in ((0, 0), (0, 1), (20, 0), (4 * 12 - 1, 1)):
+        cut = torch.zeros(4, 3)[at:]
+        cut.untyped_storage().resize_(size)
+        with pytest.raises(ShapeError, match=rf"x: a tensor .* holds {size} bytes, wanted 48;"):
+            view(cut, "x")
+        with pytest.raises(ShapeError, match="freed or cut"):
+            dtypes.as_numpy(cut)
+        cut.untyped_storage().resize_(48)
+        assert view(cut).address == cut.data_ptr()
+    tail = torch.arange(12.0).as_strided((2, 2), (3, 1), 4)  # ends at element 8 of 12
+    tail.untyped_storage().resize_(36)
+    assert dtypes.as_numpy(tail).tolist() == [[4, 5], [7, 8]]
+    tail.untyped_storage().resize_(35)
+    with pytest.raises(ShapeError, match="holds 35 bytes, wanted 36"):
+        view(tail)
+    none = torch.zeros(0, 3)
+    none.untyped_storage().resize_(0)
+    assert view(none).shape == (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that fake addresses will be errors
+def test_tensors_without_memory_of_their_own_are_refused() -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.zeros(4, 3)
+    for without in (fake, fake[1:], torch._efficientzerotensor((4, 3))):
+        with pytest.raises(ShapeError, match="holds 0 bytes, wanted 48"):
+            view(without)
+    x = torch.zeros(4, 3)
+    with pytest.raises(UnsupportedError, match=r"x: .* without memory of its own"):
+        torch.vmap(lambda row: view(row, "x"))(x)
+    with pytest.raises(UnsupportedError, match="outside of torch.func"):
+        torch.func.grad(lambda given: view(given, "x"))(x)
+    with pytest.raises(UnsupportedError, match="unbind"):
+        view(torch.nested.nested_tensor([x, x]), "x")
 
 
 def test_rows_that_lie_no_whole_number_of_elements_apart_are_refused() -> None:

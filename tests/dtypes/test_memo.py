@@ -69,6 +69,37 @@ def test_an_array_read_differently_is_another(name: str) -> None:
     assert memo.find((x,), None) is None
 
 
+def test_a_tensor_whose_storage_was_resized_is_another() -> None:
+    memo, w = CallMemo(), torch.zeros(64)
+    memo.keep((w,), None, 1)
+    w.untyped_storage().resize_(0)
+    assert memo.find((w,), None) is None
+    w.untyped_storage().resize_(256)
+    memo.keep((w,), None, 2)
+    assert memo.find((w,), None) == 2
+    large = torch.zeros(64)
+    small, seen = torch.from_numpy(large.numpy()[:32]), large[:8]
+    memo.keep((seen,), None, 3)
+    seen.set_(small.untyped_storage(), 0, (8,), (1,))  # as if the allocator gave the old address
+    assert seen.data_ptr() == large.data_ptr()
+    assert memo.find((seen,), None) is None
+
+
+def test_a_repeated_product_refuses_a_freed_weight() -> None:
+    x, w = torch.ones(4, 64).bfloat16(), torch.ones(16, 64).bfloat16()
+    d = torch.empty(4, 16)
+    for _ in range(2):
+        gemm.bf16_gemm_nt(x, w, d)
+        w.untyped_storage().resize_(0)
+        with pytest.raises(ShapeError, match="b: a tensor .* holds 0 bytes, wanted 2048"):
+            gemm.bf16_gemm_nt(x, w, d)
+        w.untyped_storage().resize_(2048)
+        w.fill_(1)
+    d.untyped_storage().resize_(0)
+    with pytest.raises(ShapeError, match="d: a tensor .* holds 0 bytes, wanted 256"):
+        gemm.bf16_gemm_nt(x, w, d)
+
+
 def test_an_array_that_is_remembered_cannot_move() -> None:
     memo, x = CallMemo(), np.zeros(4)
     memo.keep((x,), None, 1)

@@ -177,13 +177,13 @@ class _Call:
                 empty_like(q, self.lse_shape, "float32").swapaxes(1, 2),
             )
         paged = self.paged
-        if type(q) is np.ndarray:
+        if isinstance(q, np.ndarray):
             out, paged.out = empty_at(self.shape, self.numpy_dtype)
             lse, paged.lse = empty_at(self.lse_shape, _FLOAT)
         else:
             out = empty_like(q, self.shape, self.dtype)
             lse = empty_like(q, self.lse_shape, "float32")
-            paged.out, paged.lse = view(out).address, view(lse).address
+            paged.out, paged.lse = out.data_ptr(), lse.data_ptr()
         refusal = self.entry(self.address)
         if refusal and self.refuse:
             self.refuse(refusal)

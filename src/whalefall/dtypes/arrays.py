@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from whalefall.errors import DtypeError, UnsupportedError
+from whalefall.errors import DtypeError, ShapeError, UnsupportedError
 
 __all__ = [
     "NUMPY_DTYPES",
@@ -76,7 +76,8 @@ def view(array: Any, name: str = "array") -> View:
     Args:
         array: the array; `name` is how a refusal calls it.
     Raises: DtypeError for another kind of object or dtype and for a sparse tensor; UnsupportedError
-        for a tensor that is not in the memory of this machine's CPU, or negated lazily.
+        for a tensor that is not in the memory of this machine's CPU, or negated lazily; ShapeError
+        for one that reaches beyond its storage, as after `untyped_storage().resize_(0)`.
     """
     if isinstance(array, np.ndarray):
         dtype = _NAMES.get(array.dtype)
@@ -100,15 +101,35 @@ def view(array: Any, name: str = "array") -> View:
             raise UnsupportedError(
                 f"{name}: a tensor negated lazily, wanted its values in memory; call .resolve_neg()"
             )
-        return View(
-            array.data_ptr(),
-            tuple(array.shape),
-            tuple(array.stride()),
-            _torch_name(array.dtype, name),
-        )
+        return View(*_memory_of(array, name), _torch_name(array.dtype, name))
     raise DtypeError(
         f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
     )
+
+
+def _memory_of(tensor: Any, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Address, shape and strides of a tensor, all of whose elements lie in its storage."""
+    try:
+        address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+        shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    except RuntimeError:  # a nested one, or what torch.func and vmap hand to a function
+        raise UnsupportedError(
+            f"{name}: a {type(tensor).__name__} without memory of its own, wanted a plain tensor; "
+            "call outside of torch.func, or .unbind() a nested one"
+        ) from None
+    if 0 in shape:
+        return address, shape, strides
+    before, size = tensor.storage_offset(), tensor.itemsize
+    if address <= before * size:  # the storage's own address is 0
+        held = 0
+    reach = sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
+    wanted = (before + reach + 1) * size
+    if held < wanted:
+        raise ShapeError(
+            f"{name}: a tensor {list(shape)} whose storage holds {held} bytes, wanted {wanted}; it "
+            "was freed or cut (resize_), or never had values: gather or make them first"
+        )
+    return address, shape, strides
 
 
 def _whole_strides(array: np.ndarray[Any, Any], name: str) -> tuple[int, ...]:

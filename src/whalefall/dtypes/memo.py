@@ -22,15 +22,16 @@ _MOST = 512  # calls; beyond it, all are forgotten
 
 
 def _place(array: Any) -> tuple[Any, ...] | None:
-    """Of a torch tensor, where its elements are and whether a gradient is wanted; else None.
+    """Of a torch tensor, where and in how large a storage it is, and whether a gradient is wanted.
 
     numpy refuses to move an array that has weak references. Calls that want a gradient are refused,
-    so none is kept, and where one is wanted of the same tensors later, nothing is found.
+    so none is kept, and where one is wanted of the same tensors later, nothing is found. A storage
+    that was resized has another size, even where the allocator gives it the address it had before.
     """
     if isinstance(array, np.ndarray):
         return None
     wants = array.requires_grad and sys.modules["torch"].is_grad_enabled()
-    return (array.data_ptr(), array.stride(), array.device, wants)
+    return (array.data_ptr(), array.untyped_storage().nbytes(), array.stride(), wants)
 
 
 def _strides(array: Any) -> Any:
