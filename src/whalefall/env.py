@@ -56,7 +56,8 @@ TABLE = (
     Variable(
         "WHALEFALL_CXX",
         "",
-        "the C++ compiler (default: c++, g++, clang++, else the ziglang wheel's)",
+        "the C++ compiler (default: the first of c++, g++, clang++ and the ziglang wheel's that "
+        "compiles)",
     ),
 )
 # The bytes of a variable, or None, as C sees it: a sixth of the time of `get`, for what every call

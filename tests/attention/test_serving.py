@@ -256,10 +256,10 @@ def test_levels_that_this_machine_may_lack_compile(name: str) -> None:
     import subprocess
 
     from whalefall.jit import isa
-    from whalefall.jit.compiler import compiler
+    from whalefall.jit.compiler import OPTIONS, compiler
 
     command = [
-        *compiler().command, *build_module._OPTIONS, *isa.flags(name), "-DWF_ROW=Bf16Row",
+        *compiler().command, *OPTIONS, *isa.flags(name), "-DWF_ROW=Bf16Row",
         "-DWF_GROUP=4", f"-I{build_module.INCLUDE}", "-fsyntax-only", str(NATIVE / "mla_paged.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -91,12 +91,12 @@ def test_a_repeated_product_refuses_a_freed_weight() -> None:
     for _ in range(2):
         gemm.bf16_gemm_nt(x, w, d)
         w.untyped_storage().resize_(0)
-        with pytest.raises(ShapeError, match="b: a tensor .* holds 0 bytes, wanted 2048"):
+        with pytest.raises(ShapeError, match=r"b: a tensor .* holds 0 bytes, wanted 2048"):
             gemm.bf16_gemm_nt(x, w, d)
         w.untyped_storage().resize_(2048)
         w.fill_(1)
     d.untyped_storage().resize_(0)
-    with pytest.raises(ShapeError, match="d: a tensor .* holds 0 bytes, wanted 256"):
+    with pytest.raises(ShapeError, match=r"d: a tensor .* holds 0 bytes, wanted 256"):
         gemm.bf16_gemm_nt(x, w, d)
 
 

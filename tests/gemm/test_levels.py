@@ -9,8 +9,8 @@ import pytest
 
 from whalefall import gemm, jit
 from whalefall.jit import isa
-from whalefall.jit.compile import _OPTIONS, INCLUDE
-from whalefall.jit.compiler import compiler
+from whalefall.jit.compile import INCLUDE
+from whalefall.jit.compiler import OPTIONS, compiler
 
 NATIVE = Path(gemm.__file__).parent / "native"
 # gemm.cpp is the same code at all levels from avx512 on, but for bf16 dots
@@ -24,7 +24,7 @@ UNITS = [
 
 @pytest.mark.parametrize(("unit", "level"), [u for u in UNITS if u[1] not in jit.levels()])
 def test_units_compile_at_levels_beyond_this_machine(tmp_path: Path, unit: str, level: str) -> None:
-    command = [*compiler().command, *_OPTIONS, "-O1", "-Werror", *isa.flags(level)]
+    command = [*compiler().command, *OPTIONS, "-O1", "-Werror", *isa.flags(level)]
     command += ["-DWF_DOT"] if level == "amx" else []
     command += [f"-I{INCLUDE}", str(NATIVE / unit), "-o", str(tmp_path / "unit.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -106,12 +106,12 @@ def test_a_folder_without_permission_to_write_is_named_and_a_warm_one_is_used(
 
 def test_a_compiler_that_no_shell_would_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHALEFALL_CXX", "g++ '-O2")
-    compiler.find_compiler.cache_clear()
+    compiler._search.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"WHALEFALL_CXX is \"g\+\+ '-O2\", wanted a command"):
             compiler.compiler()
     finally:
-        compiler.find_compiler.cache_clear()
+        compiler._search.cache_clear()
 
 
 def test_an_empty_variable_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from whalefall import env
 from whalefall.errors import ConfigError, MissingError, WhalefallError
 from whalefall.jit import isa
-from whalefall.jit.compiler import Compiler, compiler
+from whalefall.jit.compiler import OPTIONS, Compiler, compiler, forget
 from whalefall.jit.progress import announce
 
 __all__ = ["INCLUDE", "CompileError", "Library", "build"]
@@ -36,12 +36,6 @@ __all__ = ["INCLUDE", "CompileError", "Library", "build"]
 INCLUDE = Path(__file__).parent / "include"
 ABANDONED_S = 600.0  # no compiler works on one source for so long
 _SEAL = b"whalefall-crc32:"  # then 8 hexadecimal digits: what a compiled file ends with
-_OPTIONS = (
-    # Contraction is off so that an FMA happens only where the source says so: the same bits at
-    # every optimisation level and compiler. No -ffast-math: NaN must stay NaN.
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-psabi"),
-)
 _INCLUDES = re.compile(rb'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -137,7 +131,7 @@ def _build(
         raise MissingError(f"jit: no source {source}; the wheel should carry it, reinstall")
     tool = compiler()
     options = [
-        *_OPTIONS,
+        *OPTIONS,
         *isa.flags(level),
         *(f"-D{name}={value}" for name, value in defines),
         *flags,
@@ -200,6 +194,8 @@ def clear() -> tuple[int, int]:
     # These before the locks: whoever made one of them held its lock before, and holds it still.
     temporary, left = list(folder.glob("*.tmp")), 0
     with env.using_cache():
+        for mark in env.cache_dir("compilers").iterdir():  # they are tried anew, too
+            mark.unlink(missing_ok=True)
         libraries = list(folder.glob("*.so"))
         for path in libraries:
             path.unlink(missing_ok=True)
@@ -236,6 +232,7 @@ def _compile(tool: Compiler, source: Path, options: Sequence[str], target: Path)
         with announce(f"compiling {source.name} ({target.stem.split('-')[1]})", sys.stderr):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
+            forget(tool)
             words = "\n".join(done.stderr.splitlines()[:20])
             raise CompileError(f"jit: {' '.join(tool.command)} refused {source.name}:\n{words}")
         with env.using_cache():

@@ -14,7 +14,7 @@ from pathlib import Path
 from whalefall import env
 from whalefall.errors import ConfigError, UnsupportedError
 
-__all__ = ["LEVELS", "best_level", "cpu_features", "flags", "levels"]
+__all__ = ["LEVELS", "best_level", "cpu_features", "cpu_levels", "flags", "levels"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,25 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
-@functools.cache
-def levels() -> tuple[str, ...]:
-    """The levels this machine has, lowest first."""
+def cpu_levels() -> tuple[str, ...]:
+    """The levels that this CPU has, lowest first."""
     have = cpu_features()
     return tuple(name for name, level in LEVELS.items() if level.needs <= have)
 
 
-def best_level() -> str:
-    """The level kernels use: WHALEFALL_ISA where set, else the highest this machine has.
+@functools.cache
+def levels() -> tuple[str, ...]:
+    """The levels that this CPU has and the compiler here, if any, compiles for; lowest first."""
+    from whalefall.jit.compiler import find_compiler  # which asks here what the CPU has
 
-    Raises: ConfigError for an unknown name, UnsupportedError for a level the machine lacks.
+    have, tool = cpu_levels(), find_compiler()
+    return have[: have.index(tool.level) + 1] if tool else have
+
+
+def best_level() -> str:
+    """The level kernels use: WHALEFALL_ISA where set, else the highest of `levels`.
+
+    Raises: ConfigError for an unknown name, UnsupportedError for a level that CPU or compiler lack.
     """
     return _level(env.native(b"WHALEFALL_ISA"))
 
@@ -82,6 +90,11 @@ def _level(text: bytes | None) -> str:
     if forced not in LEVELS:
         raise ConfigError(f"WHALEFALL_ISA is {forced!r}, wanted one of {', '.join(LEVELS)}")
     if forced not in levels():
+        if forced in cpu_levels():
+            raise UnsupportedError(
+                f"WHALEFALL_ISA={forced}: the C++ compiler here cannot compile for it, wanted one "
+                f"of {', '.join(levels())}; unset it, or name a newer compiler in WHALEFALL_CXX"
+            )
         lacks = ", ".join(sorted(LEVELS[forced].needs - cpu_features()))
         raise UnsupportedError(f"WHALEFALL_ISA={forced}: this CPU lacks {lacks}; unset it")
     return forced

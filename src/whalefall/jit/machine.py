@@ -24,8 +24,8 @@ from typing import Any
 
 from whalefall import env
 from whalefall.jit import isa, pool
-from whalefall.jit.compile import Library, build
-from whalefall.jit.compiler import find_compiler
+from whalefall.jit.compile import CompileError, Library, build
+from whalefall.jit.compiler import find_compiler, without
 
 __all__ = [
     "cpu_model",
@@ -283,16 +283,26 @@ def describe(measure: bool = False) -> dict[str, Any]:
         "isa": isa.best_level(),
         "isa_levels": list(isa.levels()),
         "memory_gb": round(memory_bytes() / 1e9, 1),
-        "compiler": f"{' '.join(tool.command)}: {tool.version}" if tool else "none",
+        "compiler": f"{' '.join(tool.command)}: {tool.version}" if tool else without(),
         "gpu": gpus() or "none",
         "kernels": "native" if tool else WITHOUT_COMPILER,
     }
     if tool:
-        measured = limits(measure)
-        facts["threads"] = pool.get_num_threads()
-        facts["read_gb_s"] = round(measured["read_bytes_s"] / 1e9, 1)
-        facts["fma_gflops"] = round(measured["fma_flops"] / 1e9, 1)
-        facts["bf16_gflops"] = round(bf16_flops() / 1e9, 1)
-        if measure and (line_ns := line_transfer_ns()) is not None:
-            facts["core_to_core_ns"] = round(line_ns)
+        try:
+            facts |= _measured(measure)
+        except CompileError as error:  # what there is to say of a machine is said all the same
+            facts["kernels"] = f"none: {str(error).splitlines()[0]}"
+    return facts
+
+
+def _measured(anew: bool) -> dict[str, Any]:
+    measured = limits(anew)
+    facts: dict[str, Any] = {
+        "threads": pool.get_num_threads(),
+        "read_gb_s": round(measured["read_bytes_s"] / 1e9, 1),
+        "fma_gflops": round(measured["fma_flops"] / 1e9, 1),
+        "bf16_gflops": round(bf16_flops() / 1e9, 1),
+    }
+    if anew and (line_ns := line_transfer_ns()) is not None:
+        facts["core_to_core_ns"] = round(line_ns)
     return facts
