@@ -1,4 +1,4 @@
-"""The Triton kernel: in Triton's interpreter against float64, and compiled for sm_90a offline."""
+"""The Triton kernel: in Triton's interpreter, compiled for sm_90a, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -12,42 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-
-INTERPRETED = """
-    import numpy as np, torch
-    from tests.attention.closeness import close_decode
-    from tests.attention.problems import dense, dense_expected, fp8_rows, sparse_expected
-    from whalefall.attention import dequantize_kv_cache
-    from whalefall.attention.triton import decode
-
-    tensor = torch.from_numpy  # float16: the interpreter's dot knows no bfloat16
-
-    for heads, causal, fp8, long in [(3, True, False, 70), (20, False, True, 70)]:
-        p = dense(2, 2, long, heads, 1, True, dtype=np.float16)
-        p.table[p.table > 1 << 20] = 0
-        cache, plain = p.cache, None
-        if fp8:
-            cache = fp8_rows(np.random.default_rng(0), p.cache.shape[:3])
-            plain = dequantize_kv_cache(cache)
-        given = torch.from_numpy(cache) if fp8 else tensor(cache)
-        out, lse = decode(tensor(p.q), given, torch.from_numpy(p.table),
-                          torch.from_numpy(p.lengths), 576**-0.5, causal, fp8)
-        want, want_lse = dense_expected(p, 512, 576**-0.5, causal, plain)
-        close_decode(out.float().numpy(), want, lse.numpy(), want_lse)
-
-    p = dense(1, 2, 64, 4, 1, False, dtype=np.float16)
-    index = np.array([[[0, 5, -1, 9, 5, 2**31 - 1], [7, 1, 2, 3, 4, 5]]], np.int32)
-    rows = p.cache.reshape(-1, 576)
-    rows[np.isnan(rows.astype(np.float32)).any(axis=1)] = 0
-    sink = np.array([0.5, -np.inf, np.inf, 1], np.float32)
-    out, lse = decode(tensor(p.q), tensor(p.cache), torch.from_numpy(index),
-                      torch.tensor([5], dtype=torch.int32), 0.1, sparse=True,
-                      attn_sink=torch.from_numpy(sink))
-    keys = [rows[[0, 5, 9, 5]], rows[[7, 1, 2, 3, 4]]]
-    want, _, want_lse = sparse_expected(p.q[0], keys, 512, 0.1, sink)
-    close_decode(out[0].float().numpy(), want, lse[0].T.numpy(), want_lse)
-    print("agrees")
-"""
+CHECKS = str(Path(__file__).parent / "triton_checks.py")
 
 COMPILED = """
     import os, re, subprocess, sys, tempfile
@@ -88,9 +53,9 @@ COMPILED = """
 """
 
 
-def run(script: str, *arguments: str, **variables: str) -> str:
+def run(*arguments: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-W", "ignore", *arguments],
         capture_output=True, text=True, check=False, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **variables},
     )  # fmt: skip
@@ -99,9 +64,14 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 
 
 def test_the_kernel_agrees_with_float64_in_the_interpreter() -> None:
-    assert run(INTERPRETED, TRITON_INTERPRET="1").endswith("agrees\n")
+    assert run(CHECKS, "cpu", TRITON_INTERPRET="1").endswith("passed\n")
+
+
+@pytest.mark.gpu
+def test_the_kernel_agrees_with_float64_on_the_gpu() -> None:
+    assert run(CHECKS, "cuda").endswith("passed\n")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 def test_the_kernel_compiles_for_sm_90a_with_wgmma_and_next_to_no_spills(kind: str) -> None:
-    assert "registers" in run(COMPILED, kind)
+    assert "registers" in run("-c", textwrap.dedent(COMPILED), kind)

@@ -20,6 +20,7 @@ from whalefall.attention.metadata import check_metadata
 from whalefall.attention.native_calls import decode_entry, sparse_entry
 from whalefall.attention.operands import (
     cache_operand,
+    check_mixture,
     int32_operand,
     query_operand,
     scale_operand,
@@ -112,17 +113,11 @@ def flash_mla_with_kvcache(
     b, s_q, h_q, _ = seen.shape
     call = _Call((b, s_q, h_q, head_dim_v), seen.dtype)
     sink = sink_operand(_HERE, attn_sink, h_q)
+    check_mixture(_HERE, locals())
     if indices is None:
-        _refuse_sparse_arguments(
-            extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length
-        )
         dense = (k_cache, block_table, cache_seqlens)
         _dense(call, seen, dense, head_dim_v, scale, causal, is_fp8_kvcache, sink)
     else:
-        if causal:
-            raise ConfigError(
-                f"{_HERE}: causal with indices; leave it out, indices choose the keys"
-            )
         for name, unused in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
             if unused is not None:
                 view(unused, f"{_HERE}: {name}")
@@ -199,13 +194,6 @@ def _on_gpu(arguments: dict[str, Any]) -> tuple[Any, Any]:
     return decode_call(arguments)
 
 
-def _refuse_sparse_arguments(*given: Any) -> None:
-    names = ("extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
-    for name, value in zip(names, given, strict=True):
-        if value is not None:
-            raise ConfigError(f"{_HERE}: {name} without indices; it belongs to sparse attention")
-
-
 def _dense(
     call: _Call,
     q: View,
@@ -262,10 +250,6 @@ def _sparse(
     extra: tuple[Any, Any, Any],
 ) -> None:
     b, s_q, h_q, width = q.shape
-    if (extra[0] is None) != (extra[1] is None):
-        raise ConfigError(
-            f"{_HERE}: extra_k_cache and extra_indices_in_kvcache come together or not at all"
-        )
     first, kind = _chosen(call, main, ("k_cache", "indices", "topk_length"), fp8, q)
     second = Chosen()
     if extra[0] is not None:
@@ -273,8 +257,6 @@ def _sparse(
         second, other = _chosen(call, extra, names, fp8, q)
         if other != kind:
             raise ConfigError(f"{_HERE}: extra_k_cache has another dtype than k_cache")
-    elif extra[2] is not None:
-        raise ConfigError(f"{_HERE}: extra_topk_length without extra_k_cache")
     args = SparseArgs(
         *(q.address, q.strides[1], q.strides[2], None, h_q * v_width, v_width),
         *(None, None, h_q, 1, sink, b * s_q, h_q, width, v_width, first, second),

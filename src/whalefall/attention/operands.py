@@ -15,6 +15,11 @@ from whalefall.errors import ConfigError, DtypeError, ShapeError
 
 __all__ = [
     "cache_operand",
+    "check_cache",
+    "check_int32",
+    "check_mixture",
+    "check_query",
+    "check_sink",
     "int32_operand",
     "query_operand",
     "scale_operand",
@@ -33,16 +38,21 @@ def query_operand(where: str, name: str, q: Any, axes: str) -> tuple[View, Any]:
     Returns: its view, and what must stay alive while it is used (a copy where `q` has gaps).
     """
     seen = view(q, f"{where}: {name}")
-    if seen.dtype not in TYPES:
-        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
-    if len(seen.shape) != len(axes.split(",")):
-        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]")
+    check_query(where, name, seen, axes)
     seen = _token_stride(seen)
     collapses = len(seen.shape) < 4 or seen.strides[0] == seen.shape[1] * seen.strides[1]
     if (seen.strides[-1] == 1 or seen.shape[-1] == 1) and (collapses or seen.shape[0] == 1):
         return seen, q
     copy = restore(np.ascontiguousarray(as_numpy(q)), q)
     return view(copy), copy
+
+
+def check_query(where: str, name: str, seen: View, axes: str) -> None:
+    """DtypeError or ShapeError where queries are no floats, or have other axes."""
+    if seen.dtype not in TYPES:
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
+    if len(seen.shape) != len(axes.split(",")):
+        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]")
 
 
 def _token_stride(seen: View) -> View:
@@ -58,14 +68,7 @@ def int32_operand(
 ) -> tuple[View, Any]:
     """An int32 array [shape] with its last axis contiguous and rows evenly spaced."""
     seen = view(array, f"{where}: {name}")
-    if seen.dtype != "int32":
-        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted int32; convert it")
-    fits = len(seen.shape) == len(shape) and all(
-        want is None or got == want for got, want in zip(seen.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ["any" if want is None else want for want in shape]
-        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}")
+    check_int32(where, name, seen, shape)
     seen = _token_stride(seen)
     rows = (
         len(shape) < 3 or seen.shape[0] == 1 or seen.strides[0] == seen.shape[1] * seen.strides[1]
@@ -76,17 +79,34 @@ def int32_operand(
     return view(copy), copy
 
 
+def check_int32(where: str, name: str, seen: View, shape: tuple[int | None, ...]) -> None:
+    """DtypeError or ShapeError for anything but int32 [shape]; None fits any length."""
+    if seen.dtype != "int32":
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted int32; convert it")
+    fits = len(seen.shape) == len(shape) and all(
+        want is None or got == want for got, want in zip(seen.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ["any" if want is None else want for want in shape]
+        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}")
+
+
 def sink_operand(where: str, sink: Any, heads: int) -> int | None:
     """The address of a contiguous float32 [heads], or None."""
     if sink is None:
         return None
     seen = view(sink, f"{where}: attn_sink")
+    check_sink(where, seen, heads)
+    return seen.address
+
+
+def check_sink(where: str, seen: View, heads: int) -> None:
+    """ShapeError for anything but contiguous float32 [heads]."""
     if seen.dtype != "float32" or seen.shape != (heads,) or not seen.contiguous:
         raise ShapeError(
             f"{where}: attn_sink is {seen.dtype} {list(seen.shape)}, wanted contiguous float32 "
             f"[{heads}], one for each query head"
         )
-    return seen.address
 
 
 def cache_operand(
@@ -100,6 +120,16 @@ def cache_operand(
     Returns: the native struct, the format's code, the number of kv heads.
     """
     seen = view(cache, f"{where}: {name}")
+    check_cache(where, name, seen, fp8, width)
+    blocks, page, kv_heads, _ = seen.shape
+    size = 1 if fp8 else {"float32": 4}.get(seen.dtype, 2)
+    strides = [s * size for s in seen.strides[:3]]
+    code = TYPES["fp8"] if fp8 else TYPES[seen.dtype]
+    return Cache(seen.address, *strides, blocks, page), code, kv_heads
+
+
+def check_cache(where: str, name: str, seen: View, fp8: bool, width: int) -> None:
+    """ShapeError or DtypeError for what is no cache; arguments as of `cache_operand`."""
     if len(seen.shape) != 4:
         raise ShapeError(
             f"{where}: {name} has shape {list(seen.shape)}, wanted [blocks, page, kv heads, width]"
@@ -122,10 +152,30 @@ def cache_operand(
         raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted no axis of 0")
     if seen.strides[-1] != 1 and last > 1 and blocks:  # numpy's strides of nothing are 0
         raise ShapeError(f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1")
-    size = 1 if fp8 else {"float32": 4}.get(seen.dtype, 2)
-    strides = [s * size for s in seen.strides[:3]]
-    code = TYPES["fp8"] if fp8 else TYPES[seen.dtype]
-    return Cache(seen.address, *strides, blocks, page), code, kv_heads
+
+
+def check_mixture(where: str, given: dict[str, Any]) -> None:
+    """ConfigError where arguments of dense and of sparse attention come together.
+
+    Args:
+        given: arguments of `flash_mla_with_kvcache` by name.
+    """
+    extra = given["extra_k_cache"], given["extra_indices_in_kvcache"]
+    if given["indices"] is None:
+        names = "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"
+        for name in names:
+            if given[name] is not None:
+                raise ConfigError(
+                    f"{where}: {name} without indices; it belongs to sparse attention"
+                )
+    elif given["causal"]:
+        raise ConfigError(f"{where}: causal with indices; leave it out, indices choose the keys")
+    elif (extra[0] is None) != (extra[1] is None):
+        raise ConfigError(
+            f"{where}: extra_k_cache and extra_indices_in_kvcache come together or not at all"
+        )
+    elif extra[0] is None and given["extra_topk_length"] is not None:
+        raise ConfigError(f"{where}: extra_topk_length without extra_k_cache")
 
 
 def width_of_values(where: str, name: str, head_dim_v: Any, width: int) -> int:

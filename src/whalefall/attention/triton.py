@@ -5,6 +5,9 @@ log-sum-exp in order. A run's length follows from the token's own number of keys
 bits do not depend on the batch. K is read once a tile for both products: 512 columns as keys and
 values, 64 rope columns as keys only. With 64 heads and 8 warps an accumulator of 64 x 512 fp32
 takes 128 registers a thread, and both products are wgmma on sm_90a.
+Whatever lengths, tables and indices hold, nothing outside the arrays is read: an index that there
+is not names no key, a list's length ends with it, and a request whose length or blocks a CPU would
+refuse has no keys (nobody looks at them before the kernel does).
 Checked in Triton's interpreter and compiled for sm_90a; not run on a GPU.
 Source: FlashMLA `flash_mla_with_kvcache`; split-KV decoding.
 """
@@ -18,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from whalefall.errors import DtypeError, ShapeError, UnsupportedError
+from whalefall.attention.gpu_arguments import checked
 
-__all__ = ["MAX_RUNS", "decode", "mla_decode_kernel"]
+__all__ = ["MAX_RUNS", "decode", "decode_call", "mla_decode_kernel"]
 
 MAX_RUNS = 16
 _LATENT, _ROPE = 512, 64
@@ -30,17 +33,32 @@ _LATENT, _ROPE = 512, 64
 def mla_decode_kernel(
     q, latent, scales, rope, where, lengths, out, lse,
     q_token, q_head, latent_block, latent_row, scales_block, scales_row, rope_block, rope_row,
-    where_token, heads, num_rows, per_length, causal_tokens, scale_log2,
+    where_token, heads, existing, most_keys, per_length, causal_tokens, scale_log2,
     FP8: tl.constexpr, SPARSE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     LATENT: tl.constexpr, ROPE: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One run of one token's keys for BLOCK_H heads.
+
+    existing: blocks of the cache, or with SPARSE its rows; most_keys: what a table's or list's row
+    can name.
 
     out [tokens, heads, RUNS, LATENT] fp32, normalised within the run; lse [tokens, heads, RUNS] in
     units of log2, -inf for a run without keys.
     """
     token, first_head, run = tl.program_id(0), tl.program_id(1) * BLOCK_H, tl.program_id(2)
     keys = tl.load(lengths + token // per_length)
+    if SPARSE:
+        keys = tl.minimum(tl.maximum(keys, 0), most_keys)
+    else:
+        table = where + (token // per_length).to(tl.int64) * where_token
+        keys = tl.where((keys < 0) | (keys > most_keys), 0, keys)
+        wrong = 0
+        for first in range(0, tl.cdiv(keys, PAGE), 128):
+            entry = first + tl.arange(0, 128)
+            used = entry * PAGE < keys
+            named = tl.load(table + entry, mask=used, other=0)
+            wrong += tl.sum((used & ((named < 0) | (named >= existing))).to(tl.int32))
+        keys = tl.where(wrong > 0, 0, keys)
     if causal_tokens > 0:
         keys = tl.maximum(keys - (causal_tokens - 1 - token % causal_tokens), 0)
     run_keys = 512
@@ -64,11 +82,10 @@ def mla_decode_kernel(
         seen = n < end
         if SPARSE:
             row = tl.load(where + token.to(tl.int64) * where_token + n, mask=seen, other=-1)
-            seen = seen & (row >= 0) & (row < num_rows)
+            seen = seen & (row >= 0) & (row < existing)
             row = tl.where(seen, row, 0)
             block, offset = (row // PAGE).to(tl.int64), row % PAGE
         else:
-            table = where + (token // per_length).to(tl.int64) * where_token
             block = tl.load(table + n // PAGE, mask=seen, other=0).to(tl.int64)
             offset = n % PAGE
         at = latent + block * latent_block + offset * latent_row
@@ -98,13 +115,13 @@ def mla_decode_kernel(
 
     place = (token.to(tl.int64) * heads + h) * RUNS + run
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    result = tl.where(total > 0, top + tl.log2(total), float("-inf"))
+    result = tl.where(total == 0, float("-inf"), top + tl.log2(total))  # NaN stays NaN
     tl.store(lse + place, result, mask=has_head)
     tl.store(out + place[:, None] * LATENT + c[None, :], acc, mask=has_head[:, None])
 
 
 def _merge(out: Any, lse: Any, sink: Any) -> tuple[Any, Any]:
-    """Runs put together: out [T, H, D], lse [T, H] (natural log, +inf without keys)."""
+    """Runs put together: out [T, H, D], lse [T, H] (natural log; +inf without keys, or of NaN)."""
     lse = lse * math.log(2.0)
     top = lse.amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, torch.zeros_like(top), top)
@@ -116,7 +133,8 @@ def _merge(out: Any, lse: Any, sink: Any) -> tuple[Any, Any]:
     merged /= torch.where(total > 0, total, torch.ones_like(total))[..., None]
     natural = torch.where(total > 0, top[..., 0] + torch.log(total), math.inf)
     if sink is not None:
-        merged *= (1 / (1 + torch.exp(sink - natural)))[..., None].nan_to_num(0.0)
+        share = 1 / (1 + torch.exp(sink - natural))
+        merged *= torch.where(natural == math.inf, torch.ones_like(share), share)[..., None]
     return merged, natural
 
 
@@ -139,65 +157,61 @@ def decode(
         where: block table [b, n] int32, or with `sparse` indices [b, s_q, topk] int32.
         lengths: [b] int32 keys of each request, or how many indices count.
     Returns: out [b, s_q, h, 512] in q's dtype, lse [b, h, s_q] float32.
-    Raises: DtypeError, ShapeError.
+    Raises: DtypeError, ShapeError, ConfigError, UnsupportedError.
     """
+    none = dict.fromkeys(("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length"))
+    named = {
+        "block_table": None if sparse else where,
+        "cache_seqlens": None if sparse else lengths,
+        "indices": where if sparse else None,
+        "topk_length": lengths if sparse else None,
+    }
+    return decode_call(
+        {
+            "q": q,
+            "k_cache": k_cache,
+            "head_dim_v": _LATENT,
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "is_fp8_kvcache": is_fp8_kvcache,
+            "attn_sink": attn_sink,
+            **named,
+            **none,
+        }
+    )
+
+
+def decode_call(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """`flash_mla_with_kvcache` for CUDA tensors: its arguments by name."""
+    call = checked(arguments)
+    q, k_cache = call.q, call.k_cache
     b, s_q, heads, width = q.shape
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise DtypeError(f"decode: q is {q.dtype}, wanted bfloat16 or float16 on a GPU")
-    if not is_fp8_kvcache and k_cache.dtype != q.dtype:
-        raise DtypeError(f"decode: k_cache is {k_cache.dtype}, wanted {q.dtype}, the dtype of q")
-    if width != _LATENT + _ROPE or k_cache.shape[2] != 1:
-        raise ShapeError(
-            f"decode: q has {width} columns and k_cache {list(k_cache.shape)}, wanted 576 and one "
-            "kv head on a GPU"
-        )
     blocks, page = k_cache.shape[:2]
-    if is_fp8_kvcache:
+    if call.is_fp8_kvcache:
         raw = k_cache.view(torch.uint8)
         latent, scales = raw, raw.view(torch.float32)[..., 128:132]
         rope = raw.view(torch.bfloat16)[..., 264:]
     else:
         latent, scales, rope = k_cache, k_cache, k_cache[..., _LATENT:]
     q = q.reshape(b * s_q, heads, width).contiguous()
-    where = where.reshape(b * s_q if sparse else b, -1).contiguous()
+    columns = call.where.shape[-1]
+    where = call.where.reshape(b * s_q if call.sparse else b, columns).contiguous()
     out = q.new_empty((b * s_q, heads, MAX_RUNS, _LATENT), dtype=torch.float32)
     lse = q.new_empty((b * s_q, heads, MAX_RUNS), dtype=torch.float32)
     block_h = 64 if heads > 16 else 16
     grid = (b * s_q, triton.cdiv(heads, block_h), MAX_RUNS)
-    mla_decode_kernel[grid](
-        *(q, latent, scales, rope, where, lengths, out, lse, q.stride(0), q.stride(1)),
-        *(latent.stride(0), latent.stride(1), scales.stride(0), scales.stride(1)),
-        *(rope.stride(0), rope.stride(1), where.stride(0), heads, blocks * page, s_q),
-        *(s_q if causal else 0, softmax_scale / math.log(2.0)),
-        FP8=is_fp8_kvcache, SPARSE=sparse, BLOCK_H=block_h, BLOCK_N=32,
-        LATENT=_LATENT, ROPE=_ROPE, RUNS=MAX_RUNS, PAGE=page,
-        num_warps=8 if block_h == 64 else 4, num_stages=2,
-    )  # fmt: skip
-    merged, natural = _merge(out, lse, attn_sink)
+    limits = (blocks * page, columns) if call.sparse else (blocks, columns * page)
+    if lse.numel():
+        mla_decode_kernel[grid](
+            *(q, latent, scales, rope, where, call.lengths.contiguous(), out, lse),
+            *(q.stride(0), q.stride(1), latent.stride(0), latent.stride(1)),
+            *(scales.stride(0), scales.stride(1), rope.stride(0), rope.stride(1)),
+            *(where.stride(0), heads, *limits, s_q),
+            *(s_q if call.causal else 0, call.softmax_scale / math.log(2.0)),
+            FP8=call.is_fp8_kvcache, SPARSE=call.sparse, BLOCK_H=block_h, BLOCK_N=32,
+            LATENT=_LATENT, ROPE=_ROPE, RUNS=MAX_RUNS, PAGE=page,
+            num_warps=8 if block_h == 64 else 4, num_stages=2,
+        )  # fmt: skip
+    merged, natural = _merge(out, lse, call.attn_sink)
     shaped = merged.to(q.dtype).view(b, s_q, heads, _LATENT)
     return shaped, natural.view(b, s_q, heads).transpose(1, 2)
-
-
-def decode_call(arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """`flash_mla_with_kvcache` for CUDA tensors: its arguments by name."""
-    a = arguments
-    if a["extra_k_cache"] is not None or a["head_dim_v"] != _LATENT:
-        raise UnsupportedError(
-            "flash_mla_with_kvcache: extra_k_cache, or head_dim_v other than 512, on a GPU; "
-            "move the tensors with .cpu()"
-        )
-    scale = a["q"].shape[-1] ** -0.5 if a["softmax_scale"] is None else a["softmax_scale"]
-    common = (scale, a["causal"], a["is_fp8_kvcache"])
-    if a["indices"] is None:
-        return decode(
-            *(a["q"], a["k_cache"], a["block_table"], a["cache_seqlens"], *common),
-            attn_sink=a["attn_sink"],
-        )
-    lengths = a["topk_length"]
-    if lengths is None:
-        lengths = a["indices"].new_full((a["q"].shape[0],), a["indices"].shape[-1])
-    return decode(
-        *(a["q"], a["k_cache"], a["indices"], lengths, *common),
-        sparse=True,
-        attn_sink=a["attn_sink"],
-    )
