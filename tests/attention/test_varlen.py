@@ -107,6 +107,9 @@ def test_values_may_start_where_the_keys_start(level: str, dtype: Any, how: str)
     assert out.tobytes() == want.tobytes() and lse.tobytes() == want_lse.tobytes()
 
 
+HALVES = [(0, 45), (45, 90)]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_parts_merge_to_the_whole(level: str, dtype: Any) -> None:
     rng = np.random.default_rng(3)
@@ -122,10 +125,71 @@ def test_parts_merge_to_the_whole(level: str, dtype: Any) -> None:
     error = 2e-6 if dtype == np.float32 else 1.5 * 2.0**-8
     assert np.abs(out.astype(np.float64) - whole.astype(np.float64)).max() < error
     assert np.abs(merged - whole_lse).max() < 2e-6
-    lonely, none = merge_partials(
-        np.full((2, 3, 4), np.nan, np.float32), np.full((2, 3), np.inf, "f4")
-    )
+    lonely, none = merge_partials(np.ones((2, 3, 4), np.float32), np.full((2, 3), np.inf, "f4"))
     assert (lonely == 0).all() and (none == np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("place", [3, 70])
+def test_nan_in_a_part_is_in_the_merged_row(level: str, dtype: Any, place: int) -> None:
+    """A NaN key makes its part NaN with lse +inf, which is no part without keys."""
+    rng = np.random.default_rng(3)
+    q, kv = (rng.standard_normal((n, 1, 64)).astype(dtype) for n in (5, 90))
+    kv[place, 0, 7] = np.nan
+    index = np.tile(np.arange(90, dtype=np.int32), (5, 1, 1))
+    index[1][index[1] == place] = -1  # token 1 does not see it
+    parts = [flash_mla_sparse_fwd(q, kv, index[:, :, a:b].copy(), 0.1, 40) for a, b in HALVES]
+    out, lse = merge_partials(np.stack([p[0] for p in parts]), np.stack([p[2] for p in parts]))
+    poisoned = np.arange(5) != 1
+    assert np.isnan(out.astype(np.float32)[poisoned]).all()
+    assert (lse[poisoned] == np.inf).all()
+    whole, _, whole_lse = flash_mla_sparse_fwd(q, kv, index, 0.1, 40)
+    assert np.array_equal(np.isnan(whole.astype("f4")), np.isnan(out.astype("f4")))
+    assert np.abs(lse[1] - whole_lse[1]).max() < 2e-6
+
+
+@pytest.mark.parametrize("width", [1, 40])
+@pytest.mark.parametrize("lse", [np.inf, -np.inf, np.nan, 0.5])
+def test_one_nan_of_a_part_counts_and_a_lonely_part_does_not(
+    level: str, width: int, lse: float
+) -> None:
+    out, weights = np.ones((3, 2, width), np.float32), np.zeros((3, 2), np.float32)
+    out[1, 0, width - 1] = np.nan
+    weights[1], weights[2] = lse, -np.inf
+    merged, total = merge_partials(out, weights)
+    assert np.isnan(merged[0, -1])
+    assert np.isnan(merged[0]).all() == (lse != 0.5 or width == 1)
+    if np.isnan(lse):
+        assert np.isnan(merged).all() and (total == np.inf).all()
+    else:
+        want = np.float32(np.logaddexp(0, lse) if lse == 0.5 else 0)
+        assert (merged[1] == 1).all() and abs(total[1] - want) < 1e-6
+
+
+def test_nan_and_infinity_follow_one_convention(level: str) -> None:
+    """Of a sum of NaN lse is +inf; NaN has no say in max_logits; scores of -inf are no keys."""
+    q = np.zeros((1, 1, 32), np.float32)
+    kv = np.zeros((20, 1, 32), np.float32)
+    q[0, 0, 31] = 1
+    index = np.arange(20, dtype=np.int32)[None, None]
+    for value in (np.nan, np.inf, 3e38):  # the last is infinite in units of log2
+        kv[5, 0, 31] = value
+        out, _, lse = flash_mla_sparse_fwd(q, kv, index, 1.0, 16)
+        assert np.isnan(out).all() and lse[0, 0] == np.inf
+    kv[:, 0, 31] = -np.inf
+    out, top, lse = flash_mla_sparse_fwd(q, kv, index, 1.0, 16)
+    assert (out == 0).all() and top[0, 0] == -np.inf and lse[0, 0] == np.inf
+
+
+def test_an_infinity_is_appended_as_nan_with_a_scale_of_one() -> None:
+    latent, cache = np.full((1, 512), 2.0, np.float32), np.zeros((1, 1, 1, 656), np.uint8)
+    latent[0, 130], latent[0, 260] = np.inf, np.nan
+    append_latent(latent, np.zeros((1, 64), np.float32), cache, np.zeros(1, np.int32), True)
+    scale = cache[0, 0, 0, 512:528].view(np.float32)
+    assert scale.tolist() == [2.0**-7, 1.0, 2.0**-7, 2.0**-7]
+    rows = dequantize_kv_cache(cache)[0, 0, 0, :512].astype(np.float32)
+    assert np.isnan(rows).nonzero()[0].tolist() == [130, 260]
+    assert (rows[~np.isnan(rows)] == 2).all()
 
 
 def test_append_writes_no_cache_that_is_read_only_or_shares_its_rows() -> None:

@@ -47,8 +47,12 @@ from tests.attention.test_sparse import (  # noqa: F401
 from tests.attention.test_varlen import (  # noqa: F401
     test_a_sequence_without_keys_is_zero_with_lse_minus_infinity,
     test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit,
+    test_an_infinity_is_appended_as_nan_with_a_scale_of_one,
     test_append_writes_named_slots_and_skips_minus_one,
     test_equal_lengths_need_no_starts,
+    test_nan_and_infinity_follow_one_convention,
+    test_nan_in_a_part_is_in_the_merged_row,
+    test_one_nan_of_a_part_counts_and_a_lonely_part_does_not,
     test_packed_forms_are_slices,
     test_parts_merge_to_the_whole,
     test_the_originals_tolerances,

@@ -44,11 +44,13 @@ def dequantize_kv_cache(rows: Any) -> Any:
 def quantize_kv_rows(latent: npt.NDArray[Any], rope: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Rows [T, 656] of latent [T, 512] and rope [T, 64], as `append_latent` makes them.
 
-    A NaN becomes a NaN code, and has no say in its tile's scale.
+    A NaN becomes a NaN code, and has no say in its tile's scale. An infinity becomes one too, and
+    its tile's scale is 1.
     """
     tiles = np.asarray(latent, np.float32).reshape(len(latent), -1, TILE)
     most = np.fmax.reduce(np.abs(tiles), axis=2, initial=0)
     scale = ceil_to_ue8m0(np.maximum(most / np.float32(E4M3_MAX), np.float32(LEAST_SCALE)))
+    scale[np.isinf(most)] = 1
     with np.errstate(invalid="ignore"):
         codes = float_to_e4m3(tiles / scale[:, :, None])
     parts = (codes.reshape(latent.shape), scale, np.asarray(rope).astype(ml_dtypes.bfloat16))

@@ -24,9 +24,11 @@ def merge_partials(out: Any, lse: Any) -> tuple[Any, Any]:
 
     Args:
         out: [parts, rows …, d_v] float32, bfloat16 or float16.
-        lse: [parts, rows …] float32, natural log; -inf and +inf both mean: this part has no keys.
-    Returns: out [rows …, d_v] of the same dtype, lse [rows …]; +inf where no part has keys. Parts
-        are added in order, so the bits depend on nothing else.
+        lse: [parts, rows …] float32, natural log; -inf and +inf both mean: this part has no keys;
+            but a row of `out` that holds NaN then counts (a sum of NaN has lse +inf, too).
+    Returns: out [rows …, d_v] of the same dtype, lse [rows …]; +inf where no part has keys.
+        NaN is never lost: where lse is NaN, or infinite beside NaN in `out`, the merged row is NaN,
+        its lse +inf. Parts are added in order, so the bits depend on nothing else.
     Raises: ShapeError, DtypeError.
     """
     seen, weights = view(out, "merge_partials: out"), view(lse, "merge_partials: lse")

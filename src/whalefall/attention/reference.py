@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 __all__ = ["attention", "merge", "with_sink"]
 
 Doubles = npt.NDArray[np.float64]
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+_LOG2_E = math.log2(math.e)  # kernels keep scores in units of log2
 
 
 def attention(
@@ -26,19 +29,33 @@ def attention(
         q: [H, D]; k: [N, D]; v: [N, Dv]; N may be 0.
         sink: [H], natural units: the weight of a key without a value, left out of lse.
         lonely_lse: lse of a row without keys; its out is 0, its max_logits -inf.
-    Returns: out [H, Dv], max_logits [H], lse [H] (natural log).
+    Returns: out [H, Dv], max_logits [H], lse [H] (natural log). A score beyond fp32's range is an
+        infinity, as it is for kernels. A row whose weights' sum is NaN is NaN, its lse +inf; NaN
+        has no say in max_logits. A row whose scores are all -inf is one without keys.
     """
     heads = q.shape[0]
     if len(k) == 0:
         none = np.full(heads, -np.inf)
         return np.zeros((heads, v.shape[-1])), none, np.full(heads, lonely_lse)
     q, k, v = (x.astype(np.float64, copy=False) for x in (q, k, v))
-    s = q @ k.T * scale  # [H, N]
-    top = s.max(axis=1)
-    weight = np.exp(s - top[:, None])
-    lse = top + np.log(weight.sum(axis=1))
-    out = (weight / weight.sum(axis=1)[:, None]) @ v
+    with np.errstate(all="ignore"):
+        s = (q @ k.T).astype(np.float32) if _beyond_fp32(q, k) else q @ k.T  # [H, N]
+        s = s.astype(np.float64) * scale
+        s = np.where(np.abs(s) * _LOG2_E > _FLOAT_MAX, np.copysign(np.inf, s), s)
+        top = np.fmax.reduce(s, axis=1, initial=-np.inf)
+        weight = np.exp(s - np.where(top == -np.inf, 0.0, top)[:, None])
+        total = weight.sum(axis=1)
+        lse = np.where(np.isnan(total), np.inf, top + np.log(total))
+        out = (weight / total[:, None]) @ v
+    lonely = total == 0
+    out[lonely], lse[lonely] = 0.0, lonely_lse
     return (out if sink is None else with_sink(out, lse, sink)), top, lse
+
+
+def _beyond_fp32(q: Doubles, k: Doubles) -> bool:
+    """Whether a product of rows might overflow fp32; NaN and infinities may say what they like."""
+    most = float(np.abs(q).max(initial=0)) * float(np.abs(k).max(initial=0)) * q.shape[1]
+    return most > _FLOAT_MAX
 
 
 def with_sink(out: Doubles, lse: Doubles, sink: npt.NDArray[Any]) -> Doubles:
@@ -55,10 +72,13 @@ def merge(
     """Attention over all keys, of its results over disjoint parts of them.
 
     Args:
-        out: [parts, rows, Dv]; lse: [parts, rows], an infinity for a part without keys.
-    Returns: out [rows, Dv], lse [rows]; 0 and `lonely_lse` for a row that no part has keys for.
+        out: [parts, rows, Dv]; lse: [parts, rows], an infinity for a part without keys, or
+            for one whose sum is NaN: that has NaN in `out`.
+    Returns: out [rows, Dv], lse [rows]; 0 and `lonely_lse` for a row that no part has keys for;
+        NaN and +inf where a part's lse is NaN, or its sum was.
     """
-    none = np.isinf(lse)  # of these parts, whatever they hold, nothing counts
+    none = np.isinf(lse) & ~np.isnan(out).any(axis=2)
+    broken = ~(none | np.isfinite(lse)).all(axis=0)
     lse = np.where(none, -np.inf, lse.astype(np.float64))
     lonely = none.all(axis=0)
     top = np.where(lonely, 0.0, lse.max(axis=0, initial=-np.inf))
@@ -66,4 +86,6 @@ def merge(
     total = np.where(lonely, 1.0, weight.sum(axis=0))
     parts = np.where(none[:, :, None], 0.0, out.astype(np.float64))
     merged = np.einsum("pr,prd->rd", weight / total, parts)
-    return merged, np.where(lonely, lonely_lse, top + np.log(total))
+    merged[broken] = np.nan
+    lse = np.where(lonely, lonely_lse, top + np.log(total))
+    return merged, np.where(broken, np.inf, lse)
