@@ -110,6 +110,24 @@ def test_what_ends_one_form_ends_the_other_on_all_ranks(start, tmp_path, forms, 
     assert [named for named, _ in said[1]] == [1] and said[1][0][1] < 0.5, said
 
 
+@pytest.mark.ranks
+def test_with_shrink_a_rank_that_comes_back_hears_that_it_was_left(start, tmp_path) -> None:
+    alone = ["a", "b", "b", "c"]  # 3 stands for nobody
+    ways = [("late", 1, None), ("stopped", 1, None), ("by hand", 1, None), ("by hand", 3, alone)]
+    tasks = start("come_back", 4, module="left_children", folder=str(tmp_path), ways=ways)
+    with launch.Group(tasks) as group:
+        while not all((tmp_path / f"1 gone on {r}").exists() for r in (0, 2, 3)):
+            group.check()
+            time.sleep(0.01)
+        group.kill("rank 1", signal.SIGCONT)
+        said = group.wait(60)
+    for i, (_, victim, _) in enumerate(ways):
+        heard = [rank[i] for rank in said]
+        words = heard.pop(victim)
+        assert f"rank {victim} (this one)" in words and "others went on without it" in words, said
+        assert heard == [f"[{victim}]"] * 3, said
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("seed", range(60))

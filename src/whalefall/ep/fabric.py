@@ -182,9 +182,9 @@ class Fabric:
         return GroupView(
             self.rank, R, self.locals.index(self.rank), len(self.locals), plan.slots,
             SPINS_ALONE if alone else SPINS_CROWDED, not alone, lock.region.descriptor,
-            plan.shrink, 0, plan.slot_bytes, int(plan.timeout_s * 1e9), plan.mailbox_bytes,
-            MAILBOXES, *(a.ctypes.data for a in arrays), self._regions[self.rank].descriptor,
-            slots_at,
+            plan.shrink, not plan.shared_bytes, plan.slot_bytes, int(plan.timeout_s * 1e9),
+            plan.mailbox_bytes, MAILBOXES, *(a.ctypes.data for a in arrays),
+            self._regions[self.rank].descriptor, slots_at,
         )  # fmt: skip
 
     @property
@@ -244,6 +244,7 @@ class Fabric:
         }[kind]  # fmt: skip
         if rank == self.rank:
             how = f"(this one) {how}: a hook was not called, or the others went on without it"
+            how += "; make a new Buffer (or engine) on all ranks" * self.plan.shrink
         return RankFailure(f"ep: {where}: rank {rank} {how}", rank=rank)
 
     def give_up(self, status: int, error: WhalefallError) -> NoReturn:

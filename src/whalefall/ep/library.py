@@ -39,7 +39,7 @@ class GroupView(ctypes.Structure):
     """`wf_ep::Group`: what this process knows of its group's shared memory."""
 
     _fields_ = _fields(
-        ("rank num_ranks local num_local slots spins crowded lock shrink pad", _I32),
+        ("rank num_ranks local num_local slots spins crowded lock shrink slots_only", _I32),
         ("slot_bytes timeout_ns mailbox_bytes mailboxes", _I64),
         ("rank_of local_of owner control stream mailbox slot shared masked reserved", _P),
         ("memory_file slot_offset", _I64),
@@ -55,8 +55,8 @@ class DispatchCall(ctypes.Structure):
         ("per_selection stage pull big transposed_rows", _I64),
         ("recv_x recv_scale recv_idx recv_weights recv_token cursor order order_token", _P),
         ("order_cursor", _P),
-        ("capacity", _I64),
-        ("forward_token forward_mask forward_idx forward_cursor waited_ns", _P),
+        ("capacity entries", _I64),
+        ("forward_token forward_mask forward_idx forward_cursor forward_rows waited_ns", _P),
         ("threads", _I64),
     )
 

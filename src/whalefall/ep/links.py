@@ -23,7 +23,7 @@ from whalefall import comm
 from whalefall.comm.library import address
 from whalefall.ep.fabric import Fabric, kind_and_rank
 from whalefall.ep.handle import Handle
-from whalefall.ep.library import KDEAD, CombineCall, DispatchCall, library
+from whalefall.ep.library import KDEAD, KMISCOUNTED, KSILENT, CombineCall, DispatchCall, library
 from whalefall.ep.partials import Partials
 from whalefall.ep.sender import LOOK_S, QUEUE, Sender
 from whalefall.errors import ConfigError, RankFailure
@@ -324,8 +324,11 @@ class HostLinks(Links):
                 self.fabric.pointer, ctypes.addressof(call), source, i, most, stride, int(first),
                 int(last), mask.ctypes.data, idx.ctypes.data, data.ctypes.data,
             )  # fmt: skip
-            frame = Frame("partial", call.base + i)
-            sender, send = self._to_source[source], partial(_send, frame, data[:used])
+            frame, sender = Frame("partial", call.base + i), self._to_source[source]
+            if used == KMISCOUNTED:  # this host went on without it: it hears so instead
+                frame, used = Frame("failed", -(KSILENT + source)), 0
+            self.fabric.check(used, "combine")
+            send = partial(_send, frame, data[:used])
             if self.fabric.masked[source]:  # nobody waits for whether it takes what it gets
                 sender.put_if_room(send)
             else:

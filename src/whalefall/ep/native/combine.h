@@ -151,23 +151,32 @@ struct Reader {
   const uint8_t* rows[kMaxRanks];
   const uint8_t* weights[kMaxRanks];  // of the next row, where they are not behind it; or null
   int64_t bytes[kMaxRanks];
+  int64_t entries[kMaxRanks], most[kMaxRanks];  // that are left; rows that the memory can hold
+  bool whole = true;                            // all rows that were taken were there
 
   Reader(const Group& g, const Combine& c, int source, uint32_t tick, int64_t max_entries,
          int64_t stride)
       : g(g), c(c) {
     for (int l = 0; l < g.num_local; l++) {
-      Slot slot = slot_of(slot_at(g, g.rank_of[l], tick), g.num_ranks, max_entries);
-      place[l] = slot.place + slot.start[source];
-      bool here = slot.elsewhere->at < 0;
+      uint8_t* memory = slot_at(g, g.rank_of[l], tick);
+      Slot slot = slot_of(memory, g.num_ranks, max_entries);
+      int64_t first = slot.start[source], end = slot.start[source + 1];
+      int64_t room = (g.slot_bytes - (reinterpret_cast<uint8_t*>(slot.place) - memory)) / 4;
+      entries[l] = first <= end && end <= room ? end - first : 0;
+      place[l] = slot.place + first;
+      bool here = g.slots_only || slot.elsewhere->at < 0;
       rows[l] = here ? slot.rows : g.shared[g.rank_of[l]] + slot.elsewhere->at;
       bytes[l] = here ? staged_bytes(c, stride) : slot.elsewhere->stride;
-      int64_t entries = slot.start[g.num_ranks];
-      weights[l] = here ? nullptr : weights_beside(slot, entries) + slot.start[source] * tail(c);
+      most[l] = here ? (g.slot_bytes - (slot.rows - memory)) / bytes[l] : INT64_MAX;
+      int64_t all = slot.start[g.num_ranks];
+      weights[l] = here ? nullptr : weights_beside(slot, all) + first * tail(c);
     }
   }
 
   const uint8_t* take(int local, const float** its_weights = nullptr) {
-    const uint8_t* row = rows[local] + *place[local]++ * bytes[local];
+    int64_t at = entries[local]-- > 0 ? *place[local]++ : INT64_MAX;
+    if (at >= most[local]) return whole = false, nullptr;
+    const uint8_t* row = rows[local] + at * bytes[local];
     if (its_weights)
       *its_weights =
           reinterpret_cast<const float*>(weights[local] ? weights[local] : row + weights_at(c));
@@ -293,8 +302,8 @@ struct Collector {
 };
 
 // Add up this rank's tokens [first, end) of a block that begins at `begin`; those before `first`
-// only move the readers on. `own`: this rank's next own entry.
-inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t first, int64_t end,
+// only move the readers on. `own`: this rank's next own entry. False where rows were not there.
+inline bool sum_block(const Group& g, const Combine& c, int64_t begin, int64_t first, int64_t end,
                       uint32_t tick, int64_t max_entries, int64_t stride, int64_t* own) {
   Collector collector(g, c, tick, max_entries, stride, *own);
   Terms terms;
@@ -312,9 +321,10 @@ inline void sum_block(const Group& g, const Combine& c, int64_t begin, int64_t f
     if (c.out_weights) add_weights(c, terms, t);
   }
   *own = collector.own;
+  return collector.reader.whole;
 }
 
-// What a proxy sends for tokens [first, last) of its list: the host's sums, or its rows.
+// What a proxy sends for tokens [first, last) of its list: the host's sums, or its rows; its bytes.
 inline int64_t forward_block(const Group& g, const Combine& c, int source, uint32_t tick,
                              int64_t max_entries, int64_t stride, int64_t first, int64_t last,
                              const uint64_t* mask, const int32_t* idx, uint8_t* out) {
@@ -341,6 +351,7 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
     for (int l = 0; l < g.num_local; l++) {
       if (!(mask[j] >> l & 1)) continue;
       const uint8_t* row = reader.take(l);
+      if (!row) return kMiscounted;
       terms.row_weights[terms.n] = reinterpret_cast<const float*>(row + weights_at(c));
       terms.row[terms.n++] = row;
     }
@@ -357,7 +368,7 @@ inline int64_t forward_block(const Group& g, const Combine& c, int source, uint3
     }
     to += bytes;
   }
-  return to - out;
+  return reader.whole ? to - out : kMiscounted;
 }
 
 }  // namespace wf_ep

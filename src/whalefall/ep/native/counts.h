@@ -81,7 +81,7 @@ inline int64_t collect(const Group& g, uint32_t count, void* out, int64_t bytes)
     else
       memcpy(to, g.mailbox[s] + (count % g.mailboxes) * g.mailbox_bytes, bytes);
   }
-  return 0;
+  return left(g);
 }
 
 }  // namespace wf_ep

@@ -38,11 +38,13 @@ struct Dispatch {
   int32_t* order_token;
   int64_t* order_cursor;  // [R] next j of each source
   int64_t capacity;       // rows that fit recv_x
+  int64_t entries;        // of order
   // kept by a proxy for the way back, for each source that it serves, else null
   int32_t* const* forward_token;
   uint64_t* const* forward_mask;
   int32_t* const* forward_idx;
   int64_t* forward_cursor;  // [R]
+  int64_t* forward_rows;    // [R] that are kept
   int64_t* waited_ns;       // [R] added to: time spent waiting for each source; or null
   int64_t threads;          // of the kernel pool that may help; the bits do not depend on it
 };
@@ -123,7 +125,7 @@ inline bool place(const Group& g, const Dispatch& d, int source, const Row& row)
       int64_t e = row.ids[k] - first;
       if (row.ids[k] < 0 || e < 0 || e >= d.experts_per_rank) continue;
       int64_t at = d.cursor[e * g.num_ranks + source]++, j = d.order_cursor[source]++;
-      if (at >= d.capacity) return false;
+      if (at >= d.capacity || j >= d.entries) return false;
       put(d, row, at);
       d.order[j] = at;
       d.order_token[j] = row.token;
@@ -158,13 +160,17 @@ inline bool pull_own(const Group& g, const Dispatch& d, int64_t begin, int64_t e
 inline bool pull_block(const Group& g, const Dispatch& d, int source, const uint8_t* block) {
   auto* head = reinterpret_cast<const Block*>(block);
   auto* meta = reinterpret_cast<const Meta*>(block + sizeof(Block));
-  const uint8_t* p = block + up(sizeof(Block) + head->rows * sizeof(Meta), 64);
+  int64_t rows = head->rows, first = up(sizeof(Block) + rows * sizeof(Meta), 64);
+  int64_t bytes = row_bytes(d);
+  if (head->row_bytes != bytes || first + rows * bytes > g.slot_bytes) return false;
+  const uint8_t* p = block + first;
   int32_t* forward = d.forward_token ? d.forward_token[source] : nullptr;
-  for (uint32_t i = 0; i < head->rows; i++, p += head->row_bytes) {
+  for (int64_t i = 0; i < rows; i++, p += bytes) {
     auto* ids = reinterpret_cast<const int32_t*>(p + ids_at(d));
     auto* weights = reinterpret_cast<const float*>(ids + (d.topk_idx ? d.top_k : 0));
     if (forward) {
       int64_t j = d.forward_cursor[source]++;
+      if (j >= d.forward_rows[source]) return false;
       forward[j] = static_cast<int32_t>(meta[i].token);
       d.forward_mask[source][j] = meta[i].mask;
       if (d.topk_idx) memcpy(d.forward_idx[source] + j * d.top_k, ids, 4 * d.top_k);

@@ -172,7 +172,9 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
       advance(g.stream[g.rank]->staged, tick + 1);
     }
     if (!d.pull) continue;
-    if (int64_t status = pull_tick(g, d, begin, end, tick)) return status;
+    int64_t status = pull_tick(g, d, begin, end, tick);
+    if (int64_t its = left(g)) status = its;
+    if (status) return status;
     if (d.stage)
       catch_up(g, d.base + i + 1);
     else
@@ -234,7 +236,9 @@ WF_EXPORT int64_t wf_ep_combine_await(const Group* group, int64_t base, int64_t 
     if (waited_ns) waited_ns[rank] += now_ns() - began;
     if (status < 0) return status;
   }
-  return i == 0 && !all_give_alike(g, static_cast<uint32_t>(base)) ? kDisagree : 0;
+  bool alike = i > 0 || all_give_alike(g, static_cast<uint32_t>(base));
+  if (int64_t status = left(g)) return status;
+  return alike ? 0 : kDisagree;
 }
 
 WF_EXPORT int64_t wf_ep_combine_sum(const Group* group, const Combine* combine, int64_t i,
@@ -244,24 +248,31 @@ WF_EXPORT int64_t wf_ep_combine_sum(const Group* group, const Combine* combine, 
   int64_t end = begin + c.block < c.tokens ? begin + c.block : c.tokens;
   int64_t parts = c.threads > 1 && end - begin >= 2 * c.threads ? c.threads : 1, last = *own;
   auto bound = [&](int64_t part) { return begin + (end - begin) * part / parts; };
+  std::atomic<bool> whole{true};
   wf::parallel_for(parts, [&](int64_t part, int) {
     int64_t mine = *own;
-    sum_block(*group, c, begin, bound(part), bound(part + 1), static_cast<uint32_t>(c.base + i),
-              max_entries, stride, &mine);
+    if (!sum_block(*group, c, begin, bound(part), bound(part + 1),
+                   static_cast<uint32_t>(c.base + i), max_entries, stride, &mine))
+      whole = false;
     if (c.big) fence_streams();
     if (part + 1 == parts) last = mine;
   });
   *own = last;
-  return 0;
+  // Who has no rows for this rank took no part in its dispatch with it.
+  return whole ? left(*group) : -(kSilent + group->rank);
 }
 
+// Returns the bytes written to `out`, or kMiscounted: some rank of this host went on without the
+// source; or the status that ends this rank.
 WF_EXPORT int64_t wf_ep_combine_forward(const Group* group, const Combine* combine, int64_t source,
                                         int64_t i, int64_t max_entries, int64_t stride,
                                         int64_t first, int64_t last, const uint64_t* mask,
                                         const int32_t* idx, uint8_t* out) {
-  return forward_block(*group, *combine, static_cast<int>(source),
-                       static_cast<uint32_t>(combine->base + i), max_entries, stride, first, last,
-                       mask, idx, out);
+  int64_t used = forward_block(*group, *combine, static_cast<int>(source),
+                               static_cast<uint32_t>(combine->base + i), max_entries, stride, first,
+                               last, mask, idx, out);
+  if (int64_t status = left(*group)) return status;
+  return group->stream[source]->left.load() ? kMiscounted : used;
 }
 
 // All ticks of a combine within one host; `heads` are those of its dispatch.

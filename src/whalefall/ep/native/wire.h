@@ -60,13 +60,14 @@ struct Stream {                  // one a rank of the group, on each host
   Word staged;                   // ticks filled
   Word posted;                   // headers posted
   std::atomic<uint32_t> failed;  // why nothing comes from another host any more: -status, else 0
+  std::atomic<uint32_t> left;    // 1: some rank went on without this one, so its step is lost
   Waiting waiting;               // of another host's rank, as it was told
   char pad[40];
 };
 
 // The view of one process. Arrays are the caller's.
 struct Group {
-  int32_t rank, num_ranks, local, num_local, slots, spins, crowded, lock, shrink, pad;
+  int32_t rank, num_ranks, local, num_local, slots, spins, crowded, lock, shrink, slots_only;
   int64_t slot_bytes, timeout_ns, mailbox_bytes, mailboxes;
   const int32_t* rank_of;   // [num_local] its rank in the group
   const int32_t* local_of;  // [num_ranks] its place on this host, or -1
@@ -208,6 +209,20 @@ inline int64_t silence(const Group& g, int owner, int silent, int64_t late) {
   return g.local_of[who] >= 0 || late > patience ? -(kSilent + who) : 0;
 }
 
+// Goes on without a rank: said before anything is overwritten that it may still be reading.
+inline void leave(const Group& g, int rank) {
+  if (rank == g.rank || g.stream[rank]->left.load(std::memory_order_relaxed)) return;
+  g.stream[rank]->left.store(1);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+// The status of a rank that was left, else 0. What was read from the others before is theirs if
+// this comes after it and is 0; else it may be anything, so no index in it is trusted.
+inline int64_t left(const Group& g) {
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return g.stream[g.rank]->left.load(std::memory_order_relaxed) ? -(kSilent + g.rank) : 0;
+}
+
 // Wait until w reaches target. `owner`: the local rank that moves it; `stream`: where a proxy notes
 // a broken connection, or null; `silent`: whom to name if only time runs out. 0, or a status that
 // names the rank which will not come.
@@ -224,7 +239,9 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
     syscall(SYS_futex, &w.value, FUTEX_WAIT, seen, &slice, nullptr, 0);
     if (reached(w, target)) break;
     said.again();
-    if (stream && stream->failed.load()) {
+    if (int64_t mine = left(g)) {
+      status = mine;
+    } else if (stream && stream->failed.load()) {
       status = -static_cast<int64_t>(stream->failed.load());
     } else if (int64_t its = g.control[owner]->gave_up.load()) {
       status = its;  // whom it waited for in vain, not itself
@@ -255,6 +272,7 @@ inline int64_t await_unless_masked(const Group& g, int rank, Word& w, uint32_t t
     if (lost != rank && (!waits || g.masked[lost])) return status;
     g.masked[lost] = 1;  // if another: `rank` does the same, and goes on
   }
+  leave(g, rank);
   return 1;
 }
 
@@ -264,6 +282,7 @@ inline int64_t await_rank(const Group& g, int rank, Word& w, uint32_t target) {
 
 // Wait until slot `tick % slots` is free: every local rank has done tick - slots.
 inline int64_t await_slot(const Group& g, uint32_t tick) {
+  if (int64_t status = left(g)) return status;
   for (int l = 0; l < g.num_local; l++) {
     Word& pulled = g.control[l]->pulled;
     int64_t status = await_unless_masked(g, g.rank_of[l], pulled, tick + 1 - g.slots, nullptr);

@@ -266,7 +266,11 @@ class LowLatency:
         mask_status.copy_(torch.from_numpy(self._low.fabric.masked))
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Treat every rank as there."""
+        """Treat every rank as there.
+
+        One that the others went on without is masked again by the next call: it is out of step, and
+        its calls raise RankFailure. To have it back, make a new Buffer on all ranks.
+        """
         self._low.fabric.masked[:] = 0
 
     # ---- inside
