@@ -126,7 +126,8 @@ class Engine:
         if low_latency_bytes:
             room = -(-low_latency_bytes // 8192) * 4096
             chunk = min(room, LOW_LATENCY_CHUNK)
-            plan = Plan(f"{name}-l", 2, room, chunk, mailbox, self.timeout_s, shrink)
+            plan = Plan(f"{name}-l", 2, room, chunk, mailbox, self.timeout_s, shrink,
+                        form="low-latency")  # fmt: skip
             self.low_latency = self._open(plan, one_tick=True)
             one, other = self.normal.fabric, self.low_latency.fabric
             one.twin, other.twin = other, one

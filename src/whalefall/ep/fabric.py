@@ -52,6 +52,7 @@ class Plan:
         timeout_s: how long a rank may be silent.
         shrink: mask failed ranks instead of raising.
         shared_bytes: address space of a rank's memory for results; 0: none.
+        form: of the calls, in words.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Plan:
     timeout_s: float
     shrink: bool = False
     shared_bytes: int = 0
+    form: str = "normal"
 
     @property
     def head_bytes(self) -> int:
@@ -243,9 +245,21 @@ class Fabric:
             KSILENT: f"was silent for {self.plan.timeout_s} s", KDEAD: "is dead",
         }[kind]  # fmt: skip
         if rank == self.rank:
-            how = f"(this one) {how}: a hook was not called, or the others went on without it"
+            how = f"(this one) {how}: a hook was not called, it made other calls than the others, "
+            how += "or the others went on without it"
             how += "; make a new Buffer (or engine) on all ranks" * self.plan.shrink
+        if kind == KSILENT and rank != self.rank and self._other_form(rank):
+            how += (
+                f": it waits in a {self._other_form(rank)} call, this rank in a {self.plan.form} "
+                "one; all ranks must agree on their calls and the order of them"
+            )
         return RankFailure(f"ep: {where}: rank {rank} {how}", rank=rank)
+
+    def _other_form(self, rank: int) -> str:
+        """The other form, if another rank waits in a call of it."""
+        twin = self.twin
+        there = twin is not None and library().wf_ep_awaited_by(twin.attached, rank) >= 0
+        return twin.plan.form if twin is not None and there else ""
 
     def give_up(self, status: int, error: WhalefallError) -> NoReturn:
         """Take part in nothing more: ranks may be at different steps now; the others are told.

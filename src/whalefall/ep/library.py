@@ -120,6 +120,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "wf_ep_combine": [_P, _P, _P, _I64, _I64, _I64],
     "wf_ep_awaits": [_P, _I64],
     "wf_ep_awaited": [_P],
+    "wf_ep_awaited_by": [_P, _I64],
     "wf_ep_silence": [_P, _I64],
     "wf_ep_told_awaited": [_P, _I64, _I64],
     "wf_ep_forwards": [],

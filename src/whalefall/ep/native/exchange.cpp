@@ -88,6 +88,11 @@ WF_EXPORT int64_t wf_ep_awaited(const Group* g) {
   return g->control[g->local]->waiting.awaited.load() - 1;
 }
 
+// The rank that another one waits for in these calls, -1: none.
+WF_EXPORT int64_t wf_ep_awaited_by(const Group* g, int64_t rank) {
+  return awaited_by(*g, static_cast<int>(rank));
+}
+
 // A rank of another host tells that it waits for `awaited`; -1: no longer.
 WF_EXPORT void wf_ep_told_awaited(const Group* g, int64_t rank, int64_t awaited) {
   say(g->stream[rank]->waiting, static_cast<int>(awaited));

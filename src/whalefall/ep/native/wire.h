@@ -163,15 +163,24 @@ struct Awaiting {
   }
 };
 
-// Whom all wait for in the end who wait for `rank`, which may only wait in turn. What was said long
-// ago is no longer so.
+inline const Waiting& waiting_of(const Group& g, int rank) {
+  int l = g.local_of[rank];
+  return l >= 0 ? g.control[l]->waiting : g.stream[rank]->waiting;
+}
+
+// The rank that `rank` waits for, -1: none. What was said long ago is no longer so.
+inline int awaited_by(const Group& g, int rank) {
+  const Waiting& its = waiting_of(g, rank);
+  int awaited = its.awaited.load() - 1;
+  return awaited < 0 || now_ns() - its.said_ns.load() > g.timeout_ns / 2 ? -1 : awaited;
+}
+
+// Whom all wait for in the end who wait for `rank`, which may only wait in turn.
 inline int culprit(const Group& g, int rank) {
   int last = rank;
   for (int i = 0; i < g.num_ranks; i++) {
-    int l = g.local_of[last];
-    const Waiting& its = l >= 0 ? g.control[l]->waiting : g.stream[last]->waiting;
-    int next = its.awaited.load() - 1;
-    if (next < 0 || now_ns() - its.said_ns.load() > g.timeout_ns / 2) return last;
+    int next = awaited_by(g, last);
+    if (next < 0) return last;
     if (next == g.rank) return rank;  // each waits for the other
     last = next;
   }
