@@ -64,6 +64,8 @@ class Hooks:
 
         Raises: ConfigError if the hook of the call that has the slot was not called.
         """
+        if not self._left:
+            return
         for its in [t for t, (_, half) in self._left.items() if not half.is_left]:
             del self._left[its]
         for its in [t for t in self._left if t <= tick - self._slots]:
