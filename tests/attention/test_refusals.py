@@ -226,6 +226,23 @@ def test_a_cache_that_overlaps_what_is_appended_is_refused() -> None:
     attention.append_latent(own[:, :32].copy(), own[:, 32:].copy(), whole, slots)
 
 
+@pytest.mark.parametrize("wants", ["out", "lse", "latent", "rope", "cache"])
+def test_merging_and_appending_have_no_gradient(wants: str) -> None:
+    torch = pytest.importorskip("torch")
+    slots = torch.arange(2, dtype=torch.int32)
+    merged = {"out": torch.ones(2, 3, 4), "lse": torch.ones(2, 3)}
+    rows = {name: torch.ones(2, 32) for name in ("latent", "rope")}
+    appended = {**rows, "cache": torch.zeros(2, 4, 1, 64), "slots": slots}
+    call, given = attention.append_latent, appended
+    if wants in merged:
+        call, given = attention.merge_partials, merged
+    given[wants].requires_grad_()
+    with pytest.raises(UnsupportedError, match=rf"^{call.__name__}: .*call it under torch\.no_gr"):
+        call(**given)
+    with torch.no_grad():
+        call(**given)
+
+
 @pytest.mark.parametrize("wrong", [np.ones(2), "no", [1]], ids=str)
 def test_flags_are_truth_values(wrong: Any) -> None:
     q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)

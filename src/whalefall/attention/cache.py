@@ -12,6 +12,7 @@ from whalefall.attention.fp8_rows import LATENT
 from whalefall.attention.native_calls import append_entry
 from whalefall.attention.operands import cache_operand, int32_operand, query_operand
 from whalefall.attention.structs import TYPES, AppendArgs
+from whalefall.dtypes import refuse_gradient
 from whalefall.dtypes.written import refuse_overlap, written
 from whalefall.errors import ShapeError
 
@@ -35,8 +36,9 @@ def append_latent(
             `is_fp8_kvcache` (kv_lora 512, rope 64): codes, a power of two for each 128 columns.
         slots: [T] int32: block * page + offset of each row; -1 writes nothing.
     Raises: ShapeError, also where the cache's memory overlaps latent or rope; DtypeError,
-        ConfigError.
+        ConfigError; UnsupportedError where a gradient would be wanted.
     """
+    refuse_gradient(_HERE, (latent, rope, cache))
     is_fp8_kvcache = flag(f"{_HERE}: is_fp8_kvcache", is_fp8_kvcache)
     parts = [
         query_operand(_HERE, n, a, "T, width") for n, a in (("latent", latent), ("rope", rope))

@@ -13,7 +13,7 @@ import numpy as np
 
 from whalefall.attention.native_calls import merge_entry
 from whalefall.attention.structs import TYPES, MergeArgs
-from whalefall.dtypes import as_numpy, empty_like, restore, view
+from whalefall.dtypes import as_numpy, empty_like, refuse_gradient, restore, view
 from whalefall.errors import DtypeError, ShapeError
 
 __all__ = ["merge_partials"]
@@ -29,8 +29,9 @@ def merge_partials(out: Any, lse: Any) -> tuple[Any, Any]:
     Returns: out [rows …, d_v] of the same dtype, lse [rows …]; +inf where no part has keys.
         NaN is never lost: where lse is NaN, or infinite beside NaN in `out`, the merged row is NaN,
         its lse +inf. Parts are added in order, so the bits depend on nothing else.
-    Raises: ShapeError, DtypeError.
+    Raises: ShapeError, DtypeError; UnsupportedError where a gradient would be wanted.
     """
+    refuse_gradient("merge_partials", (out, lse))
     seen, weights = view(out, "merge_partials: out"), view(lse, "merge_partials: lse")
     if seen.dtype not in TYPES or weights.dtype != "float32":
         raise DtypeError(
