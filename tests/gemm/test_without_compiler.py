@@ -5,6 +5,7 @@ All of them: `python -m pytest -p tests.without_compiler tests/gemm`; here those
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_products_in_tiles(recipe: Any) -> None:
     d = c.copy()
     gemm.fp8_gemm_nt(a, b, d, c=d, recipe=recipe)
     assert error(d, exact_a, exact_b, c) < 1e-6
+
+
+def test_a_large_result_of_a_small_k_takes_no_memory_of_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(without_compiler, "_TILE", 1 << 16)
+    a, d = np.ones((4096, 8), BF16), np.empty((4096, 4096), BF16)
+    tracemalloc.start()
+    try:
+        gemm.bf16_gemm_nt(a, a, d)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (d == 8).all()
+    assert most < 4 << 20  # 134 MiB where the result is one tile
 
 
 @pytest.mark.usefixtures("tile")

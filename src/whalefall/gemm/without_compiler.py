@@ -1,8 +1,8 @@
 """The native entries of this room in numpy, for machines without a C++ compiler.
 
 In: the structs that the native units take, by address, checked already. Out: the same results, by
-the float64 definitions of `reference.py`, rounded once. Slow; operands become float64 a few
-megabytes at a time. Last bits may depend on the shape of a call, as BLAS's do.
+the float64 definitions of `reference.py`, rounded once. Slow; operands and results are float64
+a few megabytes at a time. Last bits may depend on the shape of a call, as BLAS's do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["wf_experts", "wf_gemm", "wf_linear", "wf_pack"]
 
 Doubles = npt.NDArray[np.float64]
 BLOCK = 128  # rows and columns of a weight that share a scale
-_TILE = 1 << 22  # float64 values of an operand at a time
+_TILE = 1 << 22  # float64 values of an operand, or of a result, at a time
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _PAIRS_ALONG_ROWS = 2
 
@@ -50,9 +50,9 @@ def wf_gemm(address: int) -> None:
     for a, a_scale, b, b_scale, d, c, m, k in segments.tolist():
         to = over_memory(View(d, (m, call.n), (call.d_pitch, 1), kind))
         add = over_memory(View(c, (m, call.n), (call.c_pitch, 1), kind)) if c else None
-        for rows in _tiles(m, k):
+        for rows in _tiles(m, max(k, math.isqrt(_TILE))):
             left = _operand(call.a, a, a_scale, rows, k)
-            for columns in _tiles(call.n, k):
+            for columns in _tiles(call.n, max(k, rows.stop - rows.start)):
                 right = _operand(call.b, b, b_scale, columns, k)
                 sums = product(left, right).astype(np.float32)
                 if add is not None:
