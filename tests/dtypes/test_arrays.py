@@ -12,6 +12,7 @@ import pytest
 
 from whalefall import dtypes
 from whalefall.dtypes import NUMPY_DTYPES, view
+from whalefall.dtypes.written import refuse_overlap
 from whalefall.errors import DtypeError, ShapeError, UnsupportedError
 
 
@@ -129,6 +130,28 @@ def test_rows_that_lie_no_whole_number_of_elements_apart_are_refused() -> None:
         view(field, "d")
     assert view(rows[:1], "x").shape == (1, 128)  # one row: its distance says nothing
     assert view(rows[:0], "x").shape == (0, 128)
+
+
+def test_memory_is_shared_where_numpy_says_so_and_where_that_takes_long() -> None:
+    memory, refused = np.zeros(60, np.float32), set()
+    for start, step in ((0, 8), (4, 8), (7, 8), (3, 5), (32, 8)):
+        a, b = (
+            memory[:32].reshape(4, 8)[:, :4],
+            np.lib.stride_tricks.as_strided(memory[start:], (3, 4), (4 * step, 4)),
+        )
+        try:
+            refuse_overlap("f", "d", view(a), (view(b),))
+        except ShapeError:
+            refused.add((start, step))
+        assert ((start, step) in refused) == np.shares_memory(a, b)
+    assert refused == {(0, 8), (7, 8), (3, 5)}
+    bytes_ = np.zeros(1 << 22, np.uint8)  # numbers that make numpy search
+    hard = [
+        np.lib.stride_tricks.as_strided(bytes_[at:], (9,) * 6, strides)
+        for at, strides in ((0, (12223, 12224, 36674, 61119, 85569, 97792)), (7, (12225,) * 6))
+    ]
+    with pytest.raises(ShapeError, match=r"f: d .* overlaps an input"):
+        refuse_overlap("f", "d", view(hard[0]), (view(hard[1]),))
 
 
 def test_an_array_without_elements_has_no_gaps() -> None:

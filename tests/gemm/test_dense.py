@@ -269,6 +269,26 @@ def test_partial_overlap_is_refused() -> None:
     gemm.fp8_gemm_nt(a, b, memory[2008:2072].reshape(8, 8))
 
 
+def test_columns_of_one_buffer_lie_apart() -> None:
+    rng = np.random.default_rng(11)
+    b = bf16(rng, (24, 64))
+    fused = bf16(rng, (9, 64 + 24 + 24))  # a, then c, then d, in each row
+    before = fused.copy()
+    a, c, d = fused[:, :64], fused[:, 64:88], fused[:, 88:]
+    want = np.empty((9, 24), fused.dtype)
+    gemm.bf16_gemm_nt(a.copy(), b, want, c=c.copy())
+    gemm.bf16_gemm_nt(a, b, d, c=c)
+    assert (d == want).all()
+    assert (fused[:, :88] == before[:, :88]).all()
+    for wrong in (fused[:, 63:87], fused[:, 87:111]):  # one column of a; all but one of c
+        with pytest.raises(ShapeError, match="overlaps an input"):
+            gemm.bf16_gemm_nt(a, b, wrong, c=c)
+    rows = np.zeros((18, 64), fused.dtype)
+    gemm.bf16_gemm_nt(rows[::2], b, rows[1::2, :24])
+    with pytest.raises(ShapeError, match="overlaps an input"):
+        gemm.bf16_gemm_nt(rows[::2], b, rows[:9, :24])
+
+
 @pytest.mark.parametrize("name", ["bf16_gemm_nt", "fp8_gemm_nt"])
 def test_a_result_is_writeable_and_each_element_its_own(name: str) -> None:
     rng = np.random.default_rng(12)
