@@ -133,9 +133,10 @@ def one_form_then_the_other(
 
 
 def one_form_each(folder: str, rank: int, size: int) -> str:
-    """Rank 0 makes a low-latency call, the others a normal one."""
+    """Rank 0 makes a low-latency call, rank 1 a normal one a little later."""
     os.environ["WHALEFALL_EP_TIMEOUT"] = "1"
     step, close = low_latency(folder, rank, size, "hook")
+    time.sleep(0.3 * rank)
     try:
         step("handle" if rank else "hook")
     except RankFailure as error:
