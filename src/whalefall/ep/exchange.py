@@ -295,19 +295,21 @@ class Exchange(Direct):
             handle.token = np.empty(room, np.int32)
             if not handle.want.per_selection:
                 handle.order_token = handle.token[: handle.num_rows]
+        call.recv_token, call.cursor = pointer(handle.token), pointer(cursor)
+        call.order, call.order_token = pointer(handle.order), pointer(handle.order_token)
+        call.order_cursor, call.entries = pointer(start), handle.num_rows
+        keep += [handle, cursor, start]
+        if not handle.forward:
+            return
         tables = [np.zeros(self.size, np.uint64) for _ in range(3)]
         forward_cursor, forward_rows = np.zeros((2, self.size), np.int64)
         for source, lists in handle.forward.items():
             for table, array in zip(tables, lists, strict=True):
                 table[source] = array.ctypes.data
             forward_rows[source] = len(lists[0])
-        call.recv_token, call.cursor = pointer(handle.token), pointer(cursor)
-        call.order, call.order_token = pointer(handle.order), pointer(handle.order_token)
-        call.order_cursor, call.forward_cursor = pointer(start), pointer(forward_cursor)
-        call.forward_rows, call.entries = pointer(forward_rows), handle.num_rows
-        if handle.forward:
-            call.forward_token, call.forward_mask, call.forward_idx = (pointer(t) for t in tables)
-        keep += [handle, cursor, start, tables, forward_cursor, forward_rows]
+        call.forward_token, call.forward_mask, call.forward_idx = (pointer(t) for t in tables)
+        call.forward_cursor, call.forward_rows = pointer(forward_cursor), pointer(forward_rows)
+        keep += [tables, forward_cursor, forward_rows]
 
 
 def _sent(rows: Rows, layout: Layout, want: Want, ranks: int) -> DispatchCall:
