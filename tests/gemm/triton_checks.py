@@ -31,7 +31,6 @@ def operand(rng: np.random.Generator, shape: tuple[int, ...], block: bool, devic
 
 def check(device: str, m: int, n: int, k: int) -> None:
     """All kernels of gemm/triton.py at one size."""
-    from whalefall import gemm
     from whalefall.gemm import triton as kernels
     from whalefall.gemm.reference import calc_diff
 
@@ -64,16 +63,104 @@ def check(device: str, m: int, n: int, k: int) -> None:
     assert bool((masked[1] == 7).all())
     assert bool((masked[0, m - 1] == 7).all()) or m % 128 != 0
 
-    x = torch.from_numpy(rng.standard_normal((3, 200)).astype("f4"))
-    x[1, 150] = float("nan")
-    for ue8m0 in (False, True):
-        values, cast_scales = kernels.per_token_cast_to_fp8(x.to(device), ue8m0)
-        exact_values, exact_scales = gemm.per_token_cast_to_fp8(x, ue8m0)
-        ours, exact = values.cpu().float(), exact_values.float()
-        assert torch.equal(torch.nan_to_num(ours, 999), torch.nan_to_num(exact, 999))
-        assert torch.equal(
-            torch.nan_to_num(cast_scales.cpu(), 999), torch.nan_to_num(exact_scales, 999)
-        )
+    check_casts(device)
+    check_wild(device)
+    check_refusals(device)
+
+
+def check_casts(device: str) -> None:
+    """Bit for bit those of the CPU, NaN and infinities too."""
+    from whalefall import gemm
+    from whalefall.gemm import triton as kernels
+
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((3, 200)).astype("f4"))
+    x[1, 150], x[2, 20] = float("nan"), float("inf")
+    for ue8m0, gran in ((False, 128), (True, 128), (False, 96), (True, 1)):
+        for given in (x, x.bfloat16(), x.T.contiguous().T):
+            values, scales = kernels.per_token_cast_to_fp8(given.to(device), ue8m0, gran)
+            exact_values, exact_scales = gemm.per_token_cast_to_fp8(given, ue8m0, gran)
+            ours, exact = values.cpu().float(), exact_values.float()
+            assert torch.equal(torch.nan_to_num(ours, 999), torch.nan_to_num(exact, 999))
+            assert torch.equal(
+                torch.nan_to_num(scales.cpu(), 999), torch.nan_to_num(exact_scales, 999)
+            )
+
+
+def check_wild(device: str) -> None:
+    """No layout leads out of the arrays: rows of a group that there is not become 0."""
+    from whalefall.gemm import triton as kernels
+    from whalefall.gemm.reference import calc_diff
+
+    rng = np.random.default_rng(2)
+    (a, sa), exact_a = operand(rng, (1, 256, 130), False, device)
+    (b, sb), exact_b = operand(rng, (2, 40, 130), True, device)
+    for wild in (2, 5, 1_000_000, 2**31 - 1, -2, -(2**31)):
+        d = torch.full((256, 40), 7.0, device=device)
+        index = torch.ones(256, dtype=torch.int32, device=device)
+        index[:128], index[130] = wild, wild
+        kernels.m_grouped_fp8_gemm_nt_contiguous((a[0], sa[0]), (b, sb), d, index)
+        wanted = exact_a[0] @ exact_b[1].T
+        wanted[:128], wanted[130] = 0, 0
+        assert bool((d[:128] == 0).all()) and bool((d[130] == 0).all())
+        assert calc_diff(d.cpu(), wanted) < 1e-6
+        many = torch.full((2, 256, 40), 7.0, device=device)
+        counts = torch.tensor([wild if wild > 5 else 256, -abs(wild)], dtype=torch.int32)
+        twice = a.repeat_interleave(2, 0), sa.repeat_interleave(2, 0)
+        kernels.m_grouped_fp8_gemm_nt_masked(twice, (b, sb), many, counts.to(device), 5)
+        assert calc_diff(many[0].cpu(), exact_a[0] @ exact_b[0].T) < 1e-6
+        assert bool((many[1] == 7).all())
+
+
+def check_refusals(device: str) -> None:
+    """Operands of unequal group counts, other shapes, dtypes and devices."""
+    from whalefall.errors import WhalefallError
+    from whalefall.gemm import triton as kernels
+
+    def fp8(*shape: int) -> Any:
+        blocks = -(-shape[-1] // 128)
+        values = torch.zeros(shape, device=device).to(torch.float8_e4m3fn)
+        return values, torch.ones(*shape[:-1], blocks, device=device)
+
+    def weights(*shape: int) -> Any:
+        lead, n, k = shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128)
+        return fp8(*shape)[0], torch.ones(*lead, n, k, device=device)
+
+    def d(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, device=device)
+
+    def counts(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=torch.int32, device=device)
+
+    masked, rows = kernels.m_grouped_fp8_gemm_nt_masked, kernels.m_grouped_fp8_gemm_nt_contiguous
+    dense, cast = kernels.fp8_gemm_nt, kernels.per_token_cast_to_fp8
+    a, b = fp8(8, 256), weights(64, 256)
+    for call, *given in (
+        (masked, fp8(3, 8, 256), weights(1, 64, 256), d(1, 8, 64), counts(3), 5),
+        (masked, fp8(3, 8, 256), weights(3, 64, 256), d(1, 8, 64), counts(3), 5),
+        (masked, fp8(3, 8, 256), weights(2, 64, 256), d(3, 8, 64), counts(3), 5),
+        (masked, (fp8(3, 8, 256)[0], a[1]), weights(3, 64, 256), d(3, 8, 64), counts(3), 5),
+        (masked, fp8(3, 8, 256), (weights(3, 64, 256)[0], b[1]), d(3, 8, 64), counts(3), 5),
+        (masked, a, b, d(8, 64), counts(8), 5),
+        (rows, a, b, d(8, 64), counts(8)),
+        (rows, a, weights(2, 64, 256), d(8, 64), counts(7)),
+        (rows, a, (weights(2, 64, 256)[0], weights(1, 64, 256)[1]), d(8, 64), counts(8)),
+        (dense, a, weights(1, 64, 256), d(8, 64)),
+        (dense, a, weights(64, 128), d(8, 64)),
+        (dense, a, b, d(8, 63)),
+        (dense, a, b, d(8, 64).half()),
+        (dense, a[0], b, d(8, 64)),
+        (dense, a, b, torch.zeros(8, 64, device="meta")),
+        (cast, torch.zeros(3, device=device), False),
+        (cast, torch.zeros(3, 4, device=device).int(), False),
+        (cast, torch.zeros(3, 4, device=device), False, 0),
+        (cast, torch.zeros(3, 4, device=device), "yes"),
+    ):
+        try:
+            call(*given)
+        except WhalefallError as error:
+            assert str(error).count("\n") == 0, error  # noqa: PT017
+        else:
+            raise AssertionError([getattr(each, "shape", each) for each in given])
 
 
 def compile_for_hopper() -> None:

@@ -2,7 +2,10 @@
 
 One program computes a BLOCK_M x BLOCK_N tile of D; each 128 of K is one FP8 dot into fresh sums
 (wgmma on sm_90a), scaled and added in fp32 registers: the two-level accumulation. Rows of one tile
-belong to one group, as the original's contiguous layout guarantees (128-row alignment).
+belong to one group, as the original's contiguous layout guarantees (128-row alignment). Whatever a
+layout holds, nothing outside the arrays is read: rows of a group that there is not, or of another
+than their tile's first row, become 0, and a mask's counts end at 0 and M (nobody looks at them
+before the kernel does; a CPU refuses them).
 Checked in Triton's interpreter and compiled for sm_90a; not run on a GPU.
 Source: DeepGEMM `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_*`, `per_token_cast_to_fp8`.
 """
@@ -15,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from whalefall.errors import DtypeError, ShapeError
+from whalefall.arguments import flag, whole
+from whalefall.errors import DtypeError, ShapeError, UnsupportedError
+from whalefall.gemm.operands import value_pair
 
 __all__ = [
     "cast_kernel",
@@ -34,7 +39,7 @@ DENSE, CONTIGUOUS, MASKED = 0, 1, 2
 @triton.jit
 def fp8_gemm_kernel(  # type: ignore[no-untyped-def]
     a, sa, b, sb, d, groups,
-    m, n, k,
+    m, n, k, num_groups,
     a_group, a_row, sa_group, sa_row, sa_k, b_group, b_row, sb_group, sb_row, d_group, d_row,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +53,7 @@ def fp8_gemm_kernel(  # type: ignore[no-untyped-def]
     rows = m
     group = batch
     if KIND == 2:
-        rows = tl.load(groups + batch)
+        rows = tl.minimum(tl.load(groups + batch), m)
         if first >= rows:
             return
     offs_m = first + tl.arange(0, BLOCK_M)
@@ -59,8 +64,8 @@ def fp8_gemm_kernel(  # type: ignore[no-untyped-def]
     out = d + batch * d_group + at_m[:, None] * d_row + offs_n[None, :]
     if KIND == 1:
         group = tl.load(groups + first).to(tl.int64)
-        has_m = has_m & (tl.load(groups + offs_m, mask=has_m, other=-1) >= 0)
-        if group < 0:
+        has_m = has_m & (tl.load(groups + offs_m, mask=has_m, other=-1) == group)
+        if (group < 0) | (group >= num_groups):
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             tl.store(
                 out,
@@ -87,7 +92,7 @@ def fp8_gemm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def e4m3_bits(v):  # type: ignore[no-untyped-def]
-    """The code of the nearest E4M3 (ties to even) of |v| <= 464, by integers: NaN is 0x7F.
+    """The code of the nearest E4M3 (ties to even) of v, by integers; NaN and above 464: 0x7F.
 
     Not `.to(tl.float8e4nv)`: Triton's interpreter drops the carry into the exponent there.
     """
@@ -97,30 +102,35 @@ def e4m3_bits(v):  # type: ignore[no-untyped-def]
     small = size.to(tl.float32, bitcast=True) + 16384.0  # whose last bit is 2^-9
     subnormal = small.to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0x3C800000, subnormal, normal)
-    code = tl.where(size > 0x7F800000, 0x7F, code)
+    code = tl.where(size > 0x43E80000, 0x7F, code)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def cast_kernel(  # type: ignore[no-untyped-def]
     x, values, scales, n, x_row, values_row, scales_row,
-    UE8M0: tl.constexpr, BLOCK: tl.constexpr,
+    UE8M0: tl.constexpr, GRAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK of one row: scale = max(|x|, 1e-4) / 448, values = x · (1 / scale) in E4M3."""
+    """GRAN columns of a row: scale = max(|x|, 1e-4) / 448, values = x · (1 / scale) in E4M3.
+
+    BLOCK: a power of two, at least GRAN.
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < n
+    place = tl.arange(0, BLOCK)
+    columns = block * GRAN + place
+    inside = (columns < n) & (place < GRAN)
     part = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     size = tl.abs(part)
     broken = tl.max((size != size).to(tl.int32)) > 0
-    scale = tl.maximum(tl.max(tl.where(size == size, size, 0.0)), 1e-4) / 448.0
+    largest = tl.maximum(tl.max(tl.where(size == size, size, 0.0)), 1e-4)
+    scale = tl.math.div_rn(largest, 448.0)  # `/` is rounded otherwise on a GPU
     if UE8M0:
         bits = scale.to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
         exponent = tl.minimum(tl.maximum(exponent, 1), 254)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
     scale = tl.where(broken, float("nan"), scale)
-    inverse = 1.0 / scale
+    inverse = tl.math.div_rn(1.0, scale)
     tl.store(
         values + row * values_row + columns,
         e4m3_bits(part * inverse),
@@ -129,34 +139,69 @@ def cast_kernel(  # type: ignore[no-untyped-def]
     tl.store(scales + row * scales_row + block, scale)
 
 
-def _launch(
-    where: str, a: Any, b: Any, d: torch.Tensor, groups: torch.Tensor | None, kind: int
-) -> None:
-    (av, sa), (bv, sb) = a, b
-    for name, values, scales in (("a", av, sa), ("b", bv, sb)):
-        if values.dtype != torch.float8_e4m3fn or scales.dtype != torch.float32:
-            raise DtypeError(
-                f"{where}: {name} is {values.dtype} with {scales.dtype} scales, wanted "
-                "float8_e4m3fn with float32"
+def _check(where: str, given: dict[str, Any], kind: int) -> None:
+    """DtypeError, ShapeError or UnsupportedError for operands that don't fit each other.
+
+    Args:
+        given: by name, the values and scales of a and b, d, and groups or None.
+    """
+    av, sa, bv, sb, d, groups = given.values()
+    for name, tensor, dtypes in (
+        *(("a", av, (torch.float8_e4m3fn,)), ("scale of a", sa, (torch.float32,))),
+        *(("b", bv, (torch.float8_e4m3fn,)), ("scale of b", sb, (torch.float32,))),
+        *(("d", d, (torch.float32, torch.bfloat16)), ("groups", groups, (torch.int32,))),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+            raise DtypeError(f"{where}: {name} is {tensor.dtype}, wanted {wanted}")
+        if tensor.device != d.device:
+            raise UnsupportedError(
+                f"{where}: {name} is on {tensor.device} and d on {d.device}; wanted one device, "
+                "move it with .to(d.device)"
             )
-        if values.stride(-1) != 1:
-            raise ShapeError(f"{where}: {name} has strides {values.stride()}, wanted K-major")
+    axes = {DENSE: "222", CONTIGUOUS: "232", MASKED: "333"}[kind]  # of a, b, d
+    for name, tensor, scale, count in (("a", av, sa, axes[0]), ("b", bv, sb, axes[1])):
+        if {tensor.dim(), scale.dim()} != {int(count)} or tensor.shape[:-2] != scale.shape[:-2]:
+            raise ShapeError(
+                f"{where}: {name} is {list(tensor.shape)} with scales {list(scale.shape)}, wanted "
+                f"{count} axes and as many groups in both"
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ShapeError(f"{where}: {name} has strides {tensor.stride()}, wanted K-major")
     m, k = av.shape[-2:]
-    n = bv.shape[-2]
-    if bv.shape[-1] != k or d.shape[-2:] != (m, n) or d.stride(-1) != 1:
+    n, blocks = bv.shape[-2], triton.cdiv(k, 128)
+    lead = tuple(bv.shape[:1]) if kind == MASKED else ()
+    if (
+        (bv.shape[-1], d.shape, av.shape[:-2]) != (k, (*lead, m, n), lead)
+        or (n > 1 and d.stride(-1) != 1)
+    ):  # fmt: skip
         raise ShapeError(
             f"{where}: a {list(av.shape)}, b {list(bv.shape)}, d {list(d.shape)}; wanted "
-            "[.., M, K], [.., N, K], [.., M, N] with stride 1 along N"
+            f"{[*lead, 'M', 'K']}, [.., N, K], {[*lead, 'M', 'N']} with stride 1 along N"
         )
-    blocks = triton.cdiv(k, 128)
     if sa.shape[-2:] != (m, blocks) or sb.shape[-2:] != (triton.cdiv(n, 128), blocks):
         raise ShapeError(
             f"{where}: scales {list(sa.shape)} and {list(sb.shape)}, wanted [.., {m}, {blocks}] "
             f"and [.., {triton.cdiv(n, 128)}, {blocks}]"
         )
+
+
+def _launch(
+    where: str, a: Any, b: Any, d: torch.Tensor, groups: torch.Tensor | None, kind: int
+) -> None:
+    (av, sa), (bv, sb) = value_pair(where, "a", a), value_pair(where, "b", b)
+    operands = {"a": av, "scale of a": sa, "b": bv, "scale of b": sb, "d": d, "groups": groups}
+    _check(where, operands, kind)
+    m, k = av.shape[-2:]
+    n = bv.shape[-2]
     if sb.stride(-1) != 1:
         sb = sb.contiguous()
-    if m == 0 or n == 0:
+    if 0 in d.shape:
+        return
+    if kind == CONTIGUOUS and bv.shape[0] == 0:
+        d.zero_()
         return
 
     def lead(tensor: torch.Tensor) -> int:
@@ -165,8 +210,8 @@ def _launch(
     batches = av.shape[0] if kind == MASKED else 1
     grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), batches)
     fp8_gemm_kernel[grid](
-        av, sa, bv, sb, d, groups if groups is not None else sa,
-        m, n, k,
+        av, sa, bv, sb, d, groups.contiguous() if groups is not None else sa,
+        m, n, k, bv.shape[0],
         lead(av), av.stride(-2), lead(sa), sa.stride(-2), sa.stride(-1),
         lead(bv), bv.stride(-2), lead(sb), sb.stride(-2), lead(d), d.stride(-2),
         KIND=kind, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8, num_stages=3,
@@ -184,33 +229,50 @@ def fp8_gemm_nt(a: Any, b: Any, d: torch.Tensor) -> None:
 def m_grouped_fp8_gemm_nt_contiguous(
     a: Any, b: Any, d: torch.Tensor, grouped_layout: torch.Tensor
 ) -> None:
-    """Rows of 128-row tiles times the group of the tile's first row; rows of -1 become 0."""
+    """Rows of 128-row tiles times their group's matrix; rows of -1 become 0.
+
+    Raises: ShapeError, DtypeError, UnsupportedError.
+    """
     where = "m_grouped_fp8_gemm_nt_contiguous"
-    if grouped_layout.dtype != torch.int32 or grouped_layout.shape != (a[0].shape[0],):
-        raise ShapeError(
-            f"{where}: grouped_layout is {grouped_layout.dtype} {list(grouped_layout.shape)}, "
-            f"wanted int32 [{a[0].shape[0]}]"
-        )
+    _check_groups(where, "grouped_layout", grouped_layout, a)
     _launch(where, a, b, d, grouped_layout, CONTIGUOUS)
 
 
 def m_grouped_fp8_gemm_nt_masked(
     a: Any, b: Any, d: torch.Tensor, masked_m: torch.Tensor, expected_m: int
 ) -> None:
-    """D[g] = A[g] · B[g]ᵀ for the first masked_m[g] rows; `expected_m` changes no result."""
+    """D[g] = A[g] · B[g]ᵀ for the first masked_m[g] rows; `expected_m` changes no result.
+
+    Raises: ShapeError, DtypeError, UnsupportedError.
+    """
     where = "m_grouped_fp8_gemm_nt_masked"
-    if masked_m.dtype != torch.int32 or masked_m.shape != (a[0].shape[0],):
-        raise ShapeError(
-            f"{where}: masked_m is {masked_m.dtype} {list(masked_m.shape)}, wanted int32 "
-            f"[{a[0].shape[0]}]"
-        )
+    _check_groups(where, "masked_m", masked_m, a)
     _launch(where, a, b, d, masked_m, MASKED)
+
+
+def _check_groups(where: str, name: str, groups: torch.Tensor, a: Any) -> None:
+    rows = value_pair(where, "a", a)[0].shape[0]
+    if groups.dtype != torch.int32 or groups.shape != (rows,):
+        raise ShapeError(
+            f"{where}: {name} is {groups.dtype} {list(groups.shape)}, wanted int32 [{rows}]"
+        )
 
 
 def per_token_cast_to_fp8(
     x: torch.Tensor, use_ue8m0: bool, gran_k: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [m, n] float8_e4m3fn and scales [m, ceil(n / gran_k)] of a CUDA tensor."""
+    """Values [m, n] float8_e4m3fn and scales [m, ceil(n / gran_k)] of a CUDA tensor.
+
+    Raises: ShapeError, DtypeError; ConfigError unless 1 <= gran_k <= 65536.
+    """
+    where = "per_token_cast_to_fp8"
+    gran_k = whole(f"{where}: gran_k", gran_k, 1, 1 << 16)
+    use_ue8m0 = flag(f"{where}: use_ue8m0", use_ue8m0)
+    if x.dim() != 2:
+        raise ShapeError(f"{where}: x has shape {list(x.shape)}, wanted 2 axes")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DtypeError(f"{where}: x is {x.dtype}, wanted float32, bfloat16 or float16")
+    x = x.contiguous()
     m, n = x.shape
     blocks = triton.cdiv(n, gran_k)
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
@@ -218,6 +280,6 @@ def per_token_cast_to_fp8(
     if m and n:
         cast_kernel[(m, blocks)](
             x, values.view(torch.uint8), scales, n, x.stride(0), values.stride(0), scales.stride(0),
-            UE8M0=use_ue8m0, BLOCK=gran_k, num_warps=1,
+            UE8M0=use_ue8m0, GRAN=gran_k, BLOCK=triton.next_power_of_2(gran_k), num_warps=1,
         )  # fmt: skip
     return values, scales
