@@ -41,9 +41,10 @@ docs: $(VENV)/.docs ## build the site of docs/*.md in site/, strictly: a broken 
 wheel-test: $(VENV)/.core ## build the wheel, install it alone, serve the bundled model from it
 	@$(PIP) build && $(PY) tests/wheel.py $(ARGS)
 
-gpu: ## on a machine with a GPU: every GPU test and timing, with its own python3 (needs torch, Triton)
+gpu: ## on a machine with a GPU: check and time every Triton kernel, by its own python3 (torch, Triton, pytest)
+	@PYTHONPATH=src:. python3 benchmarks/_gpu.py --check
 	@PYTHONPATH=src:. python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts='--import-mode=importlib' tests/*/test_triton.py $(ARGS)
-	@for f in benchmarks/_gpu*.py; do PYTHONPATH=src:. python3 $$f || exit 1; done
+	@PYTHONPATH=src:. python3 benchmarks/_gpu.py
 
 $(VENV)/.python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "whalefall needs Python 3.11 or newer as python3: apt-get install python3"; exit 2; }

@@ -53,9 +53,9 @@ COMPILED = """
 """
 
 
-def run(*arguments: str, **variables: str) -> str:
+def run(*arguments: str, limit: float | None = None, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
+        [sys.executable, "-W", "ignore", *arguments], timeout=limit,
         capture_output=True, text=True, check=False, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **variables},
     )  # fmt: skip
@@ -69,7 +69,7 @@ def test_the_kernel_agrees_with_float64_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 def test_the_kernel_agrees_with_float64_on_the_gpu() -> None:
-    assert run(CHECKS, "cuda").endswith("passed\n")
+    assert run(CHECKS, "cuda", limit=180).endswith("passed\n")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
