@@ -271,3 +271,21 @@ def test_rows_of_a_cache_are_an_array_of_656_bytes() -> None:
     for shape in ((656, 2), (), (2, 655)):
         with pytest.raises(ShapeError, match=r"^dequantize_kv_cache: rows of .* bytes, wanted 656"):
             attention.dequantize_kv_cache(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("wrong", [np.ones(2), "no", 1.5, -1, None], ids=str)
+def test_what_changes_no_result_is_what_it_says(wrong: Any) -> None:
+    q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)
+    both = np.concatenate([q, q], -1)
+    for name in ("max_seqlen_qo", "max_seqlen_kv"):
+        given = {"max_seqlen_qo": np.array(4), "max_seqlen_kv": 4, name: wrong}
+        with pytest.raises(ConfigError, match=f"^flash_attn_varlen_func: {name} is .*whole number"):
+            attention.flash_attn_varlen_func(q, q, q, cu, cu, **given)
+        with pytest.raises(ConfigError, match=f": {name} is .*whole number"):
+            attention.flash_attn_varlen_kvpacked_func(q, both, cu, cu, **given, head_dim_qk=32)
+    packed = np.concatenate([both, q], -1)
+    with pytest.raises(ConfigError, match=r": max_seqlen is .*whole number"):
+        attention.flash_attn_varlen_qkvpacked_func(packed, cu, wrong, 32)
+    if not isinstance(wrong, int | None):
+        with pytest.raises(ConfigError, match=r": deterministic is .*True or False"):
+            attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, deterministic=wrong)

@@ -58,8 +58,10 @@ def flash_attn_varlen_func(
         q, k or v needs one and torch records.
     Source: FlashMLA `flash_attn_varlen_func`.
     """
+    where = "flash_attn_varlen_func"
+    _check_accepted(where, deterministic, qo=max_seqlen_qo, kv=max_seqlen_kv)
     return _attend(
-        "flash_attn_varlen_func",
+        where,
         *(q, k, v, cu_seqlens_qo, cu_seqlens_kv, dropout_p, softmax_scale, causal, is_varlen),
     )
 
@@ -83,6 +85,7 @@ def flash_attn_varlen_kvpacked_func(
     Source: FlashMLA `flash_attn_varlen_kvpacked_func`.
     """
     where = "flash_attn_varlen_kvpacked_func"
+    _check_accepted(where, deterministic, qo=max_seqlen_qo, kv=max_seqlen_kv)
     _check_packed(where, "kv", kv, head_dim_qk)
     return _attend(
         *(where, q, kv[..., :head_dim_qk], kv[..., head_dim_qk:], cu_seqlens_qo, cu_seqlens_kv),
@@ -106,11 +109,20 @@ def flash_attn_varlen_qkvpacked_func(
     Source: FlashMLA `flash_attn_varlen_qkvpacked_func`.
     """
     where, d = "flash_attn_varlen_qkvpacked_func", head_dim_qk
+    _check_accepted(where, deterministic, max_seqlen)
     _check_packed(where, "qkv", qkv, d, 2)
     return _attend(
         *(where, qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d :], cu_seqlens, cu_seqlens),
         *(dropout_p, softmax_scale, causal, is_varlen),
     )
+
+
+def _check_accepted(where: str, deterministic: Any, both: Any = 0, **lengths: Any) -> None:
+    """What changes no result is what it says all the same; lengths may be arrays of one number."""
+    flag(f"{where}: deterministic", deterministic)
+    for name, given in (("", both), *((f"_{axis}", length) for axis, length in lengths.items())):
+        one = getattr(given, "shape", None) == () and hasattr(given, "item")
+        whole(f"{where}: max_seqlen{name}", given.item() if one else given, 0)
 
 
 def _check_packed(where: str, name: str, packed: Any, width: Any, parts: int = 1) -> None:

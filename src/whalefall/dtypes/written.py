@@ -58,7 +58,7 @@ def refuse_overlap(
 def _apart(a: View, b: View) -> bool:
     """Whether no byte belongs to both; False also where that takes long to find out."""
     try:
-        return not np.shares_memory(over_memory(a), over_memory(b), max_work=_MOST_WORK)
+        return not np.shares_memory(over_memory(a), over_memory(b), max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return False
 

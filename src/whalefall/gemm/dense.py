@@ -7,12 +7,12 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from whalefall import jit
+from whalefall.arguments import shown
 from whalefall.dtypes import CallMemo, as_numpy, view
 from whalefall.dtypes.written import may_write
 from whalefall.errors import ConfigError, DtypeError, ShapeError
@@ -23,6 +23,7 @@ from whalefall.gemm.operands import (
     Recipe,
     Target,
     accumulator,
+    all_whole,
     bf16_operand,
     empty_segments,
     fp8_operand,
@@ -59,7 +60,7 @@ _MEMO = CallMemo()
 def check_dims(where: str, compiled_dims: str) -> None:
     """ConfigError where `compiled_dims` (which changes no result) is no subset of "mnk"."""
     if not isinstance(compiled_dims, str) or not set(compiled_dims) <= set("mnk"):
-        raise ConfigError(f"{where}: compiled_dims={compiled_dims!r}, wanted letters of 'mnk'")
+        raise ConfigError(f"{where}: compiled_dims={shown(compiled_dims)}, wanted letters of 'mnk'")
 
 
 def check_k(where: str, a: Operand, b: Operand) -> None:
@@ -228,8 +229,8 @@ def fp8_gemm_nt_skip_head_mid(
     of_a, of_b = recipes(where, scale_dtype(where, b), recipe, None, None)
     left_operand = fp8_operand(where, "a", a, of_a)
     right_operand = fp8_operand(where, "b", b, of_b)
-    if not _three_whole(head_splits):
-        raise ConfigError(f"{where}: head_splits={head_splits!r}, wanted (left, mid, right)")
+    if not all_whole(head_splits, 3):
+        raise ConfigError(f"{where}: head_splits={shown(head_splits)}, wanted (left, mid, right)")
     left, mid, right = head_splits
     n = right_operand.rows
     if min(head_splits) < 0 or left + right < 1 or n % (left + right):
@@ -242,14 +243,6 @@ def fp8_gemm_nt_skip_head_mid(
     multiply(where, left_operand, right_operand, narrow, None)
     columns = np.arange(n)
     out[:, columns + (columns + right) // (left + right) * mid] = narrow
-
-
-def _three_whole(given: Any) -> bool:
-    return (
-        isinstance(given, (tuple, list))
-        and len(given) == 3
-        and all(isinstance(n, Integral) for n in given)
-    )
 
 
 def _bf16(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.arguments import whole
+from whalefall.arguments import flag, shown, whole
 from whalefall.dtypes import as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import run
@@ -119,6 +119,8 @@ def _contiguous(
     use_psum_layout: bool,
     ensure_zero_padding: bool,
 ) -> None:
+    use_psum_layout = flag(f"{where}: use_psum_layout", use_psum_layout)
+    ensure_zero_padding = flag(f"{where}: ensure_zero_padding", ensure_zero_padding)
     check_k(where, a, b)
     to = target(where, "d", d, (a.rows, b.rows))
     layout = _int32(where, "grouped_layout", grouped_layout)
@@ -133,6 +135,14 @@ def _contiguous(
             as_numpy(d)[first:last] = 0
         runs = [run for run in runs if run[0] >= 0]
     _run(a, b, to, runs)
+
+
+def _check_expected(where: str, expected: Any, use_psum_layout: Any) -> None:
+    if expected is None:
+        return
+    whole(f"{where}: expected_m_for_psum_layout", expected, 0)
+    if not flag(f"{where}: use_psum_layout", use_psum_layout):
+        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
 
 
 def _zero_gaps(d: npt.NDArray[Any], runs: list[Run]) -> None:
@@ -180,8 +190,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     """
     where = "m_grouped_fp8_gemm_nt_contiguous"
     check_dims(where, compiled_dims)
-    if expected_m_for_psum_layout is not None and not use_psum_layout:
-        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
+    _check_expected(where, expected_m_for_psum_layout, use_psum_layout)
     left, right = _operands(where, a, b, False, 2, recipe, recipe_a, recipe_b)
     _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
 
@@ -219,8 +228,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     """D[m] = A[m] · B[group of row m]ᵀ in bfloat16; see `m_grouped_fp8_fp4_gemm_nt_contiguous`."""
     where = "m_grouped_bf16_gemm_nt_contiguous"
     check_dims(where, compiled_dims)
-    if expected_m_for_psum_layout is not None and not use_psum_layout:
-        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
+    _check_expected(where, expected_m_for_psum_layout, use_psum_layout)
     left, right = bf16_operand(where, "a", a), bf16_operand(where, "b", b, dims=3)
     _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
 
@@ -310,7 +318,7 @@ def k_stretches(
     where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int | None, psum: bool
 ) -> list[tuple[int, int]]:
     """First K and length of each group's stretch; `total` None: what `ks_cpu` sums to."""
-    if psum:
+    if flag(f"{where}: use_psum_layout", psum):
         ends = _int32(where, "grouped_layout", grouped_layout)
         alignment, start, stretches = get_mk_alignment_for_contiguous_layout(), 0, []
         for end in ends.tolist():
@@ -318,9 +326,9 @@ def k_stretches(
             start = -(-max(start, end) // alignment) * alignment
     else:
         if not isinstance(ks_cpu, (list, tuple)) or not ks_cpu:
-            raise ConfigError(f"{where}: ks_cpu={ks_cpu!r}, wanted the groups' sizes along K")
+            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted the groups' sizes along K")
         if not all(isinstance(k, Integral) for k in ks_cpu):
-            raise ConfigError(f"{where}: ks_cpu={ks_cpu!r}, wanted whole numbers")
+            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted whole numbers")
         if min(ks_cpu) < 0:
             raise ShapeError(f"{where}: ks_cpu holds {min(ks_cpu)}, wanted 0 or more")
         if grouped_layout is not None:

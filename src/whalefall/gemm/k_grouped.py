@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from whalefall.arguments import flag, shown
 from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import run
@@ -20,6 +21,7 @@ from whalefall.gemm.operands import (
     Recipe,
     Target,
     accumulator,
+    all_whole,
     empty_segments,
     refuse_overlap,
     value_pair,
@@ -140,8 +142,8 @@ def k_grouped_fp8_gemm_nt_contiguous(
     """
     where = "k_grouped_fp8_gemm_nt_contiguous"
     check_dims(where, compiled_dims)
-    if recipe not in ((1, 1, 128), [1, 1, 128]) or use_psum_layout:
-        raise ConfigError(f"{where}: recipe={recipe}, psum={use_psum_layout}; wanted (1, 1, 128)")
+    if _gran(where, recipe, (128,)) and flag(f"{where}: use_psum_layout", use_psum_layout):
+        raise ConfigError(f"{where}: use_psum_layout is True, wanted False for flat operands")
     groups, m, n = _shape3(where, d)
     (av, asf), (bv, bsf) = value_pair(where, "a", a), value_pair(where, "b", b)
     refuse_gradient(where, (av, asf, bv, bsf))
@@ -193,9 +195,10 @@ def _check_flat(where: str, name: str, v: View, s: View, rows: int, total: int) 
         )
 
 
-def _gran(where: str, recipe: Recipe) -> int:
-    if not isinstance(recipe, (tuple, list)) or tuple(recipe) not in ((1, 1, 32), (1, 1, 128)):
-        raise ConfigError(f"{where}: recipe={recipe}, wanted (1, 1, 32) or (1, 1, 128)")
+def _gran(where: str, recipe: Recipe, allowed: tuple[int, ...] = (32, 128)) -> int:
+    known = [(1, 1, size) for size in allowed]
+    if not all_whole(recipe, 3) or tuple(recipe) not in known:
+        raise ConfigError(f"{where}: recipe={shown(recipe)}, wanted {' or '.join(map(str, known))}")
     return int(recipe[2])
 
 

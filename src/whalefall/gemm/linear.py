@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from whalefall import jit
-from whalefall.dtypes import CallMemo, View, as_numpy, empty_like, refuse_gradient, view
+from whalefall.arguments import flag, shown
+from whalefall.dtypes import CallMemo, View, as_numpy, refuse_gradient, view
 from whalefall.dtypes.written import may_write, written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.native_calls import library
-from whalefall.gemm.operands import refuse_overlap
+from whalefall.gemm.operands import OUT_TYPES, refuse_overlap, result_or_new
 from whalefall.gemm.structs import (
     ACTIVATIONS,
     FORMS,
@@ -81,7 +82,7 @@ def fp8_linear(
             None: by M. A row's bits depend on the form, never on M.
         quantize_activations: make each 128 of a row E4M3 first (W8A8); False keeps them (W8A16).
         out: [M, N] float32 or bfloat16 to write; None allocates with the library of `x`.
-        out_dtype: of an allocated result, default x's.
+        out_dtype: of the result, default x's; where `out` is given it must be `out`'s.
     Returns: `out`, without a gradient.
     Raises: ShapeError, DtypeError, ConfigError: one line each; UnsupportedError where a gradient
         would be wanted.
@@ -129,17 +130,18 @@ def fused_experts(
     Returns: one row per selection in top-k order; adding them up is the caller's.
     Raises: as `fp8_linear`; DtypeError also where w1 and w3, or two experts, differ in dtype.
     """
+    quantize_activations = flag("fused_experts: quantize_activations", quantize_activations)
+    half_activations = flag("fused_experts: half_activations", half_activations)
     held = isinstance(experts, ctypes.Array) and experts._type_ is Expert
     refuse_gradient("fused_experts", (x, topk_weights, out), _TRAINED)
     structs: Any = experts if held else expert_structs(experts)  # type: ignore[arg-type]
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
     index = np.ascontiguousarray(_numpy_int32(topk_idx, idx, len(structs)))
-    if fresh := out is None:
-        dtype = _out_dtype("fused_experts", out_dtype or "bfloat16")
-        out = empty_like(x, (tokens, topk, hidden), dtype)
+    fresh, shape = out is None, (tokens, topk, hidden)
+    out = result_or_new("fused_experts", x, shape, out, out_dtype, "bfloat16")
     rows = written(out, "fused_experts: out")
-    if rows.shape != (tokens, topk, hidden) or not rows.contiguous or rows.dtype not in _OUT:
+    if rows.shape != shape or not rows.contiguous or rows.dtype not in OUT_TYPES:
         raise ShapeError(
             f"fused_experts: out is {rows.dtype} {list(rows.shape)}, wanted contiguous float32 or "
             f"bfloat16 {[tokens, topk, hidden]}"
@@ -170,7 +172,6 @@ def fused_experts(
     return out
 
 
-_OUT = ("float32", "bfloat16")
 _KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 
@@ -276,11 +277,12 @@ def _run_linear(
     out_dtype: str | None,
 ) -> Any:
     given = (x, weight[0], out) if weight[1] is None else (x, *weight, out)
-    rest = (name, form, quantize, jit.best_level())
+    rest = (name, form, quantize, out_dtype, jit.best_level())
     known = None if out is None else _MEMO.find(given, rest)
     if known is not None and may_write(out):
         known[0](known[1])
         return out
+    quantize = flag(f"{name}: quantize_activations", quantize)
     refuse_gradient(name, (x, *weight, out), _TRAINED)
     call = LinearCall(weight_struct(*weight, name))
     seen = view(x, f"{name}: x")
@@ -290,12 +292,11 @@ def _run_linear(
             f"{name}: x has shape {list(seen.shape)} and strides {list(seen.strides)}, wanted "
             f"[M, K={cols}] with stride 1 along K"
         )
-    if seen.dtype not in _OUT:
+    if seen.dtype not in OUT_TYPES:
         raise DtypeError(f"{name}: x is {seen.dtype}, wanted float32 or bfloat16")
-    if out is None:
-        out = empty_like(x, (seen.shape[0], rows), _out_dtype(name, out_dtype or seen.dtype))
+    out = result_or_new(name, x, (seen.shape[0], rows), out, out_dtype, seen.dtype)
     y = written(out, f"{name}: out")
-    if y.shape != (seen.shape[0], rows) or y.dtype not in _OUT or _gaps(y):
+    if y.shape != (seen.shape[0], rows) or y.dtype not in OUT_TYPES or _gaps(y):
         raise ShapeError(
             f"{name}: out is {y.dtype} {list(y.shape)} with strides {list(y.strides)}, wanted "
             f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N"
@@ -310,12 +311,6 @@ def _run_linear(
     if given[-1] is not None:
         _MEMO.keep(given, rest, (run, address, call))
     return out
-
-
-def _out_dtype(name: str, given: Any) -> str:
-    if given not in _OUT:
-        raise DtypeError(f"{name}: out_dtype is {given!r}, wanted 'float32' or 'bfloat16'")
-    return str(given)
 
 
 def _gaps(seen: View) -> bool:
@@ -346,7 +341,7 @@ def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
             f"quantize_rows: x has shape {list(seen.shape)} and strides {list(seen.strides)}, "
             "wanted [T, H] with stride 1 along H"
         )
-    if seen.dtype not in _OUT:
+    if seen.dtype not in OUT_TYPES:
         raise DtypeError(f"quantize_rows: x is {seen.dtype}, wanted float32 or bfloat16")
     rows, hidden = seen.shape
     packed = np.empty((rows, packed_width(hidden)), np.uint8)
@@ -359,7 +354,7 @@ def _form(form: str | None, rows: float, name: str) -> int:
     if form is None:
         return FORMS["many" if rows >= MANY_ROWS else "few"]
     if not isinstance(form, str) or form not in FORMS:
-        raise ConfigError(f"{name}: form is {form!r}, wanted 'few', 'many' or None")
+        raise ConfigError(f"{name}: form is {shown(form)}, wanted 'few', 'many' or None")
     return FORMS[form]
 
 
@@ -376,7 +371,7 @@ def _check_selection(
             f"fused_experts: x has shape {list(x.shape)} and strides {list(x.strides)}, wanted "
             f"[T, {width}] of H={hidden} with stride 1 along H"
         )
-    if x.dtype not in _OUT and not packed:
+    if x.dtype not in OUT_TYPES and not packed:
         raise DtypeError(f"fused_experts: x is {x.dtype}, wanted float32 or bfloat16")
     if len(idx.shape) != 2 or idx.shape[0] != x.shape[0]:
         raise ShapeError(

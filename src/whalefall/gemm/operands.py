@@ -8,29 +8,35 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`, `csrc/apis/layout.hpp`, for both GPU gene
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
+from whalefall.arguments import shown
+from whalefall.dtypes import View, as_numpy, empty_like, refuse_gradient, unpack_ue8m0, view
 from whalefall.dtypes.written import refuse_overlap as result_apart
 from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.structs import Layout
 
 __all__ = [
+    "OUT_TYPES",
     "Operand",
     "Target",
     "accumulator",
+    "all_whole",
     "bf16_operand",
     "fp8_operand",
     "recipes",
     "refuse_overlap",
+    "result_or_new",
     "target",
     "value_pair",
 ]
 
 BF16, FP8 = 1, 2
+OUT_TYPES = ("float32", "bfloat16")
 Recipe = tuple[int, int, int]
 Pair = tuple[int, int]
 
@@ -102,24 +108,33 @@ def recipes(
     """
     if (recipe_a is None) != (recipe_b is None) or (recipe is not None and recipe_a is not None):
         raise ConfigError(
-            f"{where}: recipe={recipe}, recipe_a={recipe_a}, recipe_b={recipe_b}; wanted recipe "
-            "alone, or recipe_a and recipe_b together"
+            f"{where}: recipe={shown(recipe)}, recipe_a={shown(recipe_a)}, "
+            f"recipe_b={shown(recipe_b)}; wanted recipe alone, or recipe_a and recipe_b together"
         )
     if recipe_a is None or recipe_b is None:
         if recipe is None:
             recipe = (1, 1, 128) if sfb_dtype == "int32" else (1, 128, 128)
         if not isinstance(recipe, (tuple, list)) or len(recipe) != 3:
-            raise ConfigError(f"{where}: recipe={recipe!r}, wanted (rows of a, rows of b, k)")
+            raise ConfigError(f"{where}: recipe={shown(recipe)}, wanted (rows of a, rows of b, k)")
         recipe_a, recipe_b = (recipe[0], recipe[2]), (recipe[1], recipe[2])
     for name, pair in (("a", recipe_a), ("b", recipe_b)):
         if not isinstance(pair, (tuple, list)):
-            raise ConfigError(f"{where}: recipe_{name}={pair!r}, wanted (rows, k)")
-        if len(pair) != 2 or pair[0] not in (1, 128) or pair[1] not in (32, 128):
+            raise ConfigError(f"{where}: recipe_{name}={shown(pair)}, wanted (rows, k)")
+        if not all_whole(pair, 2) or pair[0] not in (1, 128) or pair[1] not in (32, 128):
             raise ConfigError(
-                f"{where}: scales of {name} for {tuple(pair)} (rows, k), wanted rows 1 or 128 and "
-                "k 32 or 128"
+                f"{where}: scales of {name} for {shown(tuple(pair))} (rows, k), wanted rows 1 or "
+                "128 and k 32 or 128"
             )
     return tuple(recipe_a), tuple(recipe_b)  # type: ignore[return-value]
+
+
+def all_whole(given: Any, count: int) -> bool:
+    """Whether these are `count` whole numbers, in a list or tuple."""
+    return (
+        isinstance(given, (tuple, list))
+        and len(given) == count
+        and all(isinstance(n, Integral) for n in given)
+    )
 
 
 def transposed(array: Any) -> Any:
@@ -247,6 +262,20 @@ def refuse_overlap(where: str, d: View, others: tuple[View, ...], name: str = "d
     """ShapeError where the result's memory meets an input's."""
     own = " (c may be d itself)" if name == "d" else ""
     result_apart(where, name, d, others, own)
+
+
+def result_or_new(
+    name: str, x: Any, shape: tuple[int, ...], out: Any, given: Any, default: str
+) -> Any:
+    """`out`, or a new array of dtype `given`; DtypeError where that is none, or not `out`'s."""
+    dtype = default if given is None else given
+    if not isinstance(dtype, str) or dtype not in OUT_TYPES:
+        raise DtypeError(f"{name}: out_dtype is {shown(given)}, wanted 'float32' or 'bfloat16'")
+    if out is None:
+        return empty_like(x, shape, dtype)
+    if given is not None and (made := view(out, f"{name}: out").dtype) != dtype:
+        raise DtypeError(f"{name}: out_dtype is {dtype!r} and out {made}; leave out_dtype out")
+    return out
 
 
 def value_pair(where: str, name: str, pair: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whalefall.dtypes import as_numpy, e2m1_to_float, e4m3_to_float, unpack_ue8m0
-from whalefall.errors import ShapeError
+from whalefall.errors import DtypeError, ShapeError
 
 __all__ = ["calc_diff", "dequantize", "product"]
 
@@ -39,15 +39,20 @@ def product(a: Any, b: Any, c: Any = None) -> Doubles:
     return result if c is None else result + np.asarray(c, np.float64)
 
 
+def _doubles(what: str, array: Any) -> Doubles:
+    values = as_numpy(array, what)
+    try:
+        return np.asarray(values, np.float64)
+    except (ValueError, TypeError):
+        raise DtypeError(f"{what} is {values.dtype}, wanted numbers") from None
+
+
 def calc_diff(x: Any, y: Any) -> float:
     """1 - 2 Σxy / Σ(x² + y²) in float64; 0.0 where both are zero.
 
     Source: DeepGEMM `deep_gemm/testing/numeric.py`.
     """
-    a, b = (
-        np.asarray(as_numpy(v, f"calc_diff: {name}"), np.float64)
-        for name, v in (("x", x), ("y", y))
-    )
+    a, b = (_doubles(f"calc_diff: {name}", v) for name, v in (("x", x), ("y", y)))
     try:
         np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
