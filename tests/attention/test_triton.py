@@ -22,11 +22,11 @@ COMPILED = """
     from triton.compiler import ASTSource
     from whalefall.attention.triton import mla_decode_kernel
 
-    fp8 = sys.argv[1] == "fp8"
+    fp8, sparse = "fp8" in sys.argv[1], "sparse" in sys.argv[1]
     pointers = {"q": "*bf16", "latent": "*u8" if fp8 else "*bf16",
                 "scales": "*fp32" if fp8 else "*bf16", "rope": "*bf16", "where": "*i32",
                 "lengths": "*i32", "out": "*fp32", "lse": "*fp32", "scale_log2": "fp32"}
-    constants = {"FP8": fp8, "SPARSE": False, "BLOCK_H": 64, "BLOCK_N": 32, "LATENT": 512,
+    constants = {"FP8": fp8, "SPARSE": sparse, "BLOCK_H": 64, "BLOCK_N": 32, "LATENT": 512,
                  "ROPE": 64, "RUNS": 16, "PAGE": 64}
     names = mla_decode_kernel.arg_names
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
@@ -47,8 +47,8 @@ COMPILED = """
     assert ran.returncode == 0, words
     print(re.search(r"Used \\d+ registers", words)[0], "shared", done.metadata.shared)
     spills = [int(n) for n in re.findall(r"(\\d+) bytes spill", words)]
-    # FP8: one register goes to the stack, once; BF16: none
-    assert spills and max(spills) <= (4 if fp8 else 0), words
+    # FP8: one register goes to the stack, once; BF16: none; by indices: 23
+    assert spills and max(spills) <= (96 if sparse else 4 if fp8 else 0), words
     assert done.metadata.shared <= 227 * 1024, done.metadata.shared
 """
 
@@ -72,6 +72,6 @@ def test_the_kernel_agrees_with_float64_on_the_gpu() -> None:
     assert run(CHECKS, "cuda", limit=180).endswith("passed\n")
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
-def test_the_kernel_compiles_for_sm_90a_with_wgmma_and_next_to_no_spills(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "sparse bf16", "sparse fp8"])
+def test_the_kernel_compiles_for_sm_90a_with_wgmma_and_few_spills(kind: str) -> None:
     assert "registers" in run("-c", textwrap.dedent(COMPILED), kind)

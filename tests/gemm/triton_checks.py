@@ -205,9 +205,29 @@ def compile_for_hopper() -> None:
         )
 
 
+def compile_casts() -> None:
+    """The cast, for sm_90a: divisions rounded as on a CPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from whalefall.gemm import triton as kernels
+
+    kinds = {"x": "*bf16", "values": "*u8", "scales": "*fp32"}
+    for ue8m0 in (False, True):
+        constants = {"UE8M0": ue8m0, "GRAN": 128, "BLOCK": 128}
+        names = kernels.cast_kernel.arg_names
+        signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+        source = ASTSource(kernels.cast_kernel, signature, constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "div.rn.f32" in ptx or "rcp.rn.f32" in ptx
+        assert "div.full.f32" not in ptx
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["compile"]:
         compile_for_hopper()
+        compile_casts()
     elif sys.argv[1:2] == ["gpu"]:
         check("cuda", *map(int, sys.argv[2:]))
     else:
