@@ -289,3 +289,11 @@ def test_what_changes_no_result_is_what_it_says(wrong: Any) -> None:
     if not isinstance(wrong, int | None):
         with pytest.raises(ConfigError, match=r": deterministic is .*True or False"):
             attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, deterministic=wrong)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 2)), (np.ones((2, 2)),), "1" * 100], ids=range(3))
+def test_a_scale_that_is_none_is_refused_in_one_short_line(wrong: Any) -> None:
+    q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)
+    with pytest.raises(ConfigError, match=r"softmax_scale is .*, wanted a finite") as refusal:
+        attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, softmax_scale=wrong)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 150

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from whalefall.arguments import whole
+from whalefall.arguments import shown, whole
 from whalefall.attention.structs import FP8_ROW_BYTES, TYPES, Cache
 from whalefall.dtypes import View, as_numpy, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
@@ -190,7 +190,7 @@ def scale_operand(where: str, name: str, given: Any, width: int | None = None) -
     number: Any = given if isinstance(given, Real) and not isinstance(given, bool) else math.nan
     if not abs(number) <= FLOAT_MAX:  # kernels take it as float32; NaN is refused, too
         raise ConfigError(
-            f"{where}: {name} is {given!r}, wanted a finite number"
+            f"{where}: {name} is {shown(given)}, wanted a finite number"
             + (" or None" if width is not None else "")
         )
     return float(number)
