@@ -81,7 +81,7 @@ def test_nothing_names_a_machines_path_or_a_registry() -> None:
 def test_make_and_the_docs_name_the_compilers_that_are_tried() -> None:
     from whalefall.jit.compiler import NAMES
 
-    assert f"(default: {', '.join(NAMES)}, else" in env.markdown()
+    assert f"the first of {', '.join(NAMES)} and the ziglang" in env.markdown()
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert all(f"command -v {name} " in makefile for name in NAMES)
 
