@@ -26,6 +26,7 @@ from whalefall import env
 from whalefall.errors import ConfigError, MissingError
 from whalefall.jit import isa
 from whalefall.jit.progress import announce
+from whalefall.writing import write_text
 
 __all__ = ["OPTIONS", "Compiler", "NoCompilerError", "compiler", "find_compiler", "numpy_instead"]
 
@@ -116,8 +117,7 @@ def _tried(command: tuple[str, ...]) -> Compiler:
     if level not in levels:
         level, lacks = _highest(command, levels)
         with contextlib.suppress(ConfigError), env.using_cache():  # a build will say so
-            mark.with_suffix(f".{os.getpid()}").write_text(f"{level}\n{lacks}", encoding="utf-8")
-            os.replace(mark.with_suffix(f".{os.getpid()}"), mark)
+            write_text(mark, f"{level}\n{lacks}")
     if level != levels[-1]:
         warnings.warn(
             f"jit: {' '.join(command)} cannot compile for {levels[-1]} ({lacks}): kernels are for "
