@@ -1,4 +1,4 @@
-"""Bf16 dots are used where a measurement, kept on disk, says so."""
+"""Bf16 dots, and AMX's tiles, are used where a measurement, kept on disk, says so."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from pathlib import Path
 import pytest
 
 from whalefall import jit
+from whalefall.errors import UnsupportedError
 from whalefall.jit import compile as compiling
-from whalefall.jit import machine
+from whalefall.jit import isa, machine
 
+needs_tiles = pytest.mark.skipif("amx" not in jit.levels(), reason="needs AMX")
 needs_bf16 = pytest.mark.skipif("avx512bf16" not in jit.levels(), reason="needs avx512_bf16")
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    machine.dot_is_fast.cache_clear()
+    for asked in (machine.dot_is_fast, machine.tile_is_fast):
+        asked.cache_clear()
     yield
-    machine.dot_is_fast.cache_clear()
+    for asked in (machine.dot_is_fast, machine.tile_is_fast):
+        asked.cache_clear()
 
 
 @pytest.mark.parametrize("level", ["any", "avx2", "avx512"])
@@ -51,6 +55,48 @@ def test_a_measurement_iskept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0.1 < found["dot_over_fma"] < 10
 
 
+@needs_tiles
+@pytest.mark.parametrize(("ratio", "wanted"), [(0.9, False), (16.0, True)])
+def test_the_kept_answer_on_tiles_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, wanted: bool
+) -> None:
+    monkeypatch.setenv("WHALEFALL_CACHE", str(tmp_path))
+    name = machine.cpu_model()
+    kept = {f"{name}|amx|tile": {"tile_over_fma": ratio}, f"{name}|amx|dot": {"dot_over_fma": 2.0}}
+    (tmp_path / "machine.json").write_text(json.dumps(kept))
+    options = compiling._measured_options("amx")
+    assert ("-DWF_TILE" in options, "-DWF_DOT" in options) == (wanted, not wanted)
+    assert machine.halves_are_fast("amx")
+    assert "-DWF_TILE" not in compiling._measured_options("avx512")
+
+
+@needs_tiles
+def test_a_measurement_of_tiles_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHALEFALL_CACHE", str(tmp_path))
+    machine.tile_is_fast("amx")
+    found = json.loads((tmp_path / "machine.json").read_text())
+    assert 0.5 < found[f"{machine.cpu_model()}|amx|tile"]["tile_over_fma"] < 64
+
+
+def test_tiles_that_the_system_keeps_are_no_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = frozenset().union(*(level.needs for level in isa.LEVELS.values()))
+    monkeypatch.setattr(isa, "cpu_features", lambda: every)
+    monkeypatch.setattr(isa, "_may_use_tiles", lambda: False)
+    assert isa.cpu_levels() == ("any", "avx2", "avx512", "avx512bf16")
+    monkeypatch.setattr(isa, "_may_use_tiles", lambda: True)
+    assert isa.cpu_levels()[-1] == "amx"
+
+
+def test_a_forced_level_that_the_system_keeps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = frozenset().union(*(level.needs for level in isa.LEVELS.values()))
+    monkeypatch.setattr(isa, "cpu_features", lambda: every)
+    monkeypatch.setattr(isa, "_may_use_tiles", lambda: False)
+    monkeypatch.setattr(isa, "levels", isa.cpu_levels)
+    isa._level.cache_clear()
+    with pytest.raises(UnsupportedError, match="the system keeps its tiles from this process"):
+        isa._level(b"amx")
+
+
 def test_neighbours_do_not_change_the_ratio() -> None:
     """Times that a crowded machine lengthens in nine of ten samples, by up to forty times."""
     for seed in range(20):
@@ -71,7 +117,7 @@ def test_quiet_machines_measure_a_few_times() -> None:
 
 ASKS = """
 import sys
-from whalefall.jit import machine
+from whalefall.jit import isa, machine
 print(machine.kept("coin", lambda: {"side": float(sys.argv[1])})["side"])
 print(machine.kept(f"own {sys.argv[1]}", lambda: {"side": 0.0})["side"])
 """

@@ -220,6 +220,8 @@ def _measured_options(level: str) -> list[str]:
     from whalefall.jit import machine  # which builds a unit of its own, one without simd.h
 
     options = ["-DWF_SLOW_DENORMALS"] if machine.denormals_are_slow() else []
+    if machine.tile_is_fast(level):
+        return [*options, "-DWF_TILE"]
     return [*options, "-DWF_DOT"] if machine.dot_is_fast(level) else options
 
 

@@ -6,6 +6,7 @@ A kernel is written once over `whalefall/simd.h` and compiled for a level; WHALE
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni"}
 _BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
+_ASK_FOR_TILES = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 _AVX2_OPTIONS = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512_OPTIONS = (
     *_AVX2_OPTIONS,
@@ -60,9 +62,21 @@ def cpu_features() -> frozenset[str]:
 
 
 def cpu_levels() -> tuple[str, ...]:
-    """The levels that this CPU has, lowest first."""
+    """The levels that this CPU has and the system lets this process use, lowest first."""
     have = cpu_features()
-    return tuple(name for name, level in LEVELS.items() if level.needs <= have)
+    found = tuple(name for name, level in LEVELS.items() if level.needs <= have)
+    return found if "amx" not in found or _may_use_tiles() else found[:-1]
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for the tiles' registers, which it keeps from a process until it has asked.
+
+    It says no before 5.16, under some sandboxes, and where a thread's stack for signals is too
+    small for them. Threads have what their process has, and children of fork() what it had.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "syscall", None)
+    return call is not None and call(*map(ctypes.c_long, _ASK_FOR_TILES)) == 0
 
 
 @functools.cache
@@ -95,8 +109,13 @@ def _level(text: bytes | None) -> str:
                 f"WHALEFALL_ISA={forced}: the C++ compiler here cannot compile for it, wanted one "
                 f"of {', '.join(levels())}; unset it, or name a newer compiler in WHALEFALL_CXX"
             )
-        lacks = ", ".join(sorted(LEVELS[forced].needs - cpu_features()))
-        raise UnsupportedError(f"WHALEFALL_ISA={forced}: this CPU lacks {lacks}; unset it")
+        missing = ", ".join(sorted(LEVELS[forced].needs - cpu_features()))
+        why = (
+            f"this CPU lacks {missing}"
+            if missing
+            else "the system keeps its tiles from this process"
+        )
+        raise UnsupportedError(f"WHALEFALL_ISA={forced}: {why}; unset it")
     return forced
 
 

@@ -1,5 +1,5 @@
-// What the machine can do: read bandwidth of a large buffer, the peak of fp32 FMA, and how far two
-// cores are from each other.
+// What the machine can do: read bandwidth of a large buffer, the peaks of fp32 FMA, of bf16 dots
+// and of AMX's tiles, and how far two cores are from each other.
 #include <pthread.h>
 #include <sched.h>
 
@@ -9,6 +9,9 @@
 #include <thread>
 
 #include "whalefall/pool.h"
+#if WF_ISA >= 4
+#include "whalefall/tile.h"
+#endif
 
 namespace {
 typedef float vec __attribute__((vector_size(WF_ISA >= 2 ? 64 : (WF_ISA == 1 ? 32 : 16))));
@@ -96,6 +99,21 @@ __attribute__((noinline)) void multiply_pairs(int64_t rounds) {
 void multiply_pairs(int64_t) {}  // the level has no such instruction
 #endif
 
+#if WF_ISA >= 4
+// Products of tiles, on four sums in turn: each waits 52 cycles for its last and takes 16.
+__attribute__((noinline)) void multiply_tiles(int64_t rounds) {
+  const wf::Tiles tiles;
+  for (int64_t i = 0; i < rounds; ++i) {
+    wf::multiply_tile<0, 4, 6>();
+    wf::multiply_tile<1, 4, 7>();
+    wf::multiply_tile<2, 5, 6>();
+    wf::multiply_tile<3, 5, 7>();
+  }
+}
+#else
+void multiply_tiles(int64_t) {}  // the level has none
+#endif
+
 struct alignas(64) Turn {
   std::atomic<int64_t> value{0};
 };
@@ -152,6 +170,22 @@ WF_EXPORT double wf_seconds_of_dots(int64_t rounds) {
   auto start = std::chrono::steady_clock::now();
   multiply_pairs(rounds);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Seconds that `rounds` rounds of four products of tiles take on this thread; 0 without tiles.
+WF_EXPORT double wf_seconds_of_tiles(int64_t rounds) {
+  if (WF_ISA < 4) return 0;
+  auto start = std::chrono::steady_clock::now();
+  multiply_tiles(rounds);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Runs `rounds` rounds of them on each thread; returns the FLOPs done.
+WF_EXPORT double wf_tiles(int64_t rounds) {
+  if (WF_ISA < 4) return 0;
+  int threads = wf::num_threads();
+  wf::parallel_for(threads, [&](int64_t, int) { multiply_tiles(rounds); });
+  return 2.0 * rounds * 4 * 16 * 16 * 32 * threads;
 }
 
 // Seconds that a cache line takes from one core to another and back, `rounds` times.

@@ -9,6 +9,11 @@
 namespace wf {
 #ifdef WF_DOT
 constexpr bool kDot = true;
+#else
+constexpr bool kDot = false;
+#endif
+
+#if defined(WF_DOT) || defined(WF_TILE)
 typedef __m512i halves;  // 32 bf16
 
 inline halves load_halves(const void* p) { return _mm512_loadu_si512(p); }
@@ -74,7 +79,5 @@ inline void undeal_halves(halves a, halves b, void* to) {
   _mm512_storeu_si512(to, _mm512_permutex2var_epi64(a, low, b));
   _mm512_storeu_si512(static_cast<char*>(to) + 64, _mm512_permutex2var_epi64(a, high, b));
 }
-#else
-constexpr bool kDot = false;
 #endif
 }  // namespace wf
