@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from whalefall import jit
 from whalefall.testing import benchmark
 from whalefall.testing.benchmark import Row, interleave
 
@@ -84,6 +85,26 @@ def test_pages_hold_every_miss_and_the_readme_the_worst_of_each_room(tmp_path: P
     assert "| fs | reading | a peer | 2 | >= 1x | 1 of 3 |" in said
     assert "|  | sorting | a peer | 0.1 | >= 1x | **missed** |" in said
     assert said.count("| trace |") == 1
+
+
+def test_notes_stand_once_behind_the_results_of_all_levels(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "benchmarks"
+    folder.mkdir(parents=True)
+    for room in ("gemm-amx", "gemm-avx2", "record"):
+        (folder / f"{room}.json").write_text(json.dumps(result(room, GOOD)))
+    (folder / "gemm.notes.md").write_text("Notes of gemm.\n")
+    (tmp_path / "README.md").write_text("<!-- figures --><!-- /figures -->")
+    benchmark.write_page(tmp_path)
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert page.count("Notes of gemm.") == 1
+    assert page.index("## gemm-avx2") < page.index("Notes of gemm.") < page.index("## record")
+
+
+def test_a_result_is_kept_under_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHALEFALL_ISA", "any")
+    assert benchmark.by_level("gemm") == "gemm-any"
+    monkeypatch.delenv("WHALEFALL_ISA")
+    assert benchmark.by_level("gemm") == f"gemm-{jit.levels()[-1]}"
 
 
 def test_a_command_is_shown_without_this_machines_folders(monkeypatch: pytest.MonkeyPatch) -> None:

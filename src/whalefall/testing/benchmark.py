@@ -127,10 +127,10 @@ def shown(argument: str) -> str:
 
 
 def by_level(room: str) -> str:
-    """`room`, with the ISA level in its name where that is not this machine's best."""
+    """`room` with the ISA level in its name: machines of different levels keep their results."""
     from whalefall import jit
 
-    return room if jit.best_level() == jit.levels()[-1] else f"{room}-{jit.best_level()}"
+    return f"{room}-{jit.best_level()}"
 
 
 def command_of(room: str) -> str:
@@ -185,10 +185,11 @@ def write_page(root: Path) -> None:
     paths = sorted(folder.glob("*.json"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     parts = [head, misses(results)]
-    for path, result in zip(paths, results, strict=True):
+    bases = [path.stem.split("-")[0] for path in paths]
+    for base, result, after in zip(bases, results, [*bases[1:], None], strict=True):
         parts.append(section(result))
-        notes = path.with_suffix(".notes.md")
-        if notes.exists():
+        notes = folder / f"{base}.notes.md"
+        if base != after and notes.exists():  # once, behind the results of all levels
             parts.append(notes.read_text(encoding="utf-8"))
     (root / "docs" / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     write_readme(root)
