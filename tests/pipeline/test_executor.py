@@ -23,6 +23,7 @@ from whalefall.pipeline import (
 )
 from whalefall.pipeline.actions import Schedule
 from whalefall.pipeline.simulator import Times
+from whalefall.trace import recorder
 
 PARTS = {
     "ATTN": 3.0, "ATTN-0": 1.0, "ATTN-1": 2.0, "SHARED": 1.0, "MLP": 3.0, "DISPATCH": 2.0,
@@ -87,46 +88,45 @@ def test_communication_hides_under_compute(order: Callable) -> None:
     assert sum(result.idle) < 0.15 * communication
 
 
-class Sleeper:
-    """Computes and communicates by sleeping, communication in a thread of its own."""
+class Timed:
+    """Computes 15 ms and communicates 6 ms at a time, by a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000_000
 
     def run(self, action: Action) -> None:
-        time.sleep(0.015)
+        self.now += 15_000_000
 
     def begin(self, action: Action) -> Callable[[], tuple[int, int]]:
-        start = time.perf_counter_ns()
-        ends: list[int] = []
-
-        def travel() -> None:
-            time.sleep(0.006)
-            ends.append(time.perf_counter_ns())
-
-        thread = threading.Thread(target=travel)
-        thread.start()
+        start, end = self.now, self.now + 6_000_000
 
         def wait() -> tuple[int, int]:
-            thread.join()
-            return start, ends[0]
+            self.now = max(self.now, end)
+            return start, end
 
         return wait
 
 
-def test_the_trace_shows_the_overlap() -> None:
+def test_the_trace_shows_the_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Timed()
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: worker.now)
+    monkeypatch.setattr(recorder, "_now", lambda: worker.now)
     trace.start()
-    execute(decode_overlap(4), Sleeper())
+    execute(decode_overlap(4), worker)
     events = trace.stop()
     found = trace.summarize(
         {"ph": "X", "cat": e.category, "name": e.name, "ts": e.start_ns / 1e3,
          "dur": e.duration_ns / 1e3, "pid": 0, "tid": e.track}
         for e in events
     )  # fmt: skip
-    assert found.overlap_ratio > 0.6
+    # 16 communications of 6 ms; the last one of all has no compute beside it
+    assert found.overlap_ratio == pytest.approx(15 / 16)
     assert {"DISPATCH0.0", "COMBINE1.3"} <= {kernel.name for kernel in found.kernels}
 
 
 def test_a_wait_without_a_beginning_is_refused() -> None:
     with pytest.raises(ConfigError, match="never begun"):
-        execute([Action("RECV_F", Task(1, 0), "wait", 0)], Sleeper())
+        execute([Action("RECV_F", Task(1, 0), "wait", 0)], Timed())
 
 
 def test_schedules_and_executor_need_no_torch() -> None:
