@@ -32,10 +32,11 @@ class FusedExperts {
 
  private:
   void sort(int64_t num_experts, const Selections& selected);
-  Prepared x_, hidden_, shared_hidden_;
+  Prepared x_, shared_x_, hidden_, shared_hidden_;
   Scratch order_, tokens_, starts_, active_, middle_, shared_middle_;
   Phase up_, down_;
-  int64_t num_active_ = 0;  // experts that were chosen
+  std::vector<RowSet> sets_;  // the selections of each active expert
+  int64_t num_active_ = 0;    // experts that were chosen
 };
 
 inline void FusedExperts::sort(int64_t num_experts, const Selections& selected) {
@@ -75,8 +76,17 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
       std::memset(static_cast<char*>(rows.data) + i * rows.pitch * kind_bytes(rows.kind), 0,
                   hidden * kind_bytes(rows.kind));
 
-  Rows tokens = x_.rows(x, T, first.w1, form, activations), selections = tokens;
+  Rows selections = x_.untiled(x, T, first.w1, form, activations), tokens = selections;
   selections.index = tokens_.get<int32_t>(0);
+  sets_.clear();
+  for (int64_t i = 0; i < num_active_; ++i)
+    sets_.push_back({start[active[i]], start[active[i] + 1], {}});
+  x_.tile(selections, first.w1, form, sets_.data(), num_active_);
+  if (shared.expert) {
+    RowSet all{0, T, {}};
+    shared_x_.tile(tokens, shared.expert->w1, form, &all, 1);
+    tokens.tiles = all.tiles;
+  }
   const Input middle{middle_.get<float>(total * width), width, kF32, 0};
   const int64_t shared_width = shared.expert ? shared.expert->w1.rows : 0;
   const Input shared_middle{shared_middle_.get<float>(T * shared_width), shared_width, kF32, 0};
@@ -92,7 +102,8 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
   }
   for (int64_t i = 0; i < num_active_; ++i) {
     const Expert& e = experts[active[i]];
-    const int64_t from = start[active[i]], end = start[active[i] + 1];
+    const int64_t from = sets_[i].first, end = sets_[i].last;
+    selections.tiles = sets_[i].tiles;
     up_.add({&e.w1, &e.w3, selections, from, end, output(middle)});
     down_.add({&e.w2, nullptr, {}, from, end, to});
   }
@@ -103,8 +114,12 @@ inline void FusedExperts::run(const Expert* experts, int64_t num_experts,
   if (shared.expert)
     down_.job(0).x = shared_hidden_.rows(shared_middle, T, shared.expert->w2, form, between);
   if (num_active_) {
-    const Rows inner = hidden_.rows(middle, start[num_experts], first.w2, form, between);
-    for (int64_t i = 0; i < num_active_; ++i) down_.job(i + (shared.expert ? 1 : 0)).x = inner;
+    Rows inner = hidden_.untiled(middle, start[num_experts], first.w2, form, between);
+    hidden_.tile(inner, first.w2, form, sets_.data(), num_active_);
+    for (int64_t i = 0; i < num_active_; ++i) {
+      inner.tiles = sets_[i].tiles;
+      down_.job(i + (shared.expert ? 1 : 0)).x = inner;
+    }
   }
   down_.run(nullptr);
 }

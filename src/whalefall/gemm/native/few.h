@@ -14,6 +14,8 @@
 #include "operands.h"
 
 namespace wf::gemm {
+using Next = const uint8_t*;  // weights that a thread will read soon; may be null, or any address
+
 namespace few {
 constexpr int kStep = 4 * kLanes;  // weights of one decode
 constexpr int kRowsOfX = 32;       // rows of x for one pass of `tiled`

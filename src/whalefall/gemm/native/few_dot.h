@@ -17,8 +17,6 @@
 #include "few.h"
 
 namespace wf::gemm {
-using Next = const uint8_t*;  // weights that a thread will read soon; may be null, or any address
-
 namespace few {
 constexpr int kBand = 16;  // rows of W whose sums become one vector
 
@@ -277,17 +275,4 @@ inline void multiply_few_dot(const Weight&, int64_t, int64_t, const Rows&, int64
   __builtin_trap();
 }
 #endif
-
-// y[:, n..end) for the rows [n, end) of W; `next` is what the thread will read after them.
-inline void multiply_few(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t count,
-                         const Output& out, Next next = nullptr) {
-  if (x.halves)
-    multiply_few_dot(w, n, end, x, count, out, next);
-  else if (w.kind == kFp8)
-    few::rows_of<kFp8>(w, n, end, x, count, out);
-  else if (w.kind == kBf16)
-    few::rows_of<kBf16>(w, n, end, x, count, out);
-  else
-    few::rows_of<kF32>(w, n, end, x, count, out);
-}
 }  // namespace wf::gemm

@@ -104,7 +104,7 @@ inline void widen_block(const uint8_t* codes, int kind, uint16_t* to) {
     std::memcpy(to, codes, 2 * kBlock);
     return;
   }
-#ifdef WF_DOT
+#if defined(WF_DOT) || defined(WF_TILE)
   const Fp8Decoder decode;
   for (int i = 0; i < kBlock; i += 64) {
     halves a, b;
@@ -123,34 +123,38 @@ class Gemm {
     int64_t segment, first, count, at;
   };
   void prepare(const Product& p, const Piece& piece, int64_t row);
+  void prepare_tiles(const Product& p, const Piece& piece, int64_t g);
+  TileRows tiles(const Piece& piece) const;
   template <int kKind, int kLength>
   void multiply(const Product& p, const Piece& piece, int64_t n, int64_t end);
   void wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows);
 
   Scratch values_, scales_, pieces_;
   float *a_ = nullptr, *a_scale_ = nullptr;  // A as fp32, its scales
-  uint16_t* halves_ = nullptr;               // or A as bf16, for the dot
+  uint16_t* halves_ = nullptr;               // or A as bf16: rows for the dot, or tiles
   int64_t pitch_ = 0, blocks_ = 0;
 };
+
+// One block of K of row m of a segment's A, zeros behind its end.
+template <class Value>
+void widen_row(const Operand& a, int64_t m, int64_t k, Value* to) {
+  uint8_t copy[2 * kBlock];
+  const int64_t left = a.cols() - k, width = left < kBlock ? left : kBlock;
+  if (width == kBlock && a.in_place()) return widen_block(a.at(m, k), a.layout.kind, to);
+  if (width < kBlock) std::memset(copy, 0, sizeof copy);
+  a.copy(m, k, width, copy);
+  widen_block(copy, a.layout.kind, to);
+}
 
 inline void Gemm::prepare(const Product& p, const Piece& piece, int64_t row) {
   const Segment& s = p.segments[piece.segment];
   Operand a{s.a, s.a_scale, p.a, s.m, s.k};
   const int64_t m = piece.first + row, at = piece.at + row;
-  uint8_t copy[2 * kBlock];
   for (int64_t k = 0; k < s.k; k += kBlock) {
-    const int64_t width = s.k - k < kBlock ? s.k - k : kBlock;
-    const uint8_t* codes = copy;
-    if (width == kBlock && a.in_place()) {
-      codes = a.at(m, k);
-    } else {
-      if (width < kBlock) std::memset(copy, 0, sizeof copy);
-      a.copy(m, k, width, copy);
-    }
     if (kDot)
-      widen_block(codes, p.a.kind, halves_ + at * pitch_ + k);
+      widen_row(a, m, k, halves_ + at * pitch_ + k);
     else
-      widen_block(codes, p.a.kind, a_ + at * pitch_ + k);
+      widen_row(a, m, k, a_ + at * pitch_ + k);
   }
   const many::ScaleRow scale = a.scale_row(m, p.length);
   for (int64_t b = 0; b < ceil_div(s.k, p.length); ++b) a_scale_[at * blocks_ + b] = scale[b];
@@ -162,31 +166,72 @@ template <int kKind, int kLength>
 void Gemm::multiply(const Product& p, const Piece& piece, int64_t n, int64_t end) {
   const Segment& s = p.segments[piece.segment];
   ScaledOperand<kLength> b{{s.b, s.b_scale, p.b, p.n, s.k}};
-  Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr, halves_};
-  const float* sums =
-      many::multiply<kKind, kLength>(b, n, end, a, piece.at, piece.at + piece.count, nullptr);
-  int64_t size = kind_bytes(p.d_kind);
-  for (int64_t i = 0; i < piece.count; ++i, sums += many::kColumns) {
-    uint8_t* d = s.d + ((piece.first + i) * p.d_pitch + n) * size;
-    const uint8_t* c = s.c ? s.c + ((piece.first + i) * p.c_pitch + n) * size : nullptr;
+  const int64_t size = kind_bytes(p.d_kind), first = piece.at, last = first + piece.count;
+  auto emit = [&](int64_t m, const float* sums) {
+    const int64_t row = piece.first + m - first;
+    uint8_t* d = s.d + (row * p.d_pitch + n) * size;
+    const uint8_t* c = s.c ? s.c + (row * p.c_pitch + n) * size : nullptr;
     write_row(p.d_kind, d, sums, end - n, nullptr, c);
+  };
+#ifdef WF_TILE
+  many::multiply_tiles<kKind, kLength>(b, n, end, tiles(piece), first, last, nullptr, emit);
+#else
+  Rows a{a_, pitch_, nullptr, a_scale_, blocks_, nullptr, halves_};
+  many::multiply<kKind, kLength>(b, n, end, a, first, last, nullptr, emit);
+#endif
+}
+
+// A's rows of a piece, where they are tiles.
+inline TileRows Gemm::tiles(const Piece& piece) const {
+  return {halves_ + piece.at * pitch_, a_scale_ + piece.at * blocks_, ceil_div(piece.count, 16),
+          piece.at};
+}
+
+// Group g of a piece, with zeros for rows that are not there.
+inline void Gemm::prepare_tiles(const Product& p, const Piece& piece, int64_t g) {
+#ifdef WF_TILE
+  const Segment& s = p.segments[piece.segment];
+  const Operand a{s.a, s.a_scale, p.a, s.m, s.k};
+  const TileRows made = tiles(piece);
+  const int64_t left = piece.count - g * kGroup, count = left < kGroup ? left : kGroup;
+  const bool deal = p.b.kind == kFp8 && p.length == kBlock;
+  alignas(64) uint16_t block[kGroup][kBlock] = {};
+  const uint16_t* row[kGroup];
+  for (int r = 0; r < kGroup; ++r) row[r] = block[r];
+  for (int64_t k = 0; k < s.k; k += kBlock) {
+    for (int64_t r = 0; r < count; ++r) widen_row(a, piece.first + g * kGroup + r, k, block[r]);
+    pack_block(row, deal, kGroup, const_cast<uint16_t*>(made.block(k / kBlock, g)));
   }
+  for (int64_t r = 0; r < kGroup; ++r) {
+    const many::ScaleRow scale =
+        a.scale_row(piece.first + g * kGroup + (r < count ? r : 0), p.length);
+    for (int64_t b = 0; b < round_up(s.k, kBlock) / p.length; ++b)
+      const_cast<float*>(made.scale(b, g))[r] =
+          r < count && b < ceil_div(s.k, p.length) ? scale[b] : 0.0f;
+  }
+#else
+  (void)p, (void)piece, (void)g;
+#endif
 }
 
 inline void Gemm::wave(const Product& p, const Piece* pieces, int64_t count, int64_t rows) {
   void* values = values_.get<float>(rows * pitch_);
-  if (kDot)
+  if (kHalves)
     halves_ = static_cast<uint16_t*>(values);
   else
     a_ = static_cast<float*>(values);
   a_scale_ = scales_.get<float>(rows * blocks_ + 1);
-  parallel_for(count, [&](int64_t i, int) {
-    for (int64_t row = 0; row < pieces[i].count; ++row) prepare(p, pieces[i], row);
+  constexpr int64_t kParts = many::kChunkRows / 16;  // of a piece
+  parallel_for(count * kParts, [&](int64_t task, int) {
+    const Piece& piece = pieces[task / kParts];
+    const int64_t first = task % kParts * 16, last = first + 16;
+    if (kTile && first < piece.count) return prepare_tiles(p, piece, first / 16);
+    for (int64_t row = first; row < last && row < piece.count; ++row) prepare(p, piece, row);
   });
-  int64_t across = ceil_div(p.n, many::kColumns);
+  const int64_t columns = many::columns(kTile), across = ceil_div(p.n, columns);
   parallel_for(count * across, [&](int64_t task, int) {
-    int64_t n = task % across * many::kColumns;
-    int64_t end = n + many::kColumns < p.n ? n + many::kColumns : p.n;
+    int64_t n = task % across * columns;
+    int64_t end = n + columns < p.n ? n + columns : p.n;
     const Piece& piece = pieces[task / across];
     if (p.b.kind == kBf16)
       multiply<kBf16, kBlock>(p, piece, n, end);
@@ -203,10 +248,10 @@ inline void Gemm::run(const Product& p) {
     if (p.segments[s].k > depth) depth = p.segments[s].k;
     total += ceil_div(p.segments[s].m, many::kChunkRows);
   }
-  pitch_ = round_up(depth, kBlock) +
-           (kDot ? 32 : 16);  // not a power of two: rows must not share cache sets
+  // rows must not share cache sets, so not a power of two; tiles lie one after the other
+  pitch_ = round_up(depth, kBlock) + (kTile ? 0 : kDot ? 32 : 16);
   blocks_ = round_up(depth, kBlock) / p.length;
-  int64_t most = (int64_t(128) << 20) / (pitch_ * 4);
+  int64_t most = (int64_t(128) << 20) / (pitch_ * 4 + 1);
   Piece* pieces = pieces_.get<Piece>(total + 1);
   int64_t count = 0, rows = 0;
   for (int64_t s = 0; s < p.num_segments; ++s)
@@ -218,7 +263,7 @@ inline void Gemm::run(const Product& p) {
         count = rows = 0;
       }
       pieces[count++] = Piece{s, m, take, rows};
-      rows += take;
+      rows += kTile ? round_up(take, 16) : take;
     }
   if (count > 0) wave(p, pieces, count, rows);
 }

@@ -1,28 +1,41 @@
 // y[M, N] = x[M, K] . W[N, K]^T on all threads, in either form; what a layer of a model calls.
 #pragma once
 #include "few.h"
-#include "few_dot.h"
+#include "few_form.h"
 #include "many.h"
 
 namespace wf::gemm {
-// Whether the dot kernels multiply x with a weight of `kind`: then both are bf16, or may be.
-inline bool uses_dot(int weight_kind, int x_kind, int activations) {
-  return kDot && weight_kind != kF32 && (x_kind == kBf16 || activations != kKeep);
+// Whether x is multiplied with a weight of `kind` as bf16, by dots or tiles: both are, or may be.
+inline bool uses_halves(int weight_kind, int x_kind, int activations) {
+  return kHalves && weight_kind != kF32 && (x_kind == kBf16 || activations != kKeep);
 }
 // The order in which a weight of `kind` wants x in a form.
-inline Order order_for(int kind, int form, bool dot) {
-  if (kind != kFp8 || form != kFew) return Order::kPlain;
-  return dot ? Order::kDealt : Order::kWords;
+inline Order order_for(int kind, int form, bool half) {
+  if (kind != kFp8 || form != kFew || (half && kTile)) return Order::kPlain;
+  return half ? Order::kDealt : Order::kWords;
 }
 
 // Rows of x as the kernels want them; in place where x is plain, of the kernels' type, and K a
 // multiple of 128. kFp8 is rows that `pack_row` made, for kE4m3 only.
 class Prepared {
  public:
-  Rows rows(const Input& x, int64_t count, const Weight& w, int form, int activations);
+  // With tiles of all rows, where tiles are used.
+  Rows rows(const Input& x, int64_t count, const Weight& w, int form, int activations) {
+    Rows rows = untiled(x, count, w, form, activations);
+    RowSet all{0, count, {}};
+    tile(rows, w, form, &all, 1);
+    rows.tiles = all.tiles;
+    return rows;
+  }
+  Rows untiled(const Input& x, int64_t count, const Weight& w, int form, int activations);
+  // Sets of rows as tiles, until the next call; nothing where tiles are not used.
+  void tile(const Rows& rows, const Weight& w, int form, RowSet* sets, int64_t count) {
+    if (kTile && rows.halves) tiles_.make(rows, w.cols, w.kind == kFp8, form == kFew, sets, count);
+  }
 
  private:
   Scratch values_, scales_;
+  TileMaker tiles_;
 };
 
 namespace detail {
@@ -132,7 +145,7 @@ inline void deal(const float* from, float* to, float lift) {
 
 // `padded` floats as bf16, each 64 in the order of Fp8Decoder if `deal`.
 inline void to_half_row(const float* from, int64_t padded, bool deal, uint16_t* to) {
-#ifdef WF_DOT
+#if defined(WF_DOT) || defined(WF_TILE)
   for (int64_t k = 0; k < padded; k += 4 * kLanes, from += 4 * kLanes, to += 4 * kLanes) {
     halves first = to_halves(load(from), load(from + kLanes));
     halves second = to_halves(load(from + 2 * kLanes), load(from + 3 * kLanes));
@@ -182,21 +195,22 @@ inline float order_words(float* row, int64_t padded) {
 }
 }  // namespace detail
 
-inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int form,
-                           int activations) {
+inline Rows Prepared::untiled(const Input& x, int64_t count, const Weight& w, int form,
+                              int activations) {
   const int64_t cols = w.cols;
-  const bool dot = uses_dot(w.kind, x.kind, activations), quantize = activations == kE4m3;
-  const Order order = order_for(w.kind, form, dot);
-  if (cols % kBlock == 0 && !quantize && order == Order::kPlain && x.kind == (dot ? kBf16 : kF32)) {
+  const bool half = uses_halves(w.kind, x.kind, activations), quantize = activations == kE4m3;
+  const Order order = order_for(w.kind, form, half);
+  const bool whole = cols % kBlock == 0 || (half && kTile);  // tiles are padded when they are made
+  if (whole && !quantize && order == Order::kPlain && x.kind == (half ? kBf16 : kF32)) {
     Rows in_place{nullptr, x.pitch, nullptr, nullptr, 0, nullptr};
-    if (dot)
+    if (half)
       in_place.halves = static_cast<const uint16_t*>(x.data);
     else
       in_place.data = static_cast<const float*>(x.data);
     return in_place;
   }
   int64_t padded = round_up(cols, kBlock), blocks = padded / kBlock;
-  int64_t pitch = padded + (dot ? 32 : 16);  // not a power of two: rows must not share cache sets
+  int64_t pitch = padded + (half ? 32 : 16);  // not a power of two: rows must not share cache sets
   float* values = values_.get<float>(count * (pitch + 1) + num_threads() * padded);
   uint16_t* halves = reinterpret_cast<uint16_t*>(values);
   float* unlift = values + count * pitch;
@@ -210,7 +224,7 @@ inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int f
         detail::deal_row(from, cols, padded, halves + m * pitch);
         continue;
       }
-      float* row = dot ? own + thread * padded : values + m * pitch;
+      float* row = half ? own + thread * padded : values + m * pitch;
       if (x.kind == kFp8) {
         const uint8_t* from = static_cast<const uint8_t*>(x.data) + m * x.pitch;
         detail::unpack_row(from, padded, row, scales + m * blocks);
@@ -219,11 +233,11 @@ inline Rows Prepared::rows(const Input& x, int64_t count, const Weight& w, int f
         if (quantize) detail::quantize_row(row, padded, scales + m * blocks);
       }
       unlift[m] = order == Order::kWords ? detail::order_words(row, padded) : 1.0f;
-      if (dot) detail::to_half_row(row, padded, order == Order::kDealt, halves + m * pitch);
+      if (half) detail::to_half_row(row, padded, order == Order::kDealt, halves + m * pitch);
     }
   });
   Rows rows{values, pitch, nullptr, scales, blocks, order == Order::kWords ? unlift : nullptr};
-  if (dot) rows.data = nullptr, rows.halves = halves;
+  if (half) rows.data = nullptr, rows.halves = halves;
   return rows;
 }
 
@@ -232,8 +246,8 @@ inline int64_t row_bytes(const Weight& w) { return w.cols ? w.cols * kind_bytes(
 
 // Rows of W for one task of the few form: several tasks a thread, each long enough that its first
 // rows, which may come late, do not count.
-inline int64_t few_chunk(const Weight& w, bool dot) {
-  if (dot) {
+inline int64_t few_chunk(const Weight& w, bool half) {
+  if (half) {
     const int64_t row = row_bytes(w);
     int64_t bytes = w.rows * row / (num_threads() * 3);
     bytes = bytes < 65536 ? 65536 : bytes > 524288 ? 524288 : bytes;
@@ -251,17 +265,18 @@ inline int64_t few_chunk(const Weight& w, bool dot) {
 
 inline void linear(const Weight& w, const Rows& x, int64_t count, const Output& y, int form) {
   if (form == kFew) {
-    int64_t chunk = few_chunk(w, x.halves != nullptr);
+    int64_t chunk = few_chunk(w, x.halves || x.tiles.values);
     parallel_runs(ceil_div(w.rows, chunk), [&](int64_t task, int64_t next, const Run&) {
       int64_t n = task * chunk, end = n + chunk < w.rows ? n + chunk : w.rows;
       multiply_few(w, n, end, x, count, y, next < 0 ? nullptr : w.row(next * chunk));
     });
     return;
   }
-  int64_t across = ceil_div(w.rows, many::kColumns), down = ceil_div(count, many::kChunkRows);
+  const int64_t columns = many::columns(x.tiles.values != nullptr);
+  int64_t across = ceil_div(w.rows, columns), down = ceil_div(count, many::kChunkRows);
   parallel_for(across * down, [&](int64_t task, int) {
-    int64_t n = task / down * many::kColumns, m = task % down * many::kChunkRows;
-    int64_t end = n + many::kColumns < w.rows ? n + many::kColumns : w.rows;
+    int64_t n = task / down * columns, m = task % down * many::kChunkRows;
+    int64_t end = n + columns < w.rows ? n + columns : w.rows;
     int64_t last = m + many::kChunkRows < count ? m + many::kChunkRows : count;
     multiply_many(w, n, end, x, m, last, y);
   });

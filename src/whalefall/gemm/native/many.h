@@ -9,6 +9,7 @@
 #pragma once
 #include "many_dot.h"
 #include "many_fma.h"
+#include "many_tile.h"
 
 namespace wf::gemm {
 namespace many {
@@ -94,26 +95,35 @@ const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x,
   return space.sums;
 }
 
-template <int kKind, int kLength, class Source>
-const float* multiply(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first,
-                      int64_t last, const uint8_t* next) {
+// emit(m, y[m, n..end)) for the rows [first, last) of x.
+template <int kKind, int kLength, class Source, class Emit>
+void multiply(const Source& w, int64_t n, int64_t end, const Rows& x, int64_t first, int64_t last,
+              const uint8_t* next, Emit&& emit) {
+#ifdef WF_TILE
+  if constexpr (kKind != kF32)
+    if (x.tiles.values)
+      return multiply_tiles<kKind, kLength>(w, n, end, x.tiles, first, last, next, emit);
+#endif
+  const float* sums = nullptr;
 #ifdef WF_DOT
   if constexpr (kKind != kF32)
-    if (x.halves) return multiply_on<DotPath, kKind, kLength>(w, n, end, x, first, last, next);
+    if (x.halves) sums = multiply_on<DotPath, kKind, kLength>(w, n, end, x, first, last, next);
 #endif
-  return multiply_on<FmaPath, kKind, kLength>(w, n, end, x, first, last, next);
+  if (!sums) sums = multiply_on<FmaPath, kKind, kLength>(w, n, end, x, first, last, next);
+  for (int64_t m = first; m < last; ++m) emit(m, sums + (m - first) * kColumns);
 }
 }  // namespace many
 
-// y[first..last, n..end): `end - n` at most kColumns, `last - first` at most kChunkRows.
+// y[first..last, n..end): `end - n` at most `many::columns`, `last - first` at most kChunkRows.
 inline void multiply_many(const Weight& w, int64_t n, int64_t end, const Rows& x, int64_t first,
                           int64_t last, const Output& out, const uint8_t* next = nullptr) {
-  many::WeightSource source{w};
-  auto multiply = w.kind == kFp8    ? many::multiply<kFp8, kBlock, many::WeightSource>
-                  : w.kind == kBf16 ? many::multiply<kBf16, kBlock, many::WeightSource>
-                                    : many::multiply<kF32, kBlock, many::WeightSource>;
-  const float* sums = multiply(source, n, end, x, first, last, next);
-  for (int64_t m = first; m < last; ++m)
-    out.put(m, n, sums + (m - first) * many::kColumns, end - n);
+  const many::WeightSource source{w};
+  auto emit = [&](int64_t m, const float* values) { out.put(m, n, values, end - n); };
+  if (w.kind == kFp8)
+    many::multiply<kFp8, kBlock>(source, n, end, x, first, last, next, emit);
+  else if (w.kind == kBf16)
+    many::multiply<kBf16, kBlock>(source, n, end, x, first, last, next, emit);
+  else
+    many::multiply<kF32, kBlock>(source, n, end, x, first, last, next, emit);
 }
 }  // namespace wf::gemm

@@ -1,6 +1,6 @@
 // What the products of this room work on: a weight as it lies in a checkpoint, rows of activations
-// made fp32, and where results go. Plain structs: Python fills them through ctypes, and other
-// rooms' native units include this header.
+// made fp32 or bf16, and where results go. Plain structs: Python fills them through ctypes, and
+// other rooms' native units include this header.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -49,8 +49,26 @@ struct Input {
   int32_t unused;
 };
 
+// A set of rows of x as AMX multiplies them: groups of 16 rows, a block of K of a group being four
+// tiles, [16 pairs of K][width][2]. Where W is FP8, each 64 of K are in the order of Fp8Decoder.
+struct TileRows {
+  static constexpr int kTilesOfBlock = kBlock / 32;
+  const uint16_t* values = nullptr;  // [K / 128][groups][4] tiles; null: there are none
+  const float* scales = nullptr;     // [blocks][groups][width]; null: 1
+  int64_t groups = 0, first = 0;     // `first`: the row of x with which they start
+  int64_t width = 16;                // rows in a group; fewer if all rows are, in the few form
+
+  int64_t group_of(int64_t row) const { return (row - first) / 16; }
+  const uint16_t* block(int64_t b, int64_t group) const {
+    return values + (b * groups + group) * kTilesOfBlock * 32 * width;
+  }
+  const float* scale(int64_t b, int64_t group) const {
+    return scales + (b * groups + group) * width;
+  }
+};
+
 // Activations as the kernels read them: rows of fp32, or of bf16 for the dot kernels, zero from K
-// to the next multiple of 128.
+// to the next multiple of 128; or bf16 tiles.
 struct Rows {
   const float* data;  // null: `halves` has them
   int64_t pitch;
@@ -59,6 +77,7 @@ struct Rows {
   int64_t scale_pitch;
   const float* unlift;  // [rows], see Order::kWords; null: 1
   const uint16_t* halves = nullptr;
+  TileRows tiles = {};
 
   int64_t place(int64_t m) const { return index ? index[m] : m; }
   const float* row(int64_t m) const { return data + place(m) * pitch; }
@@ -76,7 +95,7 @@ enum class Order {
   // j]; and each row multiplied by a power of two that keeps products with value * kFp8Tiny away
   // from fp32's subnormals. `unlift` takes it, and kFp8Tiny, out again: exact.
   kWords,
-  // bf16, each 64 as `Fp8Decoder` delivers weights.
+  // bf16, each 64 as `Fp8Decoder` delivers weights, for the dot.
   kDealt,
 };
 

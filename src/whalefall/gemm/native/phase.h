@@ -81,6 +81,7 @@ inline void multiply(const Weight& w, int64_t n, int64_t end, const Rows& x, int
     part.data += first * part.pitch;
   if (!part.index && part.scale) part.scale += first * part.scale_pitch;
   if (!part.index && part.unlift) part.unlift += first;
+  part.tiles.first -= first;
   if (to.index)
     to.index += first;
   else

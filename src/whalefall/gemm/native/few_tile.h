@@ -1,0 +1,202 @@
+// The form for few rows of x with AMX: y^T = W . x^T, 16 rows of W by up to 16 rows of x a tile.
+//
+// A band of 16 rows of W is decoded 128 of K at a time into four tiles in L1 (4 KB, in turn with
+// those before); four tile products are its partial sums, which are stored, scaled and added to
+// fp32 sums in L1. Nothing waits: while a block is decoded, the products of the one before run.
+// x is made tiles once a call, as wide as there are rows: a product takes as long for one row as
+// for 16. For more than 16 the band is kept decoded, in L2. Each sum is one chain over k within a
+// block, then one over blocks, whatever the rows of x are.
+//
+// Memory: a band's rows are read side by side, so that they must be in L2 by then: meanwhile the
+// next band is brought there in the order of memory, and at the end of a task what its thread reads
+// next. Bound: memory; decoding takes half as long.
+#pragma once
+#include "few.h"
+#include "tile_rows.h"
+
+namespace wf::gemm {
+#ifdef WF_TILE
+namespace few {
+// 16 rows of W from n on, or as many as there are before `end`.
+template <int kKind>
+class TileBand {
+ public:
+  TileBand(const Weight& w, int64_t n, int64_t end)
+      : first_(w.row(n)), cols_(w.cols), rows_(end - n < kGroup ? int(end - n) : kGroup) {
+    if (kKind != kFp8) return;
+    scale_ = after_ = w.row_scale(n);
+    const int64_t turn = kBlock - (w.first_row + n) % kBlock;  // rows of the first block row
+    if (turn < rows_) after_ += w.scale_pitch, turn_ = int(turn);
+  }
+  int64_t blocks() const { return ceil_div(cols_, kBlock); }
+
+  void decode(int64_t b, uint16_t* tiles) const {
+    const int64_t k = b * kBlock, pitch = cols_ * kBytes;
+    if (k + kBlock <= cols_ && rows_ == kGroup) {
+      const uint8_t* row = first_ + k * kBytes;
+#pragma GCC unroll 4
+      for (int r = 0; r < kGroup; ++r, row += pitch) decode_(row, r, tiles);
+      return;
+    }
+    const int64_t width = cols_ - k < kBlock ? cols_ - k : kBlock;
+    for (int r = 0; r < kGroup; ++r) {
+      uint8_t edge[kBlock * kBytes] = {};
+      if (r < rows_) std::memcpy(edge, first_ + r * pitch + k * kBytes, width * kBytes);
+      decode_(edge, r, tiles);
+    }
+  }
+
+  // The scales of the rows in sums [16][width], vector j of them.
+  vf scales(int64_t b, int64_t width, int64_t j) const {
+    if (kKind != kFp8) return set1(1.0f);
+    const vf first = broadcast(scale_ + b);
+    if (turn_ == kGroup) return first;
+    const int64_t before = turn_ * width - j * kLanes;  // lanes that still are of the first
+    const __mmask16 of_after = before >= kLanes ? 0 : before <= 0 ? 0xFFFF : 0xFFFF << before;
+    return (vf)_mm512_mask_blend_ps(of_after, (__m512)first, (__m512)broadcast(after_ + b));
+  }
+
+ private:
+  static constexpr int64_t kBytes = kind_bytes(kKind);
+  const uint8_t* first_;
+  int64_t cols_;
+  int rows_, turn_ = kGroup;  // rows from `turn_` on have the scales `after_`
+  const float *scale_ = nullptr, *after_ = nullptr;
+  const RowDecoder<kKind> decode_ = {};
+};
+
+// The scales of x in sums [16][width], vector j of them.
+inline vf x_scales(const TileRows& x, int64_t b, int64_t group, int64_t j) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 used = __mmask16((1u << x.width) - 1);
+  const __m512 scales = _mm512_maskz_loadu_ps(used, x.scale(b, group));
+  if (x.width == kLanes) return (vf)scales;
+  // lane + 16 j modulo the width: exact in fp32
+  const __m512i lane = _mm512_add_epi32(count, _mm512_set1_epi32(int(j) * kLanes));
+  const __m512 at = _mm512_cvtepi32_ps(lane), width = _mm512_set1_ps(float(x.width));
+  const __m512 whole =
+      _mm512_roundscale_ps(_mm512_div_ps(_mm512_add_ps(at, _mm512_set1_ps(0.5f)), width), 0x09);
+  return (vf)_mm512_permutexvar_ps(_mm512_cvttps_epi32(_mm512_fnmadd_ps(whole, width, at)), scales);
+}
+
+template <int kTile>
+inline void multiply_block(const uint16_t* w, const uint16_t* x, int64_t width) {
+  const int64_t pitch = width * 4, next = kGroup * 2 * width;
+  zero_tile<kTile>();
+  load_tile<4>(w, kTileBytes);
+  load_tile<2>(x, pitch);
+  multiply_tile<kTile, 4, 2>();
+  load_tile<5>(w + kTileValues, kTileBytes);
+  load_tile<3>(x + next, pitch);
+  multiply_tile<kTile, 5, 3>();
+  load_tile<6>(w + 2 * kTileValues, kTileBytes);
+  load_tile<2>(x + 2 * next, pitch);
+  multiply_tile<kTile, 6, 2>();
+  load_tile<7>(w + 3 * kTileValues, kTileBytes);
+  load_tile<3>(x + 3 * next, pitch);
+  multiply_tile<kTile, 7, 3>();
+}
+
+// sums[16][width] of one band and one group of x.
+template <int kKind>
+class BandProduct {
+ public:
+  BandProduct(const TileBand<kKind>& band, const TileRows& x, int64_t group, float* sums)
+      : band_(band), x_(x), group_(group), sums_(sums) {}
+
+  // `tiles`: a ring of two blocks, or, if `keep`, of all; decoded here, or already before. Brings
+  // into L2 what lies at `next`, as much as it reads; null: nothing.
+  __attribute__((noinline)) void run(uint16_t* tiles, bool keep, bool decoded, Next next) {
+    const int64_t blocks = band_.blocks();
+    auto at = [&](int64_t b) { return tiles + (keep ? b : b % 2) * kBlockValues; };
+    for (int64_t j = 0; j < x_.width; ++j) store(sums_ + j * kLanes, vf{});
+    if (!decoded && blocks > 0) band_.decode(0, at(0));
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (next)
+        for (int i = 0; i < kGroup * kBlock * kind_bytes(kKind); i += 64, next += 64)
+          prefetch_l2(next);
+      if (!decoded && b + 1 < blocks) band_.decode(b + 1, at(b + 1));
+      if (b > 0) add(b - 1);
+      if (b % 2)
+        multiply_block<1>(at(b), x_.block(b, group_), x_.width);
+      else
+        multiply_block<0>(at(b), x_.block(b, group_), x_.width);
+    }
+    if (blocks > 0) add(blocks - 1);
+  }
+
+ private:
+  void add(int64_t b) {
+    alignas(64) float partial[kGroup * kLanes];
+    if (b % 2)
+      store_tile<1>(partial, x_.width * 4);
+    else
+      store_tile<0>(partial, x_.width * 4);
+    for (int64_t j = 0; j < x_.width; ++j) {
+      vf s = band_.scales(b, x_.width, j);
+      if (x_.scales) s = s * x_scales(x_, b, group_, j);
+      float* sum = sums_ + j * kLanes;
+      store(sum, fma(load(partial + j * kLanes), s, load(sum)));
+    }
+  }
+
+  const TileBand<kKind>& band_;
+  const TileRows& x_;
+  const int64_t group_;
+  float* sums_;
+};
+
+// Tiles of `width` rows of x and of sums, and whole ones of W.
+constexpr TileShapes shapes_of(int64_t width) {
+  TileShapes shapes;
+  for (int i = 0; i < 4; ++i) shapes.bytes[i] = uint16_t(4 * width);
+  return shapes;
+}
+
+template <int kKind>
+void tile_rows_of(const Weight& w, int64_t n, int64_t end, const TileRows& x, int64_t count,
+                  const Output& y, Next next) {
+  static thread_local Scratch memory;
+  const int64_t first = x.group_of(0), groups = ceil_div(count, kGroup);
+  const bool keep = groups > 1;
+  uint16_t* tiles =
+      memory.get<uint16_t>((keep ? ceil_div(w.cols, kBlock) : 2) * int64_t(kBlockValues));
+  const Tiles shapes(shapes_of(x.width));
+  for (; n < end; n += kGroup) {
+    const int64_t stop = n + kGroup < end ? n + kGroup : end;
+    const TileBand<kKind> band(w, n, end);
+    for (int64_t g = 0; g < groups; ++g) {
+      alignas(64) float sums[kGroup * kLanes];
+      BandProduct<kKind>(band, x, first + g, sums)
+          .run(tiles, keep, g > 0,
+               g > 0        ? nullptr
+               : stop < end ? w.row(stop)
+                            : next);
+      const __m512i place = _mm512_mullo_epi32(
+          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+          _mm512_set1_epi32(int(x.width)));
+      for (int64_t m = g * kGroup; m < count && m < (g + 1) * kGroup; ++m) {
+        float values[kGroup];
+        store(values, (vf)_mm512_i32gather_ps(place, sums + m % kGroup, 4));
+        y.put(m, n, values, stop - n);
+      }
+    }
+  }
+}
+}  // namespace few
+
+inline void multiply_few_tile(const Weight& w, int64_t n, int64_t end, const TileRows& x,
+                              int64_t count, const Output& y, Next next) {
+  if (count == 0) return;
+  if (w.kind == kFp8)
+    few::tile_rows_of<kFp8>(w, n, end, x, count, y, next);
+  else
+    few::tile_rows_of<kBf16>(w, n, end, x, count, y, next);
+}
+#else
+inline void multiply_few_tile(const Weight&, int64_t, int64_t, const TileRows&, int64_t,
+                              const Output&, Next) {
+  __builtin_trap();
+}
+#endif
+}  // namespace wf::gemm
