@@ -31,18 +31,19 @@ class TileBand {
   int64_t blocks() const { return ceil_div(cols_, kBlock); }
 
   void decode(int64_t b, uint16_t* tiles) const {
+    const RowDecoder<kKind> decode = decode_;  // in registers
     const int64_t k = b * kBlock, pitch = cols_ * kBytes;
     if (k + kBlock <= cols_ && rows_ == kGroup) {
       const uint8_t* row = first_ + k * kBytes;
 #pragma GCC unroll 4
-      for (int r = 0; r < kGroup; ++r, row += pitch) decode_(row, r, tiles);
+      for (int r = 0; r < kGroup; ++r, row += pitch) decode(row, r, tiles);
       return;
     }
     const int64_t width = cols_ - k < kBlock ? cols_ - k : kBlock;
     for (int r = 0; r < kGroup; ++r) {
       uint8_t edge[kBlock * kBytes] = {};
       if (r < rows_) std::memcpy(edge, first_ + r * pitch + k * kBytes, width * kBytes);
-      decode_(edge, r, tiles);
+      decode(edge, r, tiles);
     }
   }
 

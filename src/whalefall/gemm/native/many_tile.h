@@ -3,10 +3,10 @@
 // A panel of W, kPanelRows rows by kPanelDepth of K, is decoded into tiles (256 KB: L2). For each
 // 128 of K, 64 rows of x (16 KB: L1) meet one pair of W's groups after the other (8 KB, from L2).
 // The 16 products of a square are its partial sums; they are stored to L1, and while the next
-// square's products run, vectors scale them and add them to the fp32 sums, which lie in L2: the
-// two share nothing but the ports of L1. The x and W of later are prefetched meanwhile, a few
-// lines a square. Each sum is one chain over k within a block, then one over blocks, as in the
-// other paths. Bound: what L2 delivers, then products.
+// square's products run, vectors scale them and add them to the fp32 sums, which lie in L2. The x
+// and W of later are prefetched meanwhile, a few lines a square. Each sum is one chain over k
+// within a block, then one over blocks, as in the other paths. Bound: what L2 delivers, then
+// products.
 #pragma once
 #include "tile_rows.h"
 
@@ -37,50 +37,46 @@ class Ahead {
 
 // Where a square's partial sums go, and their scales.
 struct Square {
-  float* sums[2];        // W's first group by each of x's; its second group's are behind them
-  const float* w_scale;  // of 32 rows
-  const float* x_scale[2];
+  float* sums;                     // of the first group of W and of x
+  const float *w_scale, *x_scale;  // of two groups
 };
 
 // A thread's memory.
 struct TileSpace {
   static constexpr int64_t kScales = kPanelRows * kPanelDepth / 32;
   uint16_t* panel;  // [K / 128][groups][4] tiles
-  // those of the panel before are still read while the next one is decoded
-  float* scales_of(int64_t k) const { return scales + k / kPanelDepth % 2 * kScales; }
-  float* scales;   // [blocks][kPanelRows], of a panel with an even number, then of an odd one
-  float* sums;     // [groups of x][groups of W][16][16]
-  float* partial;  // of two squares
-  float* unused;   // sums that nobody wants
-  float* rows;     // of 16 rows of y
+  float* scales;    // [blocks][kPanelRows] of an even panel, then of an odd one
+  float* sums;      // [groups of x][groups of W][16][16]
+  float* partial;   // of a square
+  float* rows;      // of 16 rows of y
   TileSpace() {
     static thread_local Scratch memory;
     constexpr int64_t kPanel = kPanelRows * kPanelDepth / 2;  // floats
     panel = memory.get<uint16_t>(
-        2 * (kPanel + 2 * kScales + (kChunkRows + kGroup) * kPanelRows + 12 * kSums));
+        2 * (kPanel + 2 * kScales + (kChunkRows + kGroup) * kPanelRows + 4 * kSums));
     scales = reinterpret_cast<float*>(panel) + kPanel;
     sums = scales + 2 * kScales;
     partial = sums + kChunkRows * kPanelRows;
-    unused = partial + 8 * kSums;
-    rows = unused + 4 * kSums;
+    rows = partial + 4 * kSums;
   }
+  // Those of the panel before are still wanted while the next one is decoded.
+  float* scales_of(int64_t k) const { return scales + k / kPanelDepth % 2 * kScales; }
 };
 
-alignas(64) constexpr float kOnes[kGroup] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+alignas(64) constexpr float kOnes[2 * kGroup] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 alignas(64) constexpr float kNoScales[2 * kGroup] = {};
 
-// The squares of a product, one after the other.
+// The squares of a product, one after the other. An odd group of x is multiplied twice; what the
+// second time gives goes where no row is.
 template <int kLength>
 class Squares {
  public:
   Squares(const TileSpace& space, const TileRows& x, int64_t first_group, int64_t end_group,
           int64_t w_groups)
       : space_(space), x_(x), first_(first_group), end_(end_group), w_groups_(w_groups) {
-    Square none{{space.unused, space.unused + 2 * kSums}, kNoScales, {kNoScales, kNoScales}};
-    running_ = stored_ = none;
-    std::memset(space.unused, 0, 4 * kSums * sizeof(float));
-    std::memset(space.partial, 0, 8 * kSums * sizeof(float));
-    std::memset(space.sums, 0, (end_ - first_) * w_groups * kSums * sizeof(float));
+    waiting_ = {space.sums, kNoScales, kNoScales};
+    std::memset(space.sums, 0, round_up(end_ - first_, 2) * w_groups * kSums * sizeof(float));
   }
   int64_t squares_of(int64_t blocks) const {
     return blocks * (w_groups_ / 2) * ceil_div(end_ - first_, 2);
@@ -91,57 +87,57 @@ class Squares {
 
  private:
   static constexpr int kParts = kBlock / kLength, kSteps = kLength / kTileHalves;
+  // One tile of a square's partial sums, scaled, to its sums; x's second group's are `second` on.
   template <int kWhich>
-  static void add(const Square& square, const float* partial);
-  static void run(const uint16_t* w, const uint16_t* x, int64_t second_x, float* to,
-                  const Square& before, const float* partial);
+  static void add(const Square& square, const float* partial, int64_t second);
+  static void run(const uint16_t* w, const uint16_t* x, int64_t second_x, float* partial,
+                  const Square& before, int64_t second);
 
   const TileSpace& space_;
   const TileRows& x_;
   const int64_t first_, end_, w_groups_;
-  Square running_, stored_;  // in tiles; in memory
-  int turn_ = 0;             // which half of `partial` comes next
+  Square waiting_;  // in tiles
 };
 
-// One tile of a square: its partial sums, scaled, to the sums.
 template <int kLength>
 template <int kWhich>
 __attribute__((always_inline)) inline void Squares<kLength>::add(const Square& square,
-                                                                 const float* partial) {
-  const vf x = load(square.x_scale[kWhich % 2]);
-  const float *w = square.w_scale + kWhich / 2 * kGroup, *from = partial + kWhich * kSums;
-  float* to = square.sums[kWhich % 2] + kWhich / 2 * kSums;
+                                                                 const float* partial,
+                                                                 int64_t second) {
+  const vf x = load(square.x_scale + kWhich % 2 * kGroup);
+  const float* w = square.w_scale + kWhich / 2 * kGroup;
+  const float* from = partial + kWhich * kSums;
+  float* to = square.sums + kWhich % 2 * second + kWhich / 2 * kSums;
 #pragma GCC unroll 16
   for (int r = 0; r < kGroup; ++r, from += kLanes, to += kLanes)
     store(to, fma(load(from), broadcast(w + r) * x, load(to)));
 }
 
-// The products of a square. What the tiles held goes to `to`; what the square `before` that left
-// in `partial` is added up.
+// The products of a square. What the tiles held before goes to `partial` and then to the sums of
+// `before`. Vectors follow the products that they run beside.
 template <int kLength>
 __attribute__((always_inline)) inline void Squares<kLength>::run(const uint16_t* w,
                                                                  const uint16_t* x,
-                                                                 int64_t second_x, float* to,
+                                                                 int64_t second_x, float* partial,
                                                                  const Square& before,
-                                                                 const float* partial) {
+                                                                 int64_t second) {
   const uint16_t *w2 = w + kBlockValues, *x2 = x + second_x;
   load_tile<4>(w, kTileBytes);
   load_tile<6>(x, kTileBytes);
-  store_tile<0>(to, kTileBytes);
+  store_tile<0>(partial, kTileBytes);
   zero_tile<0>();
   multiply_tile<0, 4, 6>();
   load_tile<7>(x2, kTileBytes);
-  store_tile<1>(to + kSums, kTileBytes);
+  store_tile<1>(partial + kSums, kTileBytes);
   zero_tile<1>();
   multiply_tile<1, 4, 7>();
   load_tile<5>(w2, kTileBytes);
-  store_tile<2>(to + 2 * kSums, kTileBytes);
+  store_tile<2>(partial + 2 * kSums, kTileBytes);
   zero_tile<2>();
   multiply_tile<2, 5, 6>();
-  store_tile<3>(to + 3 * kSums, kTileBytes);
+  store_tile<3>(partial + 3 * kSums, kTileBytes);
   zero_tile<3>();
   multiply_tile<3, 5, 7>();
-  add<0>(before, partial);
 #pragma GCC unroll 4
   for (int step = 1; step < 4; ++step) {
     if (step < kSteps) {
@@ -154,10 +150,11 @@ __attribute__((always_inline)) inline void Squares<kLength>::run(const uint16_t*
       multiply_tile<2, 5, 6>();
       multiply_tile<3, 5, 7>();
     }
-    step == 1   ? add<1>(before, partial)
-    : step == 2 ? add<2>(before, partial)
-                : add<3>(before, partial);
+    if (step == 1) add<0>(before, partial, second);
+    if (step == 2) add<1>(before, partial, second);
   }
+  add<2>(before, partial, second);
+  add<3>(before, partial, second);
 }
 
 template <int kLength>
@@ -167,51 +164,43 @@ __attribute__((noinline)) void Squares<kLength>::multiply(int64_t block, int64_t
   const float* scales = space_.scales_of(block * kBlock);
   int64_t x_lines = kQuad * kBlockValues / kTileHalves / w_groups_;
   if (x_lines > kMostLines) x_lines = kMostLines;
+  const int64_t second = w_groups_ * kSums;
+  float* const partial = space_.partial;
+  Square waiting = waiting_;  // in registers: copies in memory wait for stores of tiles
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t quad = first_; quad < end_; quad += kQuad) {
       const bool turn = quad + kQuad >= end_;  // then x goes on with the next block
       const auto* soon = reinterpret_cast<const uint8_t*>(
           x_.block(block + b + turn, turn ? first_ : quad + kQuad));
-      const int64_t stop = turn ? end_ : quad + kQuad;
       for (int64_t n = 0; n < w_groups_; n += 2)
-        for (int64_t g = quad; g < stop; g += 2) {
-          const bool pair = g + 1 < end_;
+        for (int64_t g = quad; g < quad + kQuad && g < end_; g += 2) {
           for (int64_t line = 0; line < x_lines; ++line, soon += 64) prefetch_l2(soon);
           ahead.bring(lines);
           const uint16_t* w = space_.panel + (b * w_groups_ + n) * kBlockValues;
           const uint16_t* x = x_.block(block + b, g);
           float* sums = space_.sums + ((g - first_) * w_groups_ + n) * kSums;
           for (int part = 0; part < kParts; ++part) {
-            float* to = space_.partial + turn_ * 4 * kSums;
-            turn_ ^= 1;
-            const float* partial = space_.partial + turn_ * 4 * kSums;
             run(w + part * kSteps * kTileValues, x + part * kSteps * kTileValues,
-                pair ? kBlockValues : 0, to, stored_, partial);
-            stored_ = running_;
+                g + 1 < end_ ? kBlockValues : 0, partial, waiting, second);
             const int64_t in_panel = b * kParts + part, in_x = (block + b) * kParts + part;
-            running_ = {{sums, pair ? sums + w_groups_ * kSums : space_.unused},
-                        scales + in_panel * kPanelRows + n * kGroup,
-                        {x_.scales ? x_.scale(in_x, g) : kOnes,
-                         x_.scales && pair ? x_.scale(in_x, g + 1) : kOnes}};
+            waiting = {sums, scales + in_panel * kPanelRows + n * kGroup,
+                       x_.scales ? x_.scale(in_x, g) : kOnes};
           }
         }
     }
+  waiting_ = waiting;
 }
 
 template <int kLength>
 void Squares<kLength>::finish() {
-  const float* waiting = space_.partial + (turn_ ^ 1) * 4 * kSums;
-  float* last = space_.partial + turn_ * 4 * kSums;
+  float* last = space_.partial;
   store_tile<0>(last, kTileBytes);
   store_tile<1>(last + kSums, kTileBytes);
   store_tile<2>(last + 2 * kSums, kTileBytes);
   store_tile<3>(last + 3 * kSums, kTileBytes);
-  auto all = [](const Square& square, const float* partial) {
-    add<0>(square, partial), add<1>(square, partial);
-    add<2>(square, partial), add<3>(square, partial);
-  };
-  all(stored_, waiting);
-  all(running_, last);
+  const int64_t second = w_groups_ * kSums;
+  add<0>(waiting_, last, second), add<1>(waiting_, last, second);
+  add<2>(waiting_, last, second), add<3>(waiting_, last, second);
 }
 
 // `groups` groups of rows of W from n on, K in [k, k + depth), as a panel.
