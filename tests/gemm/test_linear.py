@@ -364,7 +364,9 @@ def test_a_gradient_is_refused_where_torch_records_one() -> None:
             call()
 
 
-@pytest.mark.skipif(not machine.halves_are_fast(jit.levels()[-1]), reason="needs fast bf16 dots or tiles")
+@pytest.mark.skipif(
+    not machine.halves_are_fast(jit.levels()[-1]), reason="needs fast bf16 dots or tiles"
+)
 @pytest.mark.parametrize("form", [0, 1])
 def test_rounding_activations_gives_what_bf16_activations_give(form: int) -> None:
     rng = np.random.default_rng(3)
