@@ -63,8 +63,17 @@ def test_html_is_one_page_that_fetches_nothing(recorded: Path, tmp_path: Path) -
     text = (tmp_path / "t.html").read_text()
     assert "http" not in text
     assert text.count("</script>") == 1  # the event's name does not end the script
-    data = json.loads(text.split("const TRACE=")[1].split(";\n")[0].replace("<\\/", "</"))
+    data = json.loads(text.split("const TRACE=")[1].split(";\n")[0])
     assert sum(len(lane["events"]) for lane in data["lanes"]) == 2
+
+
+def test_the_data_of_a_page_has_no_mark_that_html_or_javascript_reads(tmp_path: Path) -> None:
+    name = "<!--<script> </script> --> \u2028\u2029 \ud800"
+    file, page = tmp_path / "t.json", tmp_path / "t.html"
+    file.write_text(json.dumps([{**KERNEL, "name": name, "pid": "<a"}]))
+    assert run("html", file, page) == 0
+    data = page.read_text().split("const TRACE=")[1].split(";\n")[0]
+    assert not set(data) & set("<\u2028\u2029") and json.loads(data)["names"] == [name]
 
 
 def test_diff_and_cut_and_merge(

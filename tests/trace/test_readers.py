@@ -41,6 +41,15 @@ def test_a_browser_draws_the_page_of_a_shipped_trace(tmp_path: Path) -> None:
     assert "data-drawn" not in drawn(broken, tmp_path)
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("name", ["<!--<script>", "</script>"])
+def test_a_browser_draws_the_page_of_any_names(name: str, tmp_path: Path) -> None:
+    kernel = {"ph": "X", "cat": "kernel", "name": name, "pid": 0, "tid": name, "ts": 0, "dur": 9}
+    (tmp_path / "t.json").write_text(json.dumps([kernel]))
+    trace.write_page(tmp_path / "t.json", tmp_path / "t.html")
+    assert 'data-drawn="1"' in drawn(tmp_path / "t.html", tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore")  # of that package, about its own use of pandas
 def test_holistic_trace_analysis_loads_our_traces(tmp_path: Path) -> None:
     analysis = pytest.importorskip("hta.trace_analysis")

@@ -86,6 +86,39 @@ def test_start_twice_and_stop_twice_say_so() -> None:
         trace.stop()
 
 
+def test_a_stop_that_cannot_write_keeps_the_recording(tmp_path: Path) -> None:
+    trace.start("kept", rank=4)
+    with trace.span("before"):
+        pass
+    (tmp_path / "file").touch()
+    for path, error in (
+        (tmp_path / "none" / "t.json", FileNotFoundError),
+        (tmp_path / "file" / "t.json", NotADirectoryError),
+        (tmp_path, IsADirectoryError),
+    ):
+        with pytest.raises(error, match=f"the recording goes on, .*'{path}'$") as refused:
+            trace.stop(path)
+        assert "\n" not in str(refused.value)
+    with trace.span("after"):
+        pass
+    assert [event.name for event in trace.stop(tmp_path / "t.json")] == ["before", "after"]
+    assert json.loads((tmp_path / "t.json").read_text())["distributedInfo"]["rank"] == 4
+
+
+def test_a_save_holds_one_moment_while_other_threads_record(tmp_path: Path) -> None:
+    from whalefall.trace.chrome import session_events, write
+    from whalefall.trace.recorder import _current
+
+    trace.start()
+    trace.instant("before", track="a")
+    written = session_events(_current("test"))
+    begun = [next(written)]  # the process's name: now the lanes are known
+    trace.instant("later", track="b")
+    write(tmp_path / "t.json", [*begun, *written], {})
+    assert "later" not in (tmp_path / "t.json").read_text()
+    assert [event.name for event in trace.stop()] == ["before", "later"]
+
+
 def test_a_failing_write_leaves_no_half_file(tmp_path: Path) -> None:
     from whalefall.trace.chrome import write
 

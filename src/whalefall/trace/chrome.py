@@ -88,7 +88,7 @@ def write_session(session: Session, path: Path) -> None:
 def session_events(session: Session) -> Iterator[dict[str, Any]]:
     """A session as Chrome trace events: names of process and lanes first, times from its start."""
     pid = os.getpid() if session.rank is None else session.rank
-    events = session.events
+    events = session.events  # once: other threads may be recording
     lanes = _lanes(events)
     yield _named("process_name", pid, 0, session.name)
     if session.rank is not None:
@@ -100,7 +100,7 @@ def session_events(session: Session) -> Iterator[dict[str, Any]]:
         yield _named(
             "thread_name", pid, tid, track or session.thread_names.get(thread, f"thread {tid}")
         )
-    for event in session.events:
+    for event in events:
         tid = lanes[(0, event.track) if event.track else (event.thread, "")]
         yield _chrome(event, pid, tid, session.monotonic_ns)
 

@@ -20,6 +20,9 @@ from whalefall.writing import write_text
 __all__ = ["write_page"]
 
 MOST_PER_LANE = 20_000
+# In a name "</script" would end the script element, and "<!--<script" swallow the page's end; the
+# other two end a line in older JavaScript.
+_ESCAPED = "<\u2028\u2029"
 VIEWER = Path(__file__).parent / "viewer.js"
 
 
@@ -101,8 +104,9 @@ def _html(title: str, summary: Summary, data: dict[str, Any]) -> str:
         f"communication {summary.communication_us / 1000:,.2f} ms, "
         f"{summary.overlap_ratio:.1%} of it under compute"
     )
-    # "</" would end the script element inside a name
-    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for mark in _ESCAPED:
+        payload = payload.replace(mark, f"\\u{ord(mark):04x}")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"

@@ -180,13 +180,24 @@ def start(name: str = "", *, rank: int | None = None, max_events: int = 1_000_00
 def stop(path: str | Path | None = None) -> list[Event]:
     """End the recording; write it to `path` (Chrome trace JSON, gzip for `.gz`) where one is given.
 
-    Raises: ConfigError if this process does not record.
+    Raises: ConfigError if this process does not record; OSError if `path` cannot be written: the
+        recording goes on then, so that nothing is lost.
     """
     global _session
     session = _current("stop")
     _session = None
-    if path is not None:
-        _write(session, Path(path))
+    try:
+        if path is not None:
+            _write(session, Path(path))
+    except BaseException as error:
+        if _session is None:  # else another recording has begun
+            _session = session
+        if isinstance(error, OSError) and error.errno is not None:
+            why = (
+                f"{error.strerror}; the recording goes on, stop it with a path that can be written"
+            )
+            raise OSError(error.errno, why, error.filename or str(path)) from None
+        raise
     return session.events
 
 
