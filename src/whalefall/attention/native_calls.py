@@ -34,6 +34,8 @@ def group_rows(heads: int, row: str = "") -> int:
 
     Bf16 dots use up two stored vectors in a cycle, so more rows must share what is read.
     """
+    if row == "TileRow":
+        return 16
     if heads <= 2:
         return heads
     return 8 if row == "DotRow" and heads >= 8 else 4
@@ -55,7 +57,7 @@ def _entry(source: str, name: str, level: str, row: str = "", group: int = 0) ->
     return call  # type: ignore[no-any-return]
 
 
-def row_format(cache_type: int, bf16_q: bool, level: str) -> str:
+def row_format(cache_type: int, heads: int, bf16_q: bool, level: str) -> str:
     """The row format that a unit is compiled for.
 
     Args:
@@ -63,12 +65,16 @@ def row_format(cache_type: int, bf16_q: bool, level: str) -> str:
         bf16_q: whether queries are bf16, or may be rounded to it: then bf16 dots serve bf16 rows.
     """
     row = _ROWS[cache_type]
-    return "DotRow" if row == "Bf16Row" and bf16_q and machine.dot_is_fast(level) else row
+    if row != "Bf16Row" or not bf16_q:
+        return row
+    if heads > 2 and machine.tile_is_fast(level):
+        return "TileRow"
+    return "DotRow" if machine.dot_is_fast(level) and not machine.tile_is_fast(level) else row
 
 
 def _mla_entry(source: str, name: str, cache_type: int, heads: int, bf16_q: bool) -> Entry:
     level = jit.best_level()
-    row = row_format(cache_type, bf16_q, level)
+    row = row_format(cache_type, heads, bf16_q, level)
     return _entry(source, name, level, row, group_rows(heads, row))
 
 

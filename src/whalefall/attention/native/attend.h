@@ -152,13 +152,6 @@ inline bool all_one(vf factor) {
   return all != 0;
 }
 
-// Where a tile's rows are. Behind the last of n, the last is repeated.
-struct Tile {
-  const void* k[kTile + kPadding];
-  const void* v[kTile + kPadding];
-  int n = 0;
-};
-
 // The tile after the one at hand, and how many groups work on it: each of the first two brings its
 // share of the next tile's rows into L2 during its scores; one that is alone, half of them during
 // its weights.

@@ -6,13 +6,15 @@
 // the bits are the same.
 #pragma once
 #include <cmath>
-#include <cstdlib>
+#include "arena.h"
 #include "in_order.h"
+#include "tile_attend.h"
 
 namespace wf::attention {
 // Tiles of a run: 8 (512 keys), doubled as often as keeps a row's runs at 16 or fewer.
+template <class Row>
 inline int64_t run_tiles(int64_t keys) {
-  int64_t tiles = 8;
+  int64_t tiles = kTiles<Row> ? 16 : 8;
   while (keys > tiles * kTile * 16) tiles *= 2;
   return tiles;
 }
@@ -23,25 +25,6 @@ struct Query {
   int64_t keys = 0;
   int head = 0;
   bool wanted = false;  // false: fills up a group of R
-};
-
-// Memory of one thread that stays for its next call; it grows, and is 64-byte aligned.
-class Arena {
- public:
-  ~Arena() { std::free(data_); }
-  float* floats(int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      size_ = ceil_div(count, 1024) * 1024;
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_t(size_) * sizeof(float)));
-      if (!data_) size_ = 0, std::abort();
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
 };
 
 // A group's result over some keys: O unnormalised in [step][half][R][kLanes], then its softmax.
@@ -59,8 +42,9 @@ struct Partial {
     store(end + kLanes, state.point);
     store(end + 2 * kLanes, state.sum);
   }
-  void clear(int64_t v_steps) {
-    std::memset(o, 0, size_t(v_steps * 2 * R * kLanes) * sizeof(float));
+  // `o` may stay as it is where the first tile of keys overwrites it.
+  void clear(int64_t v_steps, bool o_too) {
+    if (o_too) std::memset(o, 0, size_t(v_steps * 2 * R * kLanes) * sizeof(float));
     set(v_steps, Softmax{});
   }
   // Adds a later run's result to this one's.
@@ -82,6 +66,13 @@ struct Partial {
 template <class Row, int R>
 inline void pack_queries(const void* q, Type type, const Query* rows, int64_t width,
                          float* packed) {
+#ifdef WF_TILE
+  if constexpr (kTiles<Row>) {
+    int64_t at[R];
+    for (int r = 0; r < R; ++r) at[r] = rows[r].q;
+    return pack_tiles(q, type, at, width, packed);
+  }
+#endif
   for (int64_t i = 0; i < width; i += kStep, packed += R * kQueryFloats<Row>)
     for (int r = 0; r < R; ++r) pack_step<Row, R>(q, type, rows[r].q + i, width - i, r, packed);
 }

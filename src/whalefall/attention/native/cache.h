@@ -29,27 +29,28 @@ class Expander {
   int64_t k_bytes() const { return fp8_ ? kFp8RowBytes : k_width_ * int64_t(sizeof(Element)); }
   int64_t v_bytes() const { return v_width_ * int64_t(sizeof(Element)); }
 
-  void operator()(Tile& tile) const {
+  template <int Keys>
+  void operator()(KeyRows<Keys>& tile) const {
     if (!needed()) return;
     static thread_local Arena arena;
     const int64_t k_pitch = pitch(k_width_), v_pitch = latent_ ? 0 : pitch(v_width_);
-    float* base = arena.floats((kTile * (k_pitch + v_pitch) * int64_t(sizeof(Element)) + 3) / 4);
+    float* base = arena.floats((Keys * (k_pitch + v_pitch) * int64_t(sizeof(Element)) + 3) / 4);
     Element* k = reinterpret_cast<Element*>(base);
-    Element* v = k + kTile * k_pitch;
+    Element* v = k + Keys * k_pitch;
     for (int t = 0; t < tile.n; ++t, k += k_pitch, v += v_pitch) {
       copy(tile.k[t], k_width_, k);
       if (!latent_) copy(tile.v[t], v_width_, v);
       tile.k[t] = k;
       tile.v[t] = latent_ ? k : v;
     }
-    for (int t = tile.n; t < tile.n + kPadding; ++t)
+    for (int t = tile.n; t < Keys + kPadding; ++t)
       tile.k[t] = tile.k[tile.n - 1], tile.v[t] = tile.v[tile.n - 1];
   }
 
  private:
   static int64_t pitch(int64_t width) { return ceil_div(width, kStep) * kStep; }
   void copy(const void* row, int64_t width, Element* to) const {
-    if constexpr (std::is_same_v<Row, Bf16Row> || kDots<Row>)
+    if constexpr (std::is_same_v<Row, Bf16Row> || kDots<Row> || kTiles<Row>)
       if (fp8_) return expand_fp8_row(static_cast<const uint8_t*>(row), to);
     std::memcpy(to, row, size_t(width) * sizeof(Element));
     std::memset(to + width, 0, size_t(pitch(width) - width) * sizeof(Element));

@@ -6,7 +6,8 @@
 namespace wf::attention {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kTile = 64;
-constexpr int kPadding = 24;                       // pointers behind a tile's last, all valid
+constexpr int kPanel = 256;   // by AMX's tiles: sums of O stay in them long enough to pay their way
+constexpr int kPadding = 24;  // pointers behind a tile's last, all valid
 constexpr int kScores = kLanes == 4 ? 8 : kLanes;  // accumulators of `scores`
 
 // Stored rows, by address.
@@ -15,6 +16,19 @@ template <class Row>
 inline const typename Row::Element* row_at(Rows rows, int64_t t) {
   return static_cast<const typename Row::Element*>(rows[t]);
 }
+
+// Where the rows of some keys are. Behind the last of n, the last is repeated.
+template <int Keys>
+struct KeyRows {
+  static constexpr int kKeys = Keys;
+  const void* k[Keys + kPadding];
+  const void* v[Keys + kPadding];
+  int n = 0;
+};
+using Tile = KeyRows<kTile>;
+// Keys taken at once.
+template <class Row>
+using TileOf = KeyRows<kTiles<Row> ? kPanel : kTile>;
 
 // Rows on their way into L1. A CPU drops a prefetch while its queue is full (Zen 5: of 64 lines,
 // for L2 of 126), and arithmetic asks for lines faster than memory delivers them. A dropped line of

@@ -26,7 +26,7 @@ inline void expand_fp8_row(const uint8_t* row, uint16_t* to) {
       else
         fp8_decode(row + i, a, b);
       a = a * unit * factor, b = b * unit * factor;
-#ifdef WF_DOT
+#if defined(WF_DOT) || defined(WF_TILE)
       _mm512_storeu_si512(to + i, to_halves(a, b));
 #else
       store_bf16(to + i, a);

@@ -52,10 +52,10 @@ class PagedWork {
     for (int64_t t = 0, end; t < args_.tokens; t = end) {
       Block b;
       b.token = t;
-      b.run_tiles = run_tiles(args_.keys[t]);
+      b.run_tiles = run_tiles<Row>(args_.keys[t]);
       for (end = t; end < args_.tokens && end - t < tokens; ++end) {
         if (args_.tables[end] != args_.tables[t]) break;
-        if (run_tiles(args_.keys[end]) != b.run_tiles) break;
+        if (run_tiles<Row>(args_.keys[end]) != b.run_tiles) break;
         b.keys = std::max<int64_t>(b.keys, args_.keys[end]);
       }
       b.tokens = end - t;
@@ -91,16 +91,20 @@ class PagedWork {
           table_(args.tables[block.token]),
           kv_head_(block.index),
           expander_(args.width, args.v_width, args.cache_type == Type::fp8, true) {}
-    void fill(int64_t tile, Tile& to) const {
+    template <int Keys>
+    void fill(int64_t tile, KeyRows<Keys>& to) const {
       for (int t = 0; t < to.n;) {
-        const int64_t key = tile * kTile + t, offset = key % cache_.page;
+        const int64_t key = tile * Keys + t, offset = key % cache_.page;
         const char* row = cache_.row(table_[key / cache_.page], offset, kv_head_);
         for (int64_t i = offset; i < cache_.page && t < to.n; ++i, ++t, row += cache_.row_stride)
           to.k[t] = to.v[t] = row;
       }
     }
     bool in_place() const { return !expander_.needed(); }
-    void expand(Tile& tile) const { expander_(tile); }
+    template <int Keys>
+    void expand(KeyRows<Keys>& tile) const {
+      expander_(tile);
+    }
     int64_t k_bytes() const { return expander_.k_bytes(); }
     int64_t v_bytes() const { return expander_.v_bytes(); }
 
@@ -117,9 +121,9 @@ class PagedWork {
   // FP8 rows are expanded once a block, which more rows pay for. Few tokens: small blocks, so that
   // all threads have one.
   int64_t most_rows() const {
-    int64_t rows = kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
+    int64_t rows = kTiles<Row> ? 128 : kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
     const int64_t all = args_.tokens * args_.heads;
-    while (rows > 8 && all < rows * num_threads()) rows /= 2;
+    while (rows > std::max(R, 8) && all < rows * num_threads()) rows /= 2;
     return rows;
   }
   const PagedArgs& args_;

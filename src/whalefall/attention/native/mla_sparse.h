@@ -68,8 +68,8 @@ class SparseWork {
 
   std::vector<Block> blocks() const {
     std::vector<Block> found;
-    int64_t rows = kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
-    while (rows > 8 && args_.tokens * args_.heads < rows * num_threads()) rows /= 2;
+    int64_t rows = kTiles<Row> ? 128 : kDots<Row> || args_.cache_type == Type::fp8 ? 64 : 32;
+    while (rows > std::max(R, 8) && args_.tokens * args_.heads < rows * num_threads()) rows /= 2;
     for (int64_t t = 0; t < args_.tokens; ++t)
       for (int64_t h = 0; h < args_.heads; h += rows) {
         Block b;
@@ -78,7 +78,7 @@ class SparseWork {
         b.head = int(h);
         b.heads = int(std::min(rows, args_.heads - h));
         b.keys = keys_[size_t(t)];
-        b.run_tiles = run_tiles(b.keys);
+        b.run_tiles = run_tiles<Row>(b.keys);
         b.rows = ceil_div(b.heads, R) * R;
         found.push_back(b);
       }
@@ -106,11 +106,15 @@ class SparseWork {
         if (chosen->indices)
           chosen->each(block.token, [&](const char* row) { rows_.push_back(row); });
     }
-    void fill(int64_t tile, Tile& to) const {
-      for (int t = 0; t < to.n; ++t) to.k[t] = to.v[t] = rows_[size_t(tile * kTile + t)];
+    template <int Keys>
+    void fill(int64_t tile, KeyRows<Keys>& to) const {
+      for (int t = 0; t < to.n; ++t) to.k[t] = to.v[t] = rows_[size_t(tile * Keys + t)];
     }
     bool in_place() const { return !expander_.needed(); }
-    void expand(Tile& tile) const { expander_(tile); }
+    template <int Keys>
+    void expand(KeyRows<Keys>& tile) const {
+      expander_(tile);
+    }
     int64_t k_bytes() const { return expander_.k_bytes(); }
     int64_t v_bytes() const { return expander_.v_bytes(); }
 

@@ -44,7 +44,9 @@ class Runner {
   using Row = typename Work::Row;
   static constexpr int R = Work::kRows;
   using Result = Partial<R>;
-  static constexpr int64_t kScoreFloats = (kTile + kPadding) * R;
+  using Keys = TileOf<Row>;
+  static constexpr int kKeys = Keys::kKeys;
+  static constexpr int64_t kScoreFloats = (kKeys + (kTiles<Row> ? 0 : kPadding)) * R;
 
  public:
   explicit Runner(const Work& work)
@@ -124,32 +126,37 @@ class Runner {
     float* all = q + groups * (q_floats_ + kScoreFloats);
     float* last = all + size;
     auto source = work_.source(block);
+    [[maybe_unused]] const TilesOf<Row> tiles;
     if (!kInOrder<R>) bring_first(block, task, source);
     for (int64_t g = 0; g < groups; ++g)
       pack_queries<Row, R>(work_.q(), work_.q_type(), &rows[g * R], work_.k_width(),
                            q + g * q_floats_);
     for (int64_t run = task.first_run; run < task.end_run; ++run) {
       float* to = task.partials ? task.partials + run * size : (run == 0 ? all : last);
-      for (int64_t g = 0; g < groups; ++g) result(to, g).clear(v_steps_);
+      for (int64_t g = 0; g < groups; ++g) result(to, g).clear(v_steps_, !kTiles<Row>);
       add_run(block, run, task, rows.data(), source, q, to);
       if (!task.partials && run > 0) merge_run(block, run, rows.data(), all, last);
     }
     if (!task.partials) finish_all(block, rows.data(), all);
   }
 
+  // Of a block's keys and of a run, in as many keys as are taken at once.
+  static int64_t spans(const Block& block) { return ceil_div(block.keys, kKeys); }
+  static int64_t run_spans(const Block& block) { return block.run_tiles / (kKeys / kTile); }
+
   template <class Source>
-  static void fill(const Block& block, Source& source, int64_t tile, Tile& t) {
-    t.n = int(std::min<int64_t>(kTile, block.keys - tile * kTile));
+  static void fill(const Block& block, Source& source, int64_t tile, Keys& t) {
+    t.n = int(std::min<int64_t>(kKeys, block.keys - tile * kKeys));
     source.fill(tile, t);
-    for (int i = t.n; i < kTile + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
+    for (int i = t.n; i < kKeys + kPadding; ++i) t.k[i] = t.k[t.n - 1], t.v[i] = t.v[t.n - 1];
   }
 
   // The first tile comes into L2 while queries are packed; each later one, while another is used.
   template <class Source>
   void bring_first(const Block& block, const Task& task, Source& source) const {
-    const int64_t tile = task.first_run * block.run_tiles;
-    if (tile >= block.tiles()) return;
-    Tile first;
+    const int64_t tile = task.first_run * run_spans(block);
+    if (tile >= spans(block)) return;
+    Keys first;
     fill(block, source, tile, first);
     Fetch k{first.k, first.n, source.k_bytes()}, v{first.v, first.n, source.v_bytes()};
     k.lines(first.n * ceil_div(source.k_bytes(), 64));
@@ -161,21 +168,25 @@ class Runner {
   void add_run(const Block& block, int64_t run, const Task& task, const Query* rows, Source& source,
                float* q, float* to) const {
     const float scale = work_.scale() * 1.44269504f;
-    const int64_t end = std::min((run + 1) * block.run_tiles, block.tiles());
-    const int64_t last = std::min(task.end_run * block.run_tiles, block.tiles()) - 1;
+    const int64_t end = std::min((run + 1) * run_spans(block), spans(block));
+    const int64_t last = std::min(task.end_run * run_spans(block), spans(block)) - 1;
     static thread_local std::vector<Group<Row, R>> groups;
     groups.resize(size_t(block.rows / R));
-    Tile tiles[2];
-    int64_t first = run * block.run_tiles;
+    Keys tiles[2];
+    const int64_t first = run * run_spans(block);
     if (first < end) fill(block, source, first, tiles[0]);
     for (int64_t tile = first; tile < end; ++tile) {
-      Tile &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
+      Keys &now = tiles[(tile - first) & 1], &next = tiles[(tile - first + 1) & 1];
       const bool more = tile < last;  // in the next run, if not in this one
       if (more) fill(block, source, tile + 1, next);
       if (kInOrder<R> && more) std::copy_n(next.k, kPadding, now.k + now.n);
       source.expand(now);
       const int64_t used = gather(block, tile, rows, q, to, groups.data());
-      if (in_place(source)) {
+      if constexpr (kTiles<Row>) {
+        Fetch fetch;
+        if (more) fetch = {next.k, next.n, source.k_bytes()};
+        attend_panel(now, fetch, groups.data(), used, k_steps_, v_steps_, scale, tile == first);
+      } else if (in_place(source)) {
         if constexpr (kInOrder<R>)
           for (int64_t g = 0; g < used; ++g) {
             // groups behind the first find the tile in L2
@@ -205,10 +216,10 @@ class Runner {
     int64_t used = 0;
     for (int64_t g = 0; g < all; ++g, rows += R) {
       Group<Row, R>& group = groups[used];
-      group.most = 0, group.least = kTile;
+      group.most = 0, group.least = kKeys;
       for (int r = 0; r < R; ++r) {
-        const int64_t left = rows[r].keys - tile * kTile;
-        group.seen[r] = int(std::max<int64_t>(0, std::min<int64_t>(left, kTile)));
+        const int64_t left = rows[r].keys - tile * kKeys;
+        group.seen[r] = int(std::max<int64_t>(0, std::min<int64_t>(left, kKeys)));
         group.most = std::max(group.most, group.seen[r]);
         group.least = std::min(group.least, group.seen[r]);
       }

@@ -88,8 +88,16 @@ struct DotRow {
 };
 template <class Row>
 constexpr bool kDots = std::is_same_v<Row, DotRow>;
+// bf16 for AMX's tiles; outputs in the same order, for the same reason.
+struct TileRow {
+  using Element = uint16_t;
+  static constexpr Order kOrder = Order::kQuads;
+};
 template <class Row>
-constexpr int kQueryFloats = kDots<Row> ? kLanes : 2 * kLanes;  // memory of a step of a packed q
+constexpr bool kTiles = std::is_same_v<Row, TileRow>;
+// Memory of a step of a packed q.
+template <class Row>
+constexpr int kQueryFloats = kDots<Row> || kTiles<Row> ? kLanes : 2 * kLanes;
 
 // kLanes consecutive elements from index i, whatever their type, and back.
 inline vf read(const void* data, Type type, int64_t i) {

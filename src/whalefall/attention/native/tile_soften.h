@@ -1,0 +1,89 @@
+// The scores of a panel, [key][16 rows], become weights in bf16 as the first operand of AMX's
+// product with the values wants them: for each 32 keys a tile [row][key].
+//
+// A vector is one key's scores with 16 rows, so that maxima and sums need no lanes combined. The
+// transposition chooses an order of its own for the pairs of keys in a tile (`pair_place`), which
+// saves a fifth of its shuffles; values are paired in the same order.
+#pragma once
+#include "tile_scores.h"
+
+namespace wf::attention {
+#ifdef WF_TILE
+constexpr int kStepKeys = kTileHalves;  // of a product with values
+
+// Where keys 2 p and 2 p + 1 of 32 stand in a row of weights, in pairs.
+constexpr int pair_place(int p) { return (p & 8) | (p & 1) << 2 | (p & 7) >> 1; }
+
+// Row r sees its first seen[r] keys: -inf behind them, up to `keys`.
+inline void hide_keys(float* s, int least, int keys, const int* seen) {
+  const vi count = (vi)_mm512_loadu_si512(seen);
+  for (int t = least; t < keys; ++t)
+    store(s + t * kLanes, select(count > t, load(s + t * kLanes), set1(-kInf)));
+}
+
+// Four keys' weights in bf16 pairs: lanes 0, 1 (keys 0 and 1) and 2, 3 (keys 2 and 3) of `low` hold
+// rows 0 … 3, 8 … 11, those of `high` the others.
+inline void pair_weights(const vf* e, __m512i& low, __m512i& high) {
+  const halves a = to_halves(e[0], e[2]), b = to_halves(e[1], e[3]);
+  low = _mm512_unpacklo_epi16(a, b);
+  high = _mm512_unpackhi_epi16(a, b);
+}
+// Four such quarters: 16 keys of rows i and i + 8 in to[i].
+inline void gather_rows(const __m512i* part, __m512i* to) {
+  const __m512i a = _mm512_unpacklo_epi32(part[0], part[1]);
+  const __m512i b = _mm512_unpackhi_epi32(part[0], part[1]);
+  const __m512i c = _mm512_unpacklo_epi32(part[2], part[3]);
+  const __m512i d = _mm512_unpackhi_epi32(part[2], part[3]);
+  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The scores of `keys` keys, a multiple of 32, become weights in place; scale > 0. Returns the
+// factor for what was summed before.
+__attribute__((noinline)) inline vf soften_panel(float* s, int keys, float scale, Softmax& state) {
+  __m512 top[4];
+  for (__m512& t : top) t = _mm512_set1_ps(-kInf);
+  for (int t = 0; t < keys; t += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)  // NaN has no say
+      top[i] = _mm512_max_ps(_mm512_loadu_ps(s + (t + i) * kLanes), top[i]);
+  const vf best =
+      (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])) * scale;
+  state.max = max(best, state.max);
+  const vf before = state.point;
+  state.point = select(state.max > before + kSlack, state.max, before);
+  const vf origin = origin_of(state.point), factor = power_of_two(before - origin);
+  const vf unit = set1(scale);
+  vf total{};
+  char* to = reinterpret_cast<char*>(s);
+  for (int t = 0; t < keys; t += kStepKeys, to += kTileSize) {
+    __m512i rows[2][8];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m512i low[4], high[4];
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {
+        vf e[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const float* at = s + (t + half * 16 + m * 4 + i) * kLanes;
+          e[i] = power_of_two(fma(load(at), unit, -origin));
+          total += e[i];
+        }
+        pair_weights(e, low[m], high[m]);
+      }
+      gather_rows(low, rows[half]);
+      gather_rows(high, rows[half] + 4);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      _mm512_store_si512(to + i * kTileBytes, _mm512_shuffle_i32x4(rows[0][i], rows[1][i], 0x88));
+      _mm512_store_si512(to + (i + 8) * kTileBytes,
+                         _mm512_shuffle_i32x4(rows[0][i], rows[1][i], 0xDD));
+    }
+  }
+  state.sum = state.sum * factor + total;
+  return factor;
+}
+#endif
+}  // namespace wf::attention
