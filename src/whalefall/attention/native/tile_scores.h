@@ -15,6 +15,7 @@ namespace wf::attention {
 #ifdef WF_TILE
 using Panel = KeyRows<kPanel>;
 constexpr int kBlockKeys = kTileRows, kTileSize = kTileRows * kTileBytes;
+constexpr int kTileWords = kTileSize / 4;
 constexpr int64_t kChunk = 9;  // steps of 32 columns
 
 // 16 keys whose rows stand at equal distances.
@@ -80,7 +81,7 @@ inline void transpose_tile(__m512i* rows) {
   }
 }
 inline void pack_tiles(const void* q, Type type, const int64_t* rows, int64_t width, float* to) {
-  for (int64_t i = 0; i < width; i += kStep, to += kTileSize / 4) {
+  for (int64_t i = 0; i < width; i += kStep, to += kTileWords) {
     __m512i row[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
       vf x, y;
@@ -93,71 +94,72 @@ inline void pack_tiles(const void* q, Type type, const int64_t* rows, int64_t wi
 }
 
 // `Blocks` x `Groups` tiles of sums, at most four, over the steps first … end - 1; from nothing if
-// that is the first of all. `each`: lines to bring with a step.
-template <int Blocks, int Groups>
+// that is the first of all. `meanwhile` is called with every step.
+template <int Blocks, int Groups, class Meanwhile>
 inline void score_blocks(const KeyBlock* k, const float* const* q, int64_t first, int64_t end,
-                         Fetch& fetch, int64_t each, float* const* s) {
+                         Meanwhile& meanwhile, float* const* s) {
   constexpr bool kTwo = Groups == 2, kFour = Blocks == 4;
-  constexpr int kFloats = kTileSize / 4;
   static_assert(!kTwo || !kFour);
   if (first == 0) {
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   } else {
     load_tile<0>(s[0], kTileBytes);
     if constexpr (kTwo) load_tile<1>(s[1], kTileBytes);
-    if constexpr (Blocks > 1) load_tile<Groups>(s[0] + kFloats, kTileBytes);
-    if constexpr (Blocks > 1 && kTwo) load_tile<3>(s[1] + kFloats, kTileBytes);
-    if constexpr (kFour) load_tile<2>(s[0] + 2 * kFloats, kTileBytes);
-    if constexpr (kFour) load_tile<3>(s[0] + 3 * kFloats, kTileBytes);
+    if constexpr (Blocks > 1) load_tile<Groups>(s[0] + kTileWords, kTileBytes);
+    if constexpr (Blocks > 1 && kTwo) load_tile<3>(s[1] + kTileWords, kTileBytes);
+    if constexpr (kFour) load_tile<2>(s[0] + 2 * kTileWords, kTileBytes);
+    if constexpr (kFour) load_tile<3>(s[0] + 3 * kTileWords, kTileBytes);
   }
   for (int64_t step = first; step < end; ++step) {
     const int64_t at = step * kTileBytes;
-    load_tile<6>(q[0] + step * kFloats, kTileBytes);
     load_tile<4>(k[0].rows + at, k[0].pitch);
+    if constexpr (Blocks > 1) load_tile<5>(k[1].rows + at, k[1].pitch);
+    load_tile<6>(q[0] + step * kTileWords, kTileBytes);
+    if constexpr (kTwo) load_tile<7>(q[1] + step * kTileWords, kTileBytes);
     multiply_tile<0, 4, 6>();
-    if constexpr (kTwo) load_tile<7>(q[1] + step * kFloats, kTileBytes);
     if constexpr (kTwo) multiply_tile<1, 4, 7>();
-    if constexpr (Blocks > 1) {
-      load_tile<5>(k[1].rows + at, k[1].pitch);
-      multiply_tile<Groups, 5, 6>();
-      if constexpr (kTwo) multiply_tile<3, 5, 7>();
-    }
+    if constexpr (Blocks > 1) multiply_tile<Groups, 5, 6>();
+    if constexpr (Blocks > 1 && kTwo) multiply_tile<3, 5, 7>();
     if constexpr (kFour) {
       load_tile<4>(k[2].rows + at, k[2].pitch);
-      multiply_tile<2, 4, 6>();
       load_tile<5>(k[3].rows + at, k[3].pitch);
+      multiply_tile<2, 4, 6>();
       multiply_tile<3, 5, 6>();
     }
-    fetch.lines(each);
+    meanwhile();
   }
   store_tile<0>(s[0], kTileBytes);
   if constexpr (kTwo) store_tile<1>(s[1], kTileBytes);
-  if constexpr (Blocks > 1) store_tile<Groups>(s[0] + kFloats, kTileBytes);
-  if constexpr (Blocks > 1 && kTwo) store_tile<3>(s[1] + kFloats, kTileBytes);
-  if constexpr (kFour) store_tile<2>(s[0] + 2 * kFloats, kTileBytes);
-  if constexpr (kFour) store_tile<3>(s[0] + 3 * kFloats, kTileBytes);
+  if constexpr (Blocks > 1) store_tile<Groups>(s[0] + kTileWords, kTileBytes);
+  if constexpr (Blocks > 1 && kTwo) store_tile<3>(s[1] + kTileWords, kTileBytes);
+  if constexpr (kFour) store_tile<2>(s[0] + 2 * kTileWords, kTileBytes);
+  if constexpr (kFour) store_tile<3>(s[0] + 3 * kTileWords, kTileBytes);
 }
 
-// Scores of `Groups` groups with the first `blocks` blocks of keys.
-template <int Groups>
+// Scores of `Groups` groups with the first `blocks` blocks of keys: score_steps(…) steps.
+template <int Groups, class Meanwhile>
 __attribute__((noinline)) void panel_scores(const KeyBlocks& keys, int blocks,
-                                            const float* const* q, int64_t steps, Fetch& fetch,
-                                            int64_t each, float* const* scores) {
+                                            const float* const* q, int64_t steps,
+                                            Meanwhile& meanwhile, float* const* scores) {
   constexpr int kAtOnce = 4 / Groups;
   const int64_t chunk = Groups == 1 ? steps : kChunk;  // one group's q stays in L1 whole
   for (int64_t first = 0; first < steps; first += chunk) {
     const int64_t end = std::min(first + chunk, steps);
-    float* s[Groups];
+    float* s[2] = {scores[0], scores[Groups - 1]};
     int block = 0;
     for (; block + kAtOnce <= blocks; block += kAtOnce) {
-      for (int g = 0; g < Groups; ++g) s[g] = scores[g] + block * (kTileSize / 4);
-      score_blocks<kAtOnce, Groups>(keys + block, q, first, end, fetch, each, s);
+      score_blocks<kAtOnce, Groups>(keys + block, q, first, end, meanwhile, s);
+      s[0] += kAtOnce * kTileWords, s[1] += kAtOnce * kTileWords;
     }
     for (; block < blocks; ++block) {
-      for (int g = 0; g < Groups; ++g) s[g] = scores[g] + block * (kTileSize / 4);
-      score_blocks<1, Groups>(keys + block, q, first, end, fetch, each, s);
+      score_blocks<1, Groups>(keys + block, q, first, end, meanwhile, s);
+      s[0] += kTileWords, s[1] += kTileWords;
     }
   }
+}
+inline int64_t score_steps(int blocks, int64_t groups, int64_t steps) {
+  const int at_once = groups == 1 ? 4 : 2;
+  return (blocks / at_once + blocks % at_once) * steps;
 }
 #endif
 }  // namespace wf::attention

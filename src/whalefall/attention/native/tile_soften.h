@@ -38,52 +38,77 @@ inline void gather_rows(const __m512i* part, __m512i* to) {
   to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// The scores of `keys` keys, a multiple of 32, become weights in place; scale > 0. Returns the
-// factor for what was summed before.
-__attribute__((noinline)) inline vf soften_panel(float* s, int keys, float scale, Softmax& state) {
-  __m512 top[4];
-  for (__m512& t : top) t = _mm512_set1_ps(-kInf);
-  for (int t = 0; t < keys; t += 4)
+// Softens a group's scores over `keys` keys, a multiple of 32, in place: four keys a call, so that
+// vectors can work while tiles multiply. scale > 0.
+class Softener {
+ public:
+  static constexpr int kAtOnce = 4;
+
+  Softener() = default;
+  // Takes the maximum; `factor`: of what was summed before.
+  Softener(float* s, int keys, float scale, Softmax& state, vf& factor)
+      : state_(&state), from_(s), end_(s + keys * kLanes), to_(reinterpret_cast<char*>(s)) {
+    __m512 top[4];
+    for (__m512& t : top) t = _mm512_set1_ps(-kInf);
+    for (const float* at = s; at < end_; at += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)  // NaN has no say
-      top[i] = _mm512_max_ps(_mm512_loadu_ps(s + (t + i) * kLanes), top[i]);
-  const vf best =
-      (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])) * scale;
-  state.max = max(best, state.max);
-  const vf before = state.point;
-  state.point = select(state.max > before + kSlack, state.max, before);
-  const vf origin = origin_of(state.point), factor = power_of_two(before - origin);
-  const vf unit = set1(scale);
-  vf total{};
-  char* to = reinterpret_cast<char*>(s);
-  for (int t = 0; t < keys; t += kStepKeys, to += kTileSize) {
-    __m512i rows[2][8];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      __m512i low[4], high[4];
+      for (int i = 0; i < 4; ++i)  // NaN has no say
+        top[i] = _mm512_max_ps(_mm512_loadu_ps(at + i * kLanes), top[i]);
+    const vf best =
+        (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])) * scale;
+    state.max = max(best, state.max);
+    const vf before = state.point;
+    state.point = select(state.max > before + kSlack, state.max, before);
+    const vf origin = origin_of(state.point);
+    factor = power_of_two(before - origin);
+    unit_ = set1(scale), minus_origin_ = -origin, total_ = vf{};
+    state.sum = state.sum * factor;
+  }
+
+  bool more() const { return from_ < end_; }
+  inline void operator()() {
+    vf e[kAtOnce], total = total_;
 #pragma GCC unroll 4
-      for (int m = 0; m < 4; ++m) {
-        vf e[4];
+    for (int i = 0; i < kAtOnce; ++i)
+      e[i] = power_of_two(fma(load(from_ + i * kLanes), unit_, minus_origin_));
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const float* at = s + (t + half * 16 + m * 4 + i) * kLanes;
-          e[i] = power_of_two(fma(load(at), unit, -origin));
-          total += e[i];
-        }
-        pair_weights(e, low[m], high[m]);
-      }
-      gather_rows(low, rows[half]);
-      gather_rows(high, rows[half] + 4);
+    for (int i = 0; i < kAtOnce; ++i) total += e[i];
+    total_ = total;
+    from_ += kAtOnce * kLanes;
+    pair_weights(e, low_[quarter_], high_[quarter_]);
+    if (++quarter_ == 4) gather();
+  }
+  void finish() {
+    while (more()) (*this)();
+    state_->sum = state_->sum + total_;
+  }
+
+ private:
+  // 16 keys are there; with 32 a tile is.
+  void gather() {
+    quarter_ = 0;
+    if (half_ == 0) {
+      gather_rows(low_, rows_), gather_rows(high_, rows_ + 4);
+      half_ = 1;
+      return;
     }
+    half_ = 0;
+    __m512i rows[8];
+    gather_rows(low_, rows), gather_rows(high_, rows + 4);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      _mm512_store_si512(to + i * kTileBytes, _mm512_shuffle_i32x4(rows[0][i], rows[1][i], 0x88));
-      _mm512_store_si512(to + (i + 8) * kTileBytes,
-                         _mm512_shuffle_i32x4(rows[0][i], rows[1][i], 0xDD));
+      _mm512_store_si512(to_ + i * kTileBytes, _mm512_shuffle_i32x4(rows_[i], rows[i], 0x88));
+      _mm512_store_si512(to_ + (i + 8) * kTileBytes, _mm512_shuffle_i32x4(rows_[i], rows[i], 0xDD));
     }
+    to_ += kTileSize;
   }
-  state.sum = state.sum * factor + total;
-  return factor;
-}
+
+  __m512i low_[4], high_[4], rows_[8];
+  vf unit_, minus_origin_, total_;
+  Softmax* state_ = nullptr;
+  const float *from_ = nullptr, *end_ = nullptr;
+  char* to_ = nullptr;
+  int quarter_ = 0, half_ = 0;
+};
 #endif
 }  // namespace wf::attention

@@ -9,48 +9,71 @@ namespace wf::attention {
 #ifdef WF_TILE
 constexpr int kStripBytes = kPanel * kTileBytes;
 
-// Columns of step `step` of the first `keys` keys, in pairs: [32 keys][half][pair][16 columns][2].
-// Behind the keys stand zeros, up to a multiple of 32.
-inline void pair_values(const Panel& panel, int keys, int64_t step, char* strip) {
-  const int64_t column = step * kTileBytes;
-  for (int t = 0; t < keys; t += kStepKeys, strip += 2 * kTileSize)
+// Pairs the columns of a step of a panel's first `keys` keys: [32 keys][half][pair][16 columns][2],
+// with zeros behind the keys, up to a multiple of 32. Some pairs a call, while tiles multiply.
+class Pairer {
+ public:
+  Pairer() = default;
+  Pairer(const Panel& panel, int keys, int64_t step, char* strip)
+      : rows_(panel.v), column_(step * kTileBytes), keys_(keys), strip_(strip) {}
+
+  bool more() const { return key_ < keys_; }
+  // Four pairs.
+  void operator()() {
+    char* to = strip_ + key_ / kStepKeys * 2 * kTileSize + (key_ & 16 ? 8 : 0) * kTileBytes +
+               (key_ & 8 ? 2 : 0) * kTileBytes;
+    if (key_ + 8 <= keys_) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kStepKeys / 2; ++p) {
-      const int key = t + 2 * p;
-      halves a{}, b{};
-      if (key < keys) a = load_halves(static_cast<const char*>(panel.v[key]) + column);
-      if (key + 1 < keys) b = load_halves(static_cast<const char*>(panel.v[key + 1]) + column);
-      char* to = strip + pair_place(p) * kTileBytes;
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(to + kTileSize, _mm512_unpackhi_epi16(a, b));
+      for (int p = 0; p < 4; ++p)
+        put(row(key_ + 2 * p), row(key_ + 2 * p + 1), to + pair_place(p) * kTileBytes);
+    } else {
+      for (int p = 0; p < 4; ++p)
+        put(key_ + 2 * p < keys_ ? row(key_ + 2 * p) : halves{},
+            key_ + 2 * p + 1 < keys_ ? row(key_ + 2 * p + 1) : halves{},
+            to + pair_place(p) * kTileBytes);
     }
-}
+    key_ += 8;
+  }
+  void finish() {
+    while (more() || key_ % kStepKeys) (*this)();
+  }
+
+ private:
+  halves row(int key) const { return load_halves(static_cast<const char*>(rows_[key]) + column_); }
+  static void put(halves a, halves b, char* to) {
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(to + kTileSize, _mm512_unpackhi_epi16(a, b));
+  }
+  const void* const* rows_ = nullptr;
+  int64_t column_ = 0;
+  int key_ = 0, keys_ = 0;
+  char* strip_ = nullptr;
+};
 
 // Two tiles of O for each of `Groups` groups and `Strips` strips, at most four.
-template <int Groups, int Strips>
+template <int Groups, int Strips, class Meanwhile>
 inline void weigh_strip(const float* const* p, const char* strip, int keys, bool fresh,
-                        float* const* o) {
+                        Meanwhile& meanwhile, float* const* o) {
   constexpr bool kTwo = Groups == 2, kWideStrip = Strips == 2;
-  constexpr int kFloats = kTileSize / 4;
   static_assert(!kTwo || !kWideStrip);
   if (fresh) {
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   } else {
     load_tile<0>(o[0], kTileBytes);
-    load_tile<1>(o[0] + kFloats, kTileBytes);
+    load_tile<1>(o[0] + kTileWords, kTileBytes);
     if constexpr (kTwo) load_tile<2>(o[1], kTileBytes);
-    if constexpr (kTwo) load_tile<3>(o[1] + kFloats, kTileBytes);
-    if constexpr (kWideStrip) load_tile<2>(o[0] + 2 * kFloats, kTileBytes);
-    if constexpr (kWideStrip) load_tile<3>(o[0] + 3 * kFloats, kTileBytes);
+    if constexpr (kTwo) load_tile<3>(o[1] + kTileWords, kTileBytes);
+    if constexpr (kWideStrip) load_tile<2>(o[0] + 2 * kTileWords, kTileBytes);
+    if constexpr (kWideStrip) load_tile<3>(o[0] + 3 * kTileWords, kTileBytes);
   }
   for (int t = 0; t < keys; t += kStepKeys, strip += 2 * kTileSize) {
     load_tile<6>(strip, kTileBytes);
-    load_tile<4>(p[0] + t / kStepKeys * kFloats, kTileBytes);
+    load_tile<4>(p[0] + t / kStepKeys * kTileWords, kTileBytes);
     multiply_tile<0, 4, 6>();
     load_tile<7>(strip + kTileSize, kTileBytes);
     multiply_tile<1, 4, 7>();
     if constexpr (kTwo) {
-      load_tile<5>(p[1] + t / kStepKeys * kFloats, kTileBytes);
+      load_tile<5>(p[1] + t / kStepKeys * kTileWords, kTileBytes);
       multiply_tile<2, 5, 6>();
       multiply_tile<3, 5, 7>();
     }
@@ -60,13 +83,14 @@ inline void weigh_strip(const float* const* p, const char* strip, int keys, bool
       load_tile<7>(strip + kStripBytes + kTileSize, kTileBytes);
       multiply_tile<3, 4, 7>();
     }
+    meanwhile();
   }
   store_tile<0>(o[0], kTileBytes);
-  store_tile<1>(o[0] + kFloats, kTileBytes);
+  store_tile<1>(o[0] + kTileWords, kTileBytes);
   if constexpr (kTwo) store_tile<2>(o[1], kTileBytes);
-  if constexpr (kTwo) store_tile<3>(o[1] + kFloats, kTileBytes);
-  if constexpr (kWideStrip) store_tile<2>(o[0] + 2 * kFloats, kTileBytes);
-  if constexpr (kWideStrip) store_tile<3>(o[0] + 3 * kFloats, kTileBytes);
+  if constexpr (kTwo) store_tile<3>(o[1] + kTileWords, kTileBytes);
+  if constexpr (kWideStrip) store_tile<2>(o[0] + 2 * kTileWords, kTileBytes);
+  if constexpr (kWideStrip) store_tile<3>(o[0] + 3 * kTileWords, kTileBytes);
 }
 
 // Whether all values of keys first … end - 1 are finite.
