@@ -46,7 +46,8 @@ class Runner {
   using Result = Partial<R>;
   using Keys = TileOf<Row>;
   static constexpr int kKeys = Keys::kKeys;
-  static constexpr int64_t kScoreFloats = (kKeys + (kTiles<Row> ? 0 : kPadding)) * R;
+  // Of a tile's scores; of a panel's weights in bf16.
+  static constexpr int64_t kScoreFloats = kTiles<Row> ? kKeys * R / 2 : (kKeys + kPadding) * R;
 
  public:
   explicit Runner(const Work& work)

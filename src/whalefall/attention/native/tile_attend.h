@@ -9,11 +9,11 @@ namespace wf::attention {
 #ifdef WF_TILE
 using TileGroup = Group<TileRow, kTileRows>;
 
-// What vectors do during the products of scores: bring the next panel, and soften the groups that
-// were scored before.
+// What vectors do during the products of scores: bring the next panel, and soften what was scored
+// before, which is there for up to two groups.
 struct DuringScores {
-  Softener* soft = nullptr;  // two
-  int64_t due = 0;           // calls of each of them with a step
+  Softener soft[2];
+  int64_t due = 0;  // calls with a step
   Fetch fetch;
   int64_t lines = 0;  // with a step
 
@@ -25,59 +25,44 @@ struct DuringScores {
       next();
     }
   }
+  void finish() { soft[0].finish(), soft[1].finish(); }
 };
-// During those of values: bring, and pair the next strip.
-struct DuringValues {
-  Pairer pairer;
-  int64_t due = 0;
-  Fetch fetch;
-  int64_t lines = 0;
-
-  void operator()() {
-    fetch.lines(lines);
-    for (int64_t i = 0; i < due && pairer.more(); ++i) pairer();
-  }
-};
-struct NothingElse {
-  void operator()() const {}
-};
-
-// Begins to soften a group that was scored with `n` keys.
-inline Softener soften(TileGroup& group, int n, float scale) {
+// Begins to soften a group's scores `s` of the `n` keys from `first` on.
+inline Softener soften(TileGroup& group, float* s, int first, int n, float scale) {
   const int keys = int(ceil_div(n, kStepKeys) * kStepKeys);
   if (!(scale > 0)) {  // of the maximum of scores comes the maximum of products
-    for (int t = 0; t < n; ++t) store(group.s + t * kLanes, load(group.s + t * kLanes) * scale);
+    for (int t = 0; t < n; ++t) store(s + t * kLanes, load(s + t * kLanes) * scale);
     scale = 1.0f;
   }
-  hide_keys(group.s, group.least, keys, group.seen);
-  const Softener found(group.s, keys, scale, group.state, group.factor);
-  group.rescaled = !all_one(group.factor);
-  return found;
+  if (group.least < first + keys) hide_keys(s, group.least - first, keys, group.seen, first);
+  char* p = reinterpret_cast<char*>(group.s);
+  return {s, keys, scale, p, p + first * kTileBytes / 2, group.state, group.factor};
 }
 
-// Weights of all groups, two at a time.
+// Weights of all groups, two at a time, 64 keys at a time.
 inline void weigh_keys(const KeyBlocks& keys, int n, TileGroup* groups, int64_t count,
                        int64_t steps, float scale, const Fetch& next) {
-  const int blocks = int(ceil_div(n, kBlockKeys));
-  const int64_t calls = score_steps(blocks, count, steps), pairs = ceil_div(count, 2);
-  Softener soft[2];
+  alignas(64) float scores[2][2][kTile * kLanes];  // what is scored, what is softened
+  const int64_t calls = score_steps(kTile / kBlockKeys, count == 1 ? 1 : 2, steps);
   DuringScores during;
-  during.fetch = next, during.lines = next.each(calls * pairs);
+  during.fetch = next, during.lines = next.each(ceil_div(n, kTile) * ceil_div(count, 2) * calls);
+  during.due = ceil_div(2 * kTile / Softener::kAtOnce, calls);
+  for (int64_t g = 0; g < count; ++g) groups[g].factor = set1(1.0f);
+  int turn = 0;
   for (int64_t g = 0; g < count; g += 2) {
-    const bool two = g + 1 < count;
-    const float* q[2] = {groups[g].q, two ? groups[g + 1].q : nullptr};
-    float* s[2] = {groups[g].s, two ? groups[g + 1].s : nullptr};
-    auto* score = two ? panel_scores<2, DuringScores> : panel_scores<1, DuringScores>;
-    score(keys, blocks, q, steps, during, s);
-    if (g > 0) soft[0].finish(), soft[1].finish();
-    for (int i = 0; i < 1 + two; ++i) soft[i] = soften(groups[g + i], n, scale);
-    during.soft = soft;
-    during.due = ceil_div(2 * ceil_div(n, kStepKeys) * kStepKeys / Softener::kAtOnce, calls);
-    if (!two)
-      soft[0].finish();
-    else if (g + 2 >= count)
-      soft[0].finish(), soft[1].finish();
+    const int all = g + 1 < count ? 2 : 1;
+    const float* q[2] = {groups[g].q, groups[g + all - 1].q};
+    auto* score = all == 2 ? score_keys<2, DuringScores> : score_keys<1, DuringScores>;
+    for (int t = 0; t < n; t += kTile, turn ^= 1) {
+      const int left = std::min(kTile, n - t);
+      float* s[2] = {scores[turn][0], scores[turn][1]};
+      score(keys + t / kBlockKeys, int(ceil_div(left, kBlockKeys)), q, steps, during, s);
+      during.finish();
+      for (int i = 0; i < all; ++i) during.soft[i] = soften(groups[g + i], s[i], t, left, scale);
+    }
   }
+  during.finish();
+  for (int64_t g = 0; g < count; ++g) groups[g].rescaled = !all_one(groups[g].factor);
 }
 
 // A strip of values for a group whose rows see different numbers of keys, some of which hold inf or
@@ -88,11 +73,10 @@ inline void weigh_apart(const Panel& panel, int64_t step, const TileGroup& group
   alignas(64) float all[2 * kTileWords], one[2 * kTileWords];
   for (int r = 0; r < kTileRows; ++r) {
     std::memcpy(one, o, sizeof one);
-    Pairer(panel, group.seen[r], step, strip).finish();
+    pair_values(panel, group.seen[r], step, strip);
     const float* p[1] = {group.s};
     float* to[1] = {one};
-    NothingElse nothing;
-    weigh_strip<1, 1>(p, strip, group.seen[r], fresh, nothing, to);
+    weigh_strip<1, 1>(p, strip, group.seen[r], fresh, to);
     for (int at = r * kLanes; at < 2 * kTileWords; at += kTileWords)
       std::memcpy(all + at, one + at, kTileBytes);
   }
@@ -102,34 +86,25 @@ inline void weigh_apart(const Panel& panel, int64_t step, const TileGroup& group
 // Adds the values of a panel's first n keys.
 inline void add_values(const Panel& panel, int n, TileGroup* groups, int64_t count, int64_t steps,
                        bool fresh) {
-  alignas(64) static thread_local char strips[2 * kStripBytes];
-  auto strip = [](int64_t step) { return strips + step % 2 * kStripBytes; };
-  // One group alone takes two strips at once; with more, the next strip is paired meanwhile.
-  const int64_t wide = count == 1 ? 2 : 1, pairs = ceil_div(count, 2);
-  DuringValues during;
-  during.due = ceil_div(ceil_div(n, 8), pairs * ceil_div(n, kStepKeys));
-  for (int64_t step = 0; step < steps; step += wide) {
-    const int64_t width = std::min(wide, steps - step);
-    if (wide == 2 || step == 0)
-      for (int64_t i = step; i < step + width; ++i) Pairer(panel, n, i, strip(i)).finish();
-    const bool more = wide == 1 && step + 1 < steps;
-    during.pairer = more ? Pairer(panel, n, step + 1, strip(step + 1)) : Pairer();
-    for (int64_t g = 0; g < count; g += 2) {
-      const bool two = g + 1 < count;
-      const float* p[2] = {groups[g].s, two ? groups[g + 1].s : nullptr};
+  static thread_local Arena arena;
+  char* strips = reinterpret_cast<char*>(arena.floats(steps * kStripBytes / 4));
+  for (int64_t step = 0; step < steps; ++step)
+    pair_values(panel, n, step, strips + step * kStripBytes);
+  const int64_t wide = count == 1 ? 2 : 1;  // one group alone takes two strips at once
+  for (int64_t g = 0; g < count; g += 2) {
+    const int all = g + 1 < count ? 2 : 1;
+    const float* p[2] = {groups[g].s, groups[g + all - 1].s};
+    for (int i = 0; i < all && !fresh; ++i)
+      if (groups[g + i].rescaled) rescale<kTileRows>(groups[g + i].o, steps, groups[g + i].factor);
+    for (int64_t step = 0; step < steps; step += wide) {
+      const int64_t width = std::min(wide, steps - step);
       float* o[2] = {groups[g].o + step * 2 * kTileWords,
-                     two ? groups[g + 1].o + step * 2 * kTileWords : nullptr};
-      if (!fresh)
-        for (int i = 0; i < 1 + two; ++i)
-          if (groups[g + i].rescaled) rescale<kTileRows>(o[i], width, groups[g + i].factor);
-      if (two)
-        weigh_strip<2, 1>(p, strip(step), n, fresh, during, o);
-      else if (width == 2)
-        weigh_strip<1, 2>(p, strip(step), n, fresh, during, o);
-      else
-        weigh_strip<1, 1>(p, strip(step), n, fresh, during, o);
+                     groups[g + all - 1].o + step * 2 * kTileWords};
+      auto* weigh = all == 2     ? weigh_strip<2, 1>
+                    : width == 2 ? weigh_strip<1, 2>
+                                 : weigh_strip<1, 1>;
+      weigh(p, strips + step * kStripBytes, n, fresh, o);
     }
-    during.pairer.finish();
   }
 }
 

@@ -3,9 +3,7 @@
 // A stored row of K is a row of a tile as it stands, so K is neither copied nor transposed; q is
 // packed once a task, [step][pair of columns][row][2], as the second operand wants it. Two blocks
 // of 16 keys and two groups of 16 rows at a time keep four sums in tiles, which hides a product's
-// latency and loads half a tile a product. q of two groups (36 KiB for 576 columns) would not stay
-// in L1 beside the keys that stream past, so columns are taken in two halves, with the sums kept in
-// L2 between: 18 KiB of q stay.
+// latency and loads one tile a product.
 #pragma once
 #include "arena.h"
 #include "attend.h"
@@ -16,7 +14,6 @@ namespace wf::attention {
 using Panel = KeyRows<kPanel>;
 constexpr int kBlockKeys = kTileRows, kTileSize = kTileRows * kTileBytes;
 constexpr int kTileWords = kTileSize / 4;
-constexpr int64_t kChunk = 9;  // steps of 32 columns
 
 // 16 keys whose rows stand at equal distances.
 struct KeyBlock {
@@ -93,24 +90,14 @@ inline void pack_tiles(const void* q, Type type, const int64_t* rows, int64_t wi
   }
 }
 
-// `Blocks` x `Groups` tiles of sums, at most four, over the steps first … end - 1; from nothing if
-// that is the first of all. `meanwhile` is called with every step.
+// `Blocks` x `Groups` tiles of sums, at most four. `meanwhile` is called with every step.
 template <int Blocks, int Groups, class Meanwhile>
-inline void score_blocks(const KeyBlock* k, const float* const* q, int64_t first, int64_t end,
+inline void score_blocks(const KeyBlock* k, const float* const* q, int64_t steps,
                          Meanwhile& meanwhile, float* const* s) {
   constexpr bool kTwo = Groups == 2, kFour = Blocks == 4;
   static_assert(!kTwo || !kFour);
-  if (first == 0) {
-    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-  } else {
-    load_tile<0>(s[0], kTileBytes);
-    if constexpr (kTwo) load_tile<1>(s[1], kTileBytes);
-    if constexpr (Blocks > 1) load_tile<Groups>(s[0] + kTileWords, kTileBytes);
-    if constexpr (Blocks > 1 && kTwo) load_tile<3>(s[1] + kTileWords, kTileBytes);
-    if constexpr (kFour) load_tile<2>(s[0] + 2 * kTileWords, kTileBytes);
-    if constexpr (kFour) load_tile<3>(s[0] + 3 * kTileWords, kTileBytes);
-  }
-  for (int64_t step = first; step < end; ++step) {
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  for (int64_t step = 0; step < steps; ++step) {
     const int64_t at = step * kTileBytes;
     load_tile<4>(k[0].rows + at, k[0].pitch);
     if constexpr (Blocks > 1) load_tile<5>(k[1].rows + at, k[1].pitch);
@@ -136,29 +123,26 @@ inline void score_blocks(const KeyBlock* k, const float* const* q, int64_t first
   if constexpr (kFour) store_tile<3>(s[0] + 3 * kTileWords, kTileBytes);
 }
 
-// Scores of `Groups` groups with the first `blocks` blocks of keys: score_steps(…) steps.
+// Scores of one or two groups with up to 64 keys, `blocks` blocks of them, [key][row] each.
+// score_steps(…) steps.
 template <int Groups, class Meanwhile>
-__attribute__((noinline)) void panel_scores(const KeyBlocks& keys, int blocks,
-                                            const float* const* q, int64_t steps,
-                                            Meanwhile& meanwhile, float* const* scores) {
+__attribute__((noinline)) void score_keys(const KeyBlock* k, int blocks, const float* const* q,
+                                          int64_t steps, Meanwhile& meanwhile,
+                                          float* const* scores) {
   constexpr int kAtOnce = 4 / Groups;
-  const int64_t chunk = Groups == 1 ? steps : kChunk;  // one group's q stays in L1 whole
-  for (int64_t first = 0; first < steps; first += chunk) {
-    const int64_t end = std::min(first + chunk, steps);
-    float* s[2] = {scores[0], scores[Groups - 1]};
-    int block = 0;
-    for (; block + kAtOnce <= blocks; block += kAtOnce) {
-      score_blocks<kAtOnce, Groups>(keys + block, q, first, end, meanwhile, s);
-      s[0] += kAtOnce * kTileWords, s[1] += kAtOnce * kTileWords;
-    }
-    for (; block < blocks; ++block) {
-      score_blocks<1, Groups>(keys + block, q, first, end, meanwhile, s);
-      s[0] += kTileWords, s[1] += kTileWords;
-    }
+  float* s[2] = {scores[0], scores[Groups - 1]};
+  int block = 0;
+  for (; block + kAtOnce <= blocks; block += kAtOnce) {
+    score_blocks<kAtOnce, Groups>(k + block, q, steps, meanwhile, s);
+    s[0] += kAtOnce * kTileWords, s[1] += kAtOnce * kTileWords;
+  }
+  for (; block < blocks; ++block) {
+    score_blocks<1, Groups>(k + block, q, steps, meanwhile, s);
+    s[0] += kTileWords, s[1] += kTileWords;
   }
 }
-inline int64_t score_steps(int blocks, int64_t groups, int64_t steps) {
-  const int at_once = groups == 1 ? 4 : 2;
+inline int64_t score_steps(int blocks, int groups, int64_t steps) {
+  const int at_once = 4 / groups;
   return (blocks / at_once + blocks % at_once) * steps;
 }
 #endif

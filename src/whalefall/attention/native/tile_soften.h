@@ -1,4 +1,4 @@
-// The scores of a panel, [key][16 rows], become weights in bf16 as the first operand of AMX's
+// Scores, [key][16 rows], become weights in bf16 as the first operand of AMX's
 // product with the values wants them: for each 32 keys a tile [row][key].
 //
 // A vector is one key's scores with 16 rows, so that maxima and sums need no lanes combined. The
@@ -14,10 +14,11 @@ constexpr int kStepKeys = kTileHalves;  // of a product with values
 // Where keys 2 p and 2 p + 1 of 32 stand in a row of weights, in pairs.
 constexpr int pair_place(int p) { return (p & 8) | (p & 1) << 2 | (p & 7) >> 1; }
 
-// Row r sees its first seen[r] keys: -inf behind them, up to `keys`.
-inline void hide_keys(float* s, int least, int keys, const int* seen) {
-  const vi count = (vi)_mm512_loadu_si512(seen);
-  for (int t = least; t < keys; ++t)
+// Row r sees the keys before seen[r]: -inf behind them. s: scores of `keys` keys from `first` on,
+// of which all rows see `common`.
+inline void hide_keys(float* s, int common, int keys, const int* seen, int first) {
+  const vi count = (vi)_mm512_loadu_si512(seen) - first;
+  for (int t = std::max(common, 0); t < keys; ++t)
     store(s + t * kLanes, select(count > t, load(s + t * kLanes), set1(-kInf)));
 }
 
@@ -38,16 +39,28 @@ inline void gather_rows(const __m512i* part, __m512i* to) {
   to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// Softens a group's scores over `keys` keys, a multiple of 32, in place: four keys a call, so that
-// vectors can work while tiles multiply. scale > 0.
+// The weights of the keys before, [32 keys][row][key], for a point that has moved.
+inline void rescale_weights(char* p, const char* end, vf factor) {
+  for (; p < end; p += kTileSize)
+    for (int r = 0; r < kTileRows; ++r) {
+      if (factor[r] == 1.0f) continue;
+      char* row = p + r * kTileBytes;
+      const vf low = load_bf16(row) * factor[r], high = load_bf16(row + 32) * factor[r];
+      _mm512_store_si512(row, to_halves(low, high));
+    }
+}
+
+// Softens a group's scores of up to 64 keys, a multiple of 32, four keys a call, so that vectors
+// can work while tiles multiply. scale > 0.
 class Softener {
  public:
   static constexpr int kAtOnce = 4;
 
   Softener() = default;
-  // Takes the maximum; `factor`: of what was summed before.
-  Softener(float* s, int keys, float scale, Softmax& state, vf& factor)
-      : state_(&state), from_(s), end_(s + keys * kLanes), to_(reinterpret_cast<char*>(s)) {
+  // Moves the point if it must, and with it the weights first … p - 1 of keys before these, which
+  // the new weights follow. `factor`: that of all sums before, is multiplied.
+  Softener(const float* s, int keys, float scale, char* first, char* p, Softmax& state, vf& factor)
+      : state_(&state), from_(s), end_(s + keys * kLanes), to_(p) {
     __m512 top[4];
     for (__m512& t : top) t = _mm512_set1_ps(-kInf);
     for (const float* at = s; at < end_; at += 4 * kLanes)
@@ -57,12 +70,16 @@ class Softener {
     const vf best =
         (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])) * scale;
     state.max = max(best, state.max);
-    const vf before = state.point;
-    state.point = select(state.max > before + kSlack, state.max, before);
-    const vf origin = origin_of(state.point);
-    factor = power_of_two(before - origin);
-    unit_ = set1(scale), minus_origin_ = -origin, total_ = vf{};
-    state.sum = state.sum * factor;
+    unit_ = set1(scale), total_ = vf{};
+    if (_mm512_cmp_ps_mask((__m512)state.max, (__m512)(state.point + kSlack), _CMP_GT_OQ)) {
+      const vf before = state.point;
+      state.point = select(state.max > before + kSlack, state.max, before);
+      const vf moved = power_of_two(before - origin_of(state.point));
+      state.sum = state.sum * moved;
+      factor = factor * moved;
+      rescale_weights(first, p, moved);
+    }
+    minus_origin_ = -origin_of(state.point);
   }
 
   bool more() const { return from_ < end_; }
@@ -80,7 +97,8 @@ class Softener {
   }
   void finish() {
     while (more()) (*this)();
-    state_->sum = state_->sum + total_;
+    if (state_) state_->sum += total_;
+    state_ = nullptr;
   }
 
  private:

@@ -10,50 +10,30 @@ namespace wf::attention {
 constexpr int kStripBytes = kPanel * kTileBytes;
 
 // Pairs the columns of a step of a panel's first `keys` keys: [32 keys][half][pair][16 columns][2],
-// with zeros behind the keys, up to a multiple of 32. Some pairs a call, while tiles multiply.
-class Pairer {
- public:
-  Pairer() = default;
-  Pairer(const Panel& panel, int keys, int64_t step, char* strip)
-      : rows_(panel.v), column_(step * kTileBytes), keys_(keys), strip_(strip) {}
-
-  bool more() const { return key_ < keys_; }
-  // Four pairs.
-  void operator()() {
-    char* to = strip_ + key_ / kStepKeys * 2 * kTileSize + (key_ & 16 ? 8 : 0) * kTileBytes +
-               (key_ & 8 ? 2 : 0) * kTileBytes;
-    if (key_ + 8 <= keys_) {
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p)
-        put(row(key_ + 2 * p), row(key_ + 2 * p + 1), to + pair_place(p) * kTileBytes);
-    } else {
-      for (int p = 0; p < 4; ++p)
-        put(key_ + 2 * p < keys_ ? row(key_ + 2 * p) : halves{},
-            key_ + 2 * p + 1 < keys_ ? row(key_ + 2 * p + 1) : halves{},
-            to + pair_place(p) * kTileBytes);
-    }
-    key_ += 8;
-  }
-  void finish() {
-    while (more() || key_ % kStepKeys) (*this)();
-  }
-
- private:
-  halves row(int key) const { return load_halves(static_cast<const char*>(rows_[key]) + column_); }
-  static void put(halves a, halves b, char* to) {
+// with zeros behind the keys, up to a multiple of 32.
+inline void pair_values(const Panel& panel, int keys, int64_t step, char* strip) {
+  auto row = [&](int key) {
+    return load_halves(static_cast<const char*>(panel.v[key]) + step * kTileBytes);
+  };
+  auto put = [](halves a, halves b, char* to) {
     _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
     _mm512_store_si512(to + kTileSize, _mm512_unpackhi_epi16(a, b));
-  }
-  const void* const* rows_ = nullptr;
-  int64_t column_ = 0;
-  int key_ = 0, keys_ = 0;
-  char* strip_ = nullptr;
-};
+  };
+  int t = 0;
+  for (; t + kStepKeys <= keys; t += kStepKeys, strip += 2 * kTileSize)
+#pragma GCC unroll 16
+    for (int p = 0; p < kStepKeys / 2; ++p)
+      put(row(t + 2 * p), row(t + 2 * p + 1), strip + pair_place(p) * kTileBytes);
+  if (t < keys)
+    for (int p = 0; p < kStepKeys / 2; ++p, t += 2)
+      put(t < keys ? row(t) : halves{}, t + 1 < keys ? row(t + 1) : halves{},
+          strip + pair_place(p) * kTileBytes);
+}
 
 // Two tiles of O for each of `Groups` groups and `Strips` strips, at most four.
-template <int Groups, int Strips, class Meanwhile>
-inline void weigh_strip(const float* const* p, const char* strip, int keys, bool fresh,
-                        Meanwhile& meanwhile, float* const* o) {
+template <int Groups, int Strips>
+__attribute__((noinline)) void weigh_strip(const float* const* p, const char* strip, int keys,
+                                           bool fresh, float* const* o) {
   constexpr bool kTwo = Groups == 2, kWideStrip = Strips == 2;
   static_assert(!kTwo || !kWideStrip);
   if (fresh) {
@@ -83,7 +63,6 @@ inline void weigh_strip(const float* const* p, const char* strip, int keys, bool
       load_tile<7>(strip + kStripBytes + kTileSize, kTileBytes);
       multiply_tile<3, 4, 7>();
     }
-    meanwhile();
   }
   store_tile<0>(o[0], kTileBytes);
   store_tile<1>(o[0] + kTileWords, kTileBytes);
