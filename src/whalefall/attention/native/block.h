@@ -11,10 +11,10 @@
 #include "tile_attend.h"
 
 namespace wf::attention {
-// Tiles of a run: 8 (512 keys), doubled as often as keeps a row's runs at 16 or fewer.
+// Tiles of a run: 8 (512 keys; 4 panels), doubled as often as keeps a row's runs at 16 or fewer.
 template <class Row>
 inline int64_t run_tiles(int64_t keys) {
-  int64_t tiles = kTiles<Row> ? 16 : 8;
+  int64_t tiles = kTiles<Row> ? 4 * kPanel / kTile : 8;
   while (keys > tiles * kTile * 16) tiles *= 2;
   return tiles;
 }

@@ -6,7 +6,7 @@
 namespace wf::attention {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kTile = 64;
-constexpr int kPanel = 256;   // by AMX's tiles: sums of O stay in them long enough to pay their way
+constexpr int kPanel = 192;   // by AMX's tiles: sums of O stay in them long enough to pay their way
 constexpr int kPadding = 24;  // pointers behind a tile's last, all valid
 constexpr int kScores = kLanes == 4 ? 8 : kLanes;  // accumulators of `scores`
 
@@ -62,7 +62,7 @@ struct Fetch {
   int count = 0;      // of rows
   int64_t bytes = 0;  // of a row
   int chances = 0;    // not 0: into L1, as `Nearing` does
-  int64_t offset = 0;
+  int64_t offset = 0, due = 0;
 
   // The lines due at one of `beats` moments of a call.
   int64_t each(int64_t beats) const {
@@ -83,6 +83,8 @@ struct Fetch {
     for (int64_t at = 0; at < bytes; at += 64) nearing.line(at);
     ++rows, --count;
   }
+  // What is due, where it has been found: that much with each call.
+  void operator()() { lines(due); }
   // The same for one row, without the bookkeeping: what kernels bound by arithmetic can afford.
   void line_of_each(int64_t at) const {
     for (int i = 0; i < count; ++i) prefetch_l2(static_cast<const char*>(rows[i]) + at);

@@ -184,9 +184,9 @@ class Runner {
       source.expand(now);
       const int64_t used = gather(block, tile, rows, q, to, groups.data());
       if constexpr (kTiles<Row>) {
-        Fetch fetch;
-        if (more) fetch = {next.k, next.n, source.k_bytes()};
-        attend_panel(now, fetch, groups.data(), used, k_steps_, v_steps_, scale, tile == first);
+        Fetch bring;
+        if (more) bring = {next.k, next.n, source.k_bytes()};
+        attend_panel(now, bring, groups.data(), used, k_steps_, v_steps_, scale, tile == first);
       } else if (in_place(source)) {
         if constexpr (kInOrder<R>)
           for (int64_t g = 0; g < used; ++g) {

@@ -14,11 +14,10 @@ using TileGroup = Group<TileRow, kTileRows>;
 struct DuringScores {
   Softener soft[2];
   int64_t due = 0;  // calls with a step
-  Fetch fetch;
-  int64_t lines = 0;  // with a step
+  Fetch* fetch = nullptr;
 
   void operator()() {
-    fetch.lines(lines);
+    (*fetch)();
     for (int64_t i = 0; i < due; ++i) {
       Softener& next = soft[soft[0].more() ? 0 : 1];
       if (!next.more()) return;
@@ -41,11 +40,11 @@ inline Softener soften(TileGroup& group, float* s, int first, int n, float scale
 
 // Weights of all groups, two at a time, 64 keys at a time.
 inline void weigh_keys(const KeyBlocks& keys, int n, TileGroup* groups, int64_t count,
-                       int64_t steps, float scale, const Fetch& next) {
+                       int64_t steps, float scale, Fetch& fetch) {
   alignas(64) float scores[2][2][kTile * kLanes];  // what is scored, what is softened
-  const int64_t calls = score_steps(kTile / kBlockKeys, count == 1 ? 1 : 2, steps);
+  const int64_t calls = score_steps(count == 1 ? 1 : 2, steps);
   DuringScores during;
-  during.fetch = next, during.lines = next.each(ceil_div(n, kTile) * ceil_div(count, 2) * calls);
+  during.fetch = &fetch;
   during.due = ceil_div(2 * kTile / Softener::kAtOnce, calls);
   for (int64_t g = 0; g < count; ++g) groups[g].factor = set1(1.0f);
   int turn = 0;
@@ -76,7 +75,8 @@ inline void weigh_apart(const Panel& panel, int64_t step, const TileGroup& group
     pair_values(panel, group.seen[r], step, strip);
     const float* p[1] = {group.s};
     float* to[1] = {one};
-    weigh_strip<1, 1>(p, strip, group.seen[r], fresh, to);
+    Fetch none;
+    weigh_strip<1>(p, strip, group.seen[r], fresh, none, to);
     for (int at = r * kLanes; at < 2 * kTileWords; at += kTileWords)
       std::memcpy(all + at, one + at, kTileBytes);
   }
@@ -85,25 +85,19 @@ inline void weigh_apart(const Panel& panel, int64_t step, const TileGroup& group
 
 // Adds the values of a panel's first n keys.
 inline void add_values(const Panel& panel, int n, TileGroup* groups, int64_t count, int64_t steps,
-                       bool fresh) {
-  static thread_local Arena arena;
-  char* strips = reinterpret_cast<char*>(arena.floats(steps * kStripBytes / 4));
-  for (int64_t step = 0; step < steps; ++step)
-    pair_values(panel, n, step, strips + step * kStripBytes);
-  const int64_t wide = count == 1 ? 2 : 1;  // one group alone takes two strips at once
-  for (int64_t g = 0; g < count; g += 2) {
-    const int all = g + 1 < count ? 2 : 1;
-    const float* p[2] = {groups[g].s, groups[g + all - 1].s};
-    for (int i = 0; i < all && !fresh; ++i)
-      if (groups[g + i].rescaled) rescale<kTileRows>(groups[g + i].o, steps, groups[g + i].factor);
-    for (int64_t step = 0; step < steps; step += wide) {
-      const int64_t width = std::min(wide, steps - step);
+                       bool fresh, Fetch& fetch) {
+  alignas(64) char strip[kStripBytes];
+  for (int64_t g = 0; g < count && !fresh; ++g)
+    if (groups[g].rescaled) rescale<kTileRows>(groups[g].o, steps, groups[g].factor);
+  for (int64_t step = 0; step < steps; ++step) {
+    pair_values(panel, n, step, strip);
+    for (int64_t g = 0; g < count; g += 2) {
+      const int all = g + 1 < count ? 2 : 1;
+      const float* p[2] = {groups[g].s, groups[g + all - 1].s};
       float* o[2] = {groups[g].o + step * 2 * kTileWords,
                      groups[g + all - 1].o + step * 2 * kTileWords};
-      auto* weigh = all == 2     ? weigh_strip<2, 1>
-                    : width == 2 ? weigh_strip<1, 2>
-                                 : weigh_strip<1, 1>;
-      weigh(p, strips + step * kStripBytes, n, fresh, o);
+      auto* weigh = all == 2 ? weigh_strip<2> : weigh_strip<1>;
+      weigh(p, strip, n, fresh, fetch, o);
     }
   }
 }
@@ -120,8 +114,8 @@ inline void add_values_apart(const Panel& panel, TileGroup* groups, int64_t coun
 }
 
 // Adds a panel to groups, of which each sees a key of it. `fresh`: they hold nothing yet. `next`:
-// the rows of the panel after this one.
-inline void attend_panel(Panel& panel, const Fetch& next, TileGroup* groups, int64_t count,
+// the rows of the panel after this one, which come meanwhile.
+inline void attend_panel(Panel& panel, Fetch next, TileGroup* groups, int64_t count,
                          int64_t k_steps, int64_t v_steps, float scale_log2, bool fresh) {
   int n = 0, least = kPanel;
   for (int64_t g = 0; g < count; ++g) {
@@ -130,9 +124,12 @@ inline void attend_panel(Panel& panel, const Fetch& next, TileGroup* groups, int
   }
   panel.n = n;
   const KeyBlocks keys(panel, k_steps * kTileBytes);
+  const int64_t pairs = ceil_div(count, 2), weighing = v_steps * ceil_div(n, kStepKeys);
+  const int64_t scoring = ceil_div(n, kTile) * score_steps(count == 1 ? 1 : 2, k_steps);
+  next.due = next.each(pairs * (scoring + weighing));
   weigh_keys(keys, n, groups, count, k_steps, scale_log2, next);
   if (least == n || all_finite(panel, least, n, v_steps))
-    add_values(panel, n, groups, count, v_steps, fresh);
+    add_values(panel, n, groups, count, v_steps, fresh, next);
   else
     add_values_apart(panel, groups, count, v_steps, fresh);
 }

@@ -141,9 +141,9 @@ __attribute__((noinline)) void score_keys(const KeyBlock* k, int blocks, const f
     s[0] += kTileWords, s[1] += kTileWords;
   }
 }
-inline int64_t score_steps(int blocks, int groups, int64_t steps) {
-  const int at_once = 4 / groups;
-  return (blocks / at_once + blocks % at_once) * steps;
+// Steps of `score_keys` with 64 keys.
+inline int64_t score_steps(int groups, int64_t steps) {
+  return kTile / kBlockKeys * groups / 4 * steps;
 }
 #endif
 }  // namespace wf::attention

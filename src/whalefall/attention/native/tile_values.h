@@ -30,12 +30,11 @@ inline void pair_values(const Panel& panel, int keys, int64_t step, char* strip)
           strip + pair_place(p) * kTileBytes);
 }
 
-// Two tiles of O for each of `Groups` groups and `Strips` strips, at most four.
-template <int Groups, int Strips>
+// Two tiles of O for each of one or two groups. With each product of 32 keys `fetch` brings lines.
+template <int Groups>
 __attribute__((noinline)) void weigh_strip(const float* const* p, const char* strip, int keys,
-                                           bool fresh, float* const* o) {
-  constexpr bool kTwo = Groups == 2, kWideStrip = Strips == 2;
-  static_assert(!kTwo || !kWideStrip);
+                                           bool fresh, Fetch& fetch, float* const* o) {
+  constexpr bool kTwo = Groups == 2;
   if (fresh) {
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   } else {
@@ -43,33 +42,23 @@ __attribute__((noinline)) void weigh_strip(const float* const* p, const char* st
     load_tile<1>(o[0] + kTileWords, kTileBytes);
     if constexpr (kTwo) load_tile<2>(o[1], kTileBytes);
     if constexpr (kTwo) load_tile<3>(o[1] + kTileWords, kTileBytes);
-    if constexpr (kWideStrip) load_tile<2>(o[0] + 2 * kTileWords, kTileBytes);
-    if constexpr (kWideStrip) load_tile<3>(o[0] + 3 * kTileWords, kTileBytes);
   }
   for (int t = 0; t < keys; t += kStepKeys, strip += 2 * kTileSize) {
+    const int64_t at = t / kStepKeys * kTileWords;
     load_tile<6>(strip, kTileBytes);
-    load_tile<4>(p[0] + t / kStepKeys * kTileWords, kTileBytes);
-    multiply_tile<0, 4, 6>();
     load_tile<7>(strip + kTileSize, kTileBytes);
+    load_tile<4>(p[0] + at, kTileBytes);
+    if constexpr (kTwo) load_tile<5>(p[1] + at, kTileBytes);
+    multiply_tile<0, 4, 6>();
     multiply_tile<1, 4, 7>();
-    if constexpr (kTwo) {
-      load_tile<5>(p[1] + t / kStepKeys * kTileWords, kTileBytes);
-      multiply_tile<2, 5, 6>();
-      multiply_tile<3, 5, 7>();
-    }
-    if constexpr (kWideStrip) {
-      load_tile<6>(strip + kStripBytes, kTileBytes);
-      multiply_tile<2, 4, 6>();
-      load_tile<7>(strip + kStripBytes + kTileSize, kTileBytes);
-      multiply_tile<3, 4, 7>();
-    }
+    if constexpr (kTwo) multiply_tile<2, 5, 6>();
+    if constexpr (kTwo) multiply_tile<3, 5, 7>();
+    fetch();
   }
   store_tile<0>(o[0], kTileBytes);
   store_tile<1>(o[0] + kTileWords, kTileBytes);
   if constexpr (kTwo) store_tile<2>(o[1], kTileBytes);
   if constexpr (kTwo) store_tile<3>(o[1] + kTileWords, kTileBytes);
-  if constexpr (kWideStrip) store_tile<2>(o[0] + 2 * kTileWords, kTileBytes);
-  if constexpr (kWideStrip) store_tile<3>(o[0] + 3 * kTileWords, kTileBytes);
 }
 
 // Whether all values of keys first … end - 1 are finite.
