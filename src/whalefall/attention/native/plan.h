@@ -191,7 +191,8 @@ class Runner {
         if constexpr (kInOrder<R>)
           for (int64_t g = 0; g < used; ++g) {
             // groups behind the first find the tile in L2
-            auto* add = g ? attend_in_order<Row, R, 1> : attend_in_order<Row, R, kNumLeads>;
+            const bool once = g || !drops_prefetches();
+            auto* add = once ? attend_in_order<Row, R, 1> : attend_in_order<Row, R, kNumLeads>;
             add(now, groups[g].most, source.k_bytes(), groups[g].q, k_steps_, v_steps_, scale,
                 groups[g].o, groups[g].state);
           }
