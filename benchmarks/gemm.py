@@ -30,9 +30,9 @@ from whalefall.testing.benchmark import Row, by_level, interleave, save
 E4M3 = ml_dtypes.float8_e4m3fn
 RNG = np.random.default_rng(0)
 AVX2 = jit.best_level() in ("any", "avx2")
-DOT = machine.dot_is_fast(jit.best_level())
-# with bf16 dots, activations are bf16; elsewhere fp32, which those kernels want
-ACTIVATION = np.dtype(ml_dtypes.bfloat16 if DOT else np.float32)
+DOT, TILE = machine.dot_is_fast(jit.best_level()), machine.tile_is_fast(jit.best_level())
+# where bf16 is multiplied as such, activations are bf16; elsewhere fp32, which those kernels want
+ACTIVATION = np.dtype(ml_dtypes.bfloat16 if DOT or TILE else np.float32)
 
 
 def pin_threads() -> None:
@@ -62,7 +62,7 @@ def limits_rows(memory: Any, quick: bool) -> list[Row]:
     """FP8 weights times 1 to 8 rows, as shares of what memory and FMA allow."""
     rows = []
     reader = machine._library()
-    peak = max(machine.fma_peak(1) for _ in range(40))
+    peak = max(peak_of_level() for _ in range(40))
     shapes = [(2048, 7168), (7168, 2048), (1408, 2048)]
     for n, k in shapes[:1] if quick else shapes:
         weights = [
@@ -87,13 +87,18 @@ def limits_rows(memory: Any, quick: bool) -> list[Row]:
             bandwidth = memory.size / took["read"].best_s / 1e9
             ceiling = min(bandwidth, 28.0) if AVX2 else bandwidth
             if m > 2:
-                ceiling = min(bandwidth, peak * (2 if DOT else 1) / (2 * m) / 1e9)
+                ceiling = min(bandwidth, peak / (2 * m) / 1e9)
             target = {1: 0.80, 2: 0.65}.get(m, 0.45) if AVX2 else {1: 0.85, 2: 0.85}.get(m, 0.6)
             against = "read bandwidth" if m <= 2 else "min(read, peak of the level / 2M)"
             rows.append(
                 row(f"FP8 {n}x{k} x {m} rows, from DRAM", against, target, speed, ceiling, "GB/s")
             )
     return rows
+
+
+def peak_of_level() -> float:
+    """FLOP/s of what the kernels multiply with: tiles, dots (twice the FMAs) or FMAs."""
+    return machine.tile_peak(1) if TILE else machine.fma_peak(1) * (2 if DOT else 1)
 
 
 def row(what: str, against: str, target: float, ours: float, theirs: float, unit: str) -> Row:
@@ -149,7 +154,11 @@ def torch_rows(memory: Any) -> list[Row]:
 
 
 def gemm_rows(quick: bool) -> list[Row]:
-    """`fp8_gemm_nt` and the many form against the FMA peak measured beside them."""
+    """`fp8_gemm_nt` and the many form against the peak measured beside them.
+
+    That of FMAs, or of AMX's tiles; then against torch's bf16 products as well, which are made by
+    tiles too, of weights that were made bf16 before.
+    """
     rows = []
     shapes = [(512, 7168, 2048), (512, 2048, 7168), (1024, 2048, 2048), (4096, 576, 2048)]
     for m, n, k in shapes[:1] if quick else shapes:
@@ -164,13 +173,25 @@ def gemm_rows(quick: bool) -> list[Row]:
             ),
         }
         peaks: list[float] = []
-        contenders["peak"] = lambda p=peaks: p.extend(machine.fma_peak(1) for _ in range(3))
-        took = interleave(contenders, rounds=9)
+        measure = machine.tile_peak if TILE else machine.fma_peak
+        contenders["peak"] = lambda p=peaks, f=measure: p.extend(f(1) for _ in range(3))
+        if TILE:
+            left, right = torch.from_numpy(x).bfloat16(), _dequantised(*b)
+            contenders["torch"] = lambda x=left, w=right: torch.nn.functional.linear(x, w)
+        # torch's threads spin for some milliseconds after it; ours must not share cores with them
+        took = interleave(contenders, rounds=15 if TILE else 9, settle_s=0.015 if TILE else 0)
         peak = max(peaks) / 1e9
+        against, target = ("AMX peak", 0.35) if TILE else ("fp32 FMA peak", 1.6 if DOT else 0.75)
         for name, words in (("gemm", "fp8_gemm_nt"), ("linear", "fp8_linear many")):
             speed = 2 * m * n * k / took[name].best_s / 1e9
             what = f"{words} M {m}, N {n}, K {k}"
-            rows.append(row(what, "fp32 FMA peak", 1.6 if DOT else 0.75, speed, peak, "GFLOP/s"))
+            rows.append(row(what, against, target, speed, peak, "GFLOP/s"))
+            if TILE:
+                speed = 2 * m * n * k / took[name].median_s / 1e9
+                theirs = 2 * m * n * k / took["torch"].median_s / 1e9
+                rows.append(
+                    row(what, "torch bf16 of dequantised weights", 1.0, speed, theirs, "GFLOP/s")
+                )
     return rows
 
 
@@ -221,6 +242,8 @@ def grouped_rows() -> list[Row]:
             ("FP8", "loop that makes bf16 of FP8, 0.55 GB"),
         )
     ]  # fmt: skip
+    if TILE:  # the bound is memory: half a gigabyte of weights
+        return rows
     best = flops / took["ours"].best_s
     target = 1.4 if DOT else 0.75
     return [*rows, row(what, "fp32 FMA peak", target, best, max(peaks) / 1e9, "GFLOP/s")]
@@ -230,6 +253,13 @@ def _torch_pair(codes: np.ndarray, scales: np.ndarray) -> tuple[torch.Tensor, to
     """E4M3 codes and their scales, the same memory, as torch has them."""
     return (torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn),
             torch.from_numpy(scales))  # fmt: skip
+
+
+def _dequantised(codes: np.ndarray, scales: np.ndarray) -> torch.Tensor:
+    """The weight of codes and scales [ceil(N / 128), ceil(K / 128)] as bf16."""
+    n, k = codes.shape
+    wide = np.repeat(np.repeat(scales, 128, 0)[:n], 128, 1)[:, :k]
+    return torch.from_numpy(codes.astype(np.float32) * wide).bfloat16()
 
 
 def _bf16(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

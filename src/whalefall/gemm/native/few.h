@@ -12,13 +12,15 @@
 // do well across rows). FP8 wants x in Order::kWords, other kinds in Order::kPlain.
 #pragma once
 #include "operands.h"
+#include "whalefall/tile.h"
 
 namespace wf::gemm {
 using Next = const uint8_t*;  // weights that a thread will read soon; may be null, or any address
 
 namespace few {
-constexpr int kStep = 4 * kLanes;  // weights of one decode
-constexpr int kRowsOfX = 32;       // rows of x for one pass of `tiled`
+constexpr int kBand = kTile ? 32 : 16;  // rows of W at once, by tiles or dots
+constexpr int kStep = 4 * kLanes;       // weights of one decode
+constexpr int kRowsOfX = 32;            // rows of x for one pass of `tiled`
 // Rows of x up to which W is decoded in registers: elsewhere `tiled` is as fast or faster.
 constexpr int kMostPaired = WF_ISA == 1 ? 8 : 2;
 

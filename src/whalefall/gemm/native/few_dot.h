@@ -18,10 +18,8 @@
 
 namespace wf::gemm {
 namespace few {
-constexpr int kBand = 16;  // rows of W whose sums become one vector
-
 #ifdef WF_DOT
-static_assert(kBand == kLanes);
+static_assert(kBand == kLanes);  // rows of W whose sums become one vector
 // 64 weights at p as two vectors in the order of x.
 template <int kKind>
 struct HalfDecoder;

@@ -1,15 +1,16 @@
 // The form for few rows of x with AMX: y^T = W . x^T, 16 rows of W by up to 16 rows of x a tile.
 //
-// A band of 16 rows of W is decoded 128 of K at a time into four tiles in L1 (4 KB, in turn with
-// those before); four tile products are its partial sums, which are stored, scaled and added to
-// fp32 sums in L1. Nothing waits: while a block is decoded, the products of the one before run.
-// x is made tiles once a call, as wide as there are rows: a product takes as long for one row as
-// for 16. For more than 16 the band is kept decoded, in L2. Each sum is one chain over k within a
-// block, then one over blocks, whatever the rows of x are.
+// A band of 32 rows of W is decoded 128 of K at a time, each 16 rows into four tiles in L1 (8 KB,
+// in turn with those before); four tile products are their partial sums, which are stored, scaled
+// and added to fp32 sums in L1. The products of a block, two chains of four, take 208 cycles, and
+// run while the next block is decoded, which takes twice that. x is made tiles once a call, as
+// wide as there are rows: a product takes as long for one row as for 16. For more than 16 the band
+// is kept decoded, in L2. Each sum is one chain over k within a block, then one over blocks,
+// whatever the rows of x are.
 //
-// Memory: a band's rows are read side by side, so that they must be in L2 by then: meanwhile the
-// next band is brought there in the order of memory, and at the end of a task what its thread reads
-// next. Bound: memory; decoding takes half as long.
+// Memory: the rows of a band are read side by side, so that they must be in L2 by then:
+// meanwhile the next band is brought there in the order of memory, and at the end of a task what
+// its thread reads next. Bound: memory, where decoding keeps up with it.
 #pragma once
 #include "few.h"
 #include "tile_rows.h"
@@ -17,13 +18,15 @@
 namespace wf::gemm {
 #ifdef WF_TILE
 namespace few {
-// 16 rows of W from n on, or as many as there are before `end`.
+constexpr int kParts = kBand / kGroup;
+
+// 16 rows of W from n on, or as many as there are before `end`, maybe none.
 template <int kKind>
-class TileBand {
+class BandPart {
  public:
-  TileBand(const Weight& w, int64_t n, int64_t end)
+  BandPart(const Weight& w, int64_t n, int64_t end)
       : first_(w.row(n)), cols_(w.cols), rows_(end - n < kGroup ? int(end - n) : kGroup) {
-    if (kKind != kFp8) return;
+    if (kKind != kFp8 || rows_ <= 0) return;
     scale_ = after_ = w.row_scale(n);
     const int64_t turn = kBlock - (w.first_row + n) % kBlock;  // rows of the first block row
     if (turn < rows_) after_ += w.scale_pitch, turn_ = int(turn);
@@ -31,6 +34,7 @@ class TileBand {
   int64_t blocks() const { return ceil_div(cols_, kBlock); }
 
   void decode(int64_t b, uint16_t* tiles) const {
+    if (rows_ <= 0) return;                    // whatever is there: nobody wants the sums
     const RowDecoder<kKind> decode = decode_;  // in registers
     const int64_t k = b * kBlock, pitch = cols_ * kBytes;
     if (k + kBlock <= cols_ && rows_ == kGroup) {
@@ -49,7 +53,7 @@ class TileBand {
 
   // The scales of the rows in sums [16][width], vector j of them.
   vf scales(int64_t b, int64_t width, int64_t j) const {
-    if (kKind != kFp8) return set1(1.0f);
+    if (kKind != kFp8 || !scale_) return set1(1.0f);
     const vf first = broadcast(scale_ + b);
     if (turn_ == kGroup) return first;
     const int64_t before = turn_ * width - j * kLanes;  // lanes that still are of the first
@@ -80,71 +84,78 @@ inline vf x_scales(const TileRows& x, int64_t b, int64_t group, int64_t j) {
   return (vf)_mm512_permutexvar_ps(_mm512_cvttps_epi32(_mm512_fnmadd_ps(whole, width, at)), scales);
 }
 
-template <int kTile>
+// Partial sums of both parts of a band over a block of K, in tiles 0 and 1.
 inline void multiply_block(const uint16_t* w, const uint16_t* x, int64_t width) {
   const int64_t pitch = width * 4, next = kGroup * 2 * width;
-  zero_tile<kTile>();
-  load_tile<4>(w, kTileBytes);
-  load_tile<2>(x, pitch);
-  multiply_tile<kTile, 4, 2>();
-  load_tile<5>(w + kTileValues, kTileBytes);
-  load_tile<3>(x + next, pitch);
-  multiply_tile<kTile, 5, 3>();
-  load_tile<6>(w + 2 * kTileValues, kTileBytes);
-  load_tile<2>(x + 2 * next, pitch);
-  multiply_tile<kTile, 6, 2>();
-  load_tile<7>(w + 3 * kTileValues, kTileBytes);
-  load_tile<3>(x + 3 * next, pitch);
-  multiply_tile<kTile, 7, 3>();
+  zero_tile<0>();
+  zero_tile<1>();
+#pragma GCC unroll 2
+  for (int i = 0; i < kBlockTiles; i += 2, w += 2 * kTileValues, x += 2 * next) {
+    load_tile<4>(w, kTileBytes);
+    load_tile<2>(x, pitch);
+    multiply_tile<0, 4, 2>();
+    load_tile<5>(w + kBlockValues, kTileBytes);
+    multiply_tile<1, 5, 2>();
+    load_tile<6>(w + kTileValues, kTileBytes);
+    load_tile<3>(x + next, pitch);
+    multiply_tile<0, 6, 3>();
+    load_tile<7>(w + kBlockValues + kTileValues, kTileBytes);
+    multiply_tile<1, 7, 3>();
+  }
 }
 
-// sums[16][width] of one band and one group of x.
+// sums[parts][16][width] of a band and one group of x.
 template <int kKind>
 class BandProduct {
  public:
-  BandProduct(const TileBand<kKind>& band, const TileRows& x, int64_t group, float* sums)
-      : band_(band), x_(x), group_(group), sums_(sums) {}
+  BandProduct(const Weight& w, int64_t n, int64_t end, const TileRows& x, float* sums)
+      : parts_{{w, n, end}, {w, n + kGroup < end ? n + kGroup : n, end < n + kGroup ? n : end}},
+        x_(x),
+        sums_(sums) {}
 
   // `tiles`: a ring of two blocks, or, if `keep`, of all; decoded here, or already before. Brings
   // into L2 what lies at `next`, as much as it reads; null: nothing.
-  __attribute__((noinline)) void run(uint16_t* tiles, bool keep, bool decoded, Next next) {
-    const int64_t blocks = band_.blocks();
-    auto at = [&](int64_t b) { return tiles + (keep ? b : b % 2) * kBlockValues; };
-    for (int64_t j = 0; j < x_.width; ++j) store(sums_ + j * kLanes, vf{});
-    if (!decoded && blocks > 0) band_.decode(0, at(0));
+  __attribute__((noinline)) void run(int64_t group, uint16_t* tiles, bool keep, bool decoded,
+                                     Next next) {
+    const int64_t blocks = parts_[0].blocks();
+    auto at = [&](int64_t b) { return tiles + (keep ? b : b % 2) * kParts * kBlockValues; };
+    for (int64_t j = 0; j < kParts * x_.width; ++j) store(sums_ + j * kLanes, vf{});
+    if (!decoded && blocks > 0) decode(0, at(0));
     for (int64_t b = 0; b < blocks; ++b) {
+      multiply_block(at(b), x_.block(b, group), x_.width);
       if (next)
-        for (int i = 0; i < kGroup * kBlock * kind_bytes(kKind); i += 64, next += 64)
+        for (int i = 0; i < kBand * kBlock * kind_bytes(kKind); i += 64, next += 64)
           prefetch_l2(next);
-      if (!decoded && b + 1 < blocks) band_.decode(b + 1, at(b + 1));
-      if (b > 0) add(b - 1);
-      if (b % 2)
-        multiply_block<1>(at(b), x_.block(b, group_), x_.width);
-      else
-        multiply_block<0>(at(b), x_.block(b, group_), x_.width);
+      if (!decoded && b + 1 < blocks) decode(b + 1, at(b + 1));
+      float* partial = partial_ + b % 2 * kParts * kSums;
+      store_tile<0>(partial, x_.width * 4);
+      store_tile<1>(partial + kSums, x_.width * 4);
+      if (b > 0) add(group, b - 1);
     }
-    if (blocks > 0) add(blocks - 1);
+    if (blocks > 0) add(group, blocks - 1);
   }
 
  private:
-  void add(int64_t b) {
-    alignas(64) float partial[kGroup * kLanes];
-    if (b % 2)
-      store_tile<1>(partial, x_.width * 4);
-    else
-      store_tile<0>(partial, x_.width * 4);
-    for (int64_t j = 0; j < x_.width; ++j) {
-      vf s = band_.scales(b, x_.width, j);
-      if (x_.scales) s = s * x_scales(x_, b, group_, j);
-      float* sum = sums_ + j * kLanes;
-      store(sum, fma(load(partial + j * kLanes), s, load(sum)));
-    }
+  static constexpr int64_t kSums = kGroup * kLanes;
+  void decode(int64_t b, uint16_t* tiles) const {
+    for (int i = 0; i < kParts; ++i) parts_[i].decode(b, tiles + i * kBlockValues);
+  }
+  // The partial sums of block b, scaled.
+  void add(int64_t group, int64_t b) {
+    const float* partial = partial_ + b % 2 * kParts * kSums;
+    float* sum = sums_;
+    for (int i = 0; i < kParts; ++i, partial += kSums)
+      for (int64_t j = 0; j < x_.width; ++j, sum += kLanes) {
+        vf s = parts_[i].scales(b, x_.width, j);
+        if (x_.scales) s = s * x_scales(x_, b, group, j);
+        store(sum, fma(load(partial + j * kLanes), s, load(sum)));
+      }
   }
 
-  const TileBand<kKind>& band_;
+  const BandPart<kKind> parts_[kParts];
   const TileRows& x_;
-  const int64_t group_;
   float* sums_;
+  alignas(64) float partial_[2 * kParts * kSums];  // of two blocks in turn
 };
 
 // Tiles of `width` rows of x and of sums, and whole ones of W.
@@ -161,24 +172,24 @@ void tile_rows_of(const Weight& w, int64_t n, int64_t end, const TileRows& x, in
   const int64_t first = x.group_of(0), groups = ceil_div(count, kGroup);
   const bool keep = groups > 1;
   uint16_t* tiles =
-      memory.get<uint16_t>((keep ? ceil_div(w.cols, kBlock) : 2) * int64_t(kBlockValues));
+      memory.get<uint16_t>((keep ? ceil_div(w.cols, kBlock) : 2) * kParts * int64_t(kBlockValues));
   const Tiles shapes(shapes_of(x.width));
-  for (; n < end; n += kGroup) {
-    const int64_t stop = n + kGroup < end ? n + kGroup : end;
-    const TileBand<kKind> band(w, n, end);
+  const __m512i place =
+      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm512_set1_epi32(int(x.width)));
+  for (; n < end; n += kBand) {
+    const int64_t stop = n + kBand < end ? n + kBand : end;
+    alignas(64) float sums[kBand * kLanes];
+    BandProduct<kKind> product(w, n, stop, x, sums);
     for (int64_t g = 0; g < groups; ++g) {
-      alignas(64) float sums[kGroup * kLanes];
-      BandProduct<kKind>(band, x, first + g, sums)
-          .run(tiles, keep, g > 0,
-               g > 0        ? nullptr
-               : stop < end ? w.row(stop)
-                            : next);
-      const __m512i place = _mm512_mullo_epi32(
-          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-          _mm512_set1_epi32(int(x.width)));
+      Next soon = stop < end ? w.row(stop) : next;
+      product.run(first + g, tiles, keep, g > 0, g > 0 ? nullptr : soon);
       for (int64_t m = g * kGroup; m < count && m < (g + 1) * kGroup; ++m) {
-        float values[kGroup];
-        store(values, (vf)_mm512_i32gather_ps(place, sums + m % kGroup, 4));
+        float values[kBand];
+        for (int i = 0; i < kParts; ++i) {
+          const float* from = sums + i * kGroup * x.width + m % kGroup;
+          store(values + i * kGroup, (vf)_mm512_i32gather_ps(place, from, 4));
+        }
         y.put(m, n, values, stop - n);
       }
     }

@@ -47,8 +47,9 @@ namespace phase {
 // A task's bytes of W in the few form: each change of place costs what 1 to 2 KB do, and a thread
 // waits for half a task on average; and outputs of its two products that are kept in L1.
 constexpr int64_t kLeast = 32768, kMost = 262144, kKept = 4096;
-constexpr int64_t kManyChunk = 64;  // rows of W
-static_assert(kManyChunk <= many::kColumns && kManyChunk <= many::kChunkRows);
+// In the many form: rows of W of a task, and of x that are gated at once, for which W is decoded.
+constexpr int64_t kManyChunk = kTile ? 128 : 64, kManyRows = kTile ? many::kChunkRows : 64;
+static_assert(kManyChunk <= many::kColumns && kManyRows <= many::kChunkRows);
 
 // h = silu(g) * u
 inline void silu_mul(const float* g, const float* u, float* h, int64_t count) {
@@ -101,7 +102,7 @@ inline void Phase::cut() {
   most = most < phase::kLeast ? phase::kLeast : most > phase::kMost ? phase::kMost : most;
   for (Cut& job : jobs_) {
     const int64_t row = row_bytes(*job.w) * (job.up ? 2 : 1);
-    job.chunk = form_ == kMany ? phase::kManyChunk : round_up(ceil_div(most, row), 16);
+    job.chunk = form_ == kMany ? phase::kManyChunk : round_up(ceil_div(most, row), few::kBand);
     const int64_t kept = phase::kKept / few::kRowsOfX;
     if (job.up && job.chunk > kept) job.chunk = kept;
     job.first_task = tasks_;
@@ -134,9 +135,10 @@ inline void Phase::run(const Phase* then) const {
 }
 
 inline void Phase::gated(const Cut& job, int64_t n, Next next) const {
-  const int64_t step = form_ == kFew ? few::kRowsOfX : phase::kManyChunk, chunk = job.chunk;
+  static thread_local Scratch kept;
+  const int64_t step = form_ == kFew ? few::kRowsOfX : phase::kManyRows, chunk = job.chunk;
   const int64_t end = n + chunk < job.w->rows ? n + chunk : job.w->rows;
-  float gate[phase::kKept], up[phase::kKept];
+  float *gate = kept.get<float>(2 * step * chunk), *up = gate + step * chunk;
   for (int64_t first = job.first; first < job.last; first += step) {
     const int64_t last = first + step < job.last ? first + step : job.last;
     const Output g{gate - first * chunk - n, chunk, nullptr, nullptr, kF32, 0};
