@@ -9,23 +9,26 @@ import pytest
 
 from whalefall import gemm, jit
 from whalefall.jit import isa
-from whalefall.jit.compile import INCLUDE
+from whalefall.jit.compile import INCLUDE, _measured_options
 from whalefall.jit.compiler import OPTIONS, compiler
 
 NATIVE = Path(gemm.__file__).parent / "native"
-# gemm.cpp is the same code at all levels from avx512 on, but for bf16 dots
+# gemm.cpp is the same code at all levels from avx512 on, but for what multiplies bf16
 UNITS = [
-    ("linear.cpp", "avx512"),
-    ("linear.cpp", "amx"),
-    ("gemm.cpp", "avx512"),
-    ("gemm.cpp", "amx"),
+    (unit, level, macro)
+    for unit in ("linear.cpp", "gemm.cpp")
+    for level, macro in (("avx512", ""), ("amx", "-DWF_DOT"), ("amx", "-DWF_TILE"))
 ]
 
 
-@pytest.mark.parametrize(("unit", "level"), [u for u in UNITS if u[1] not in jit.levels()])
-def test_units_compile_at_levels_beyond_this_machine(tmp_path: Path, unit: str, level: str) -> None:
+@pytest.mark.parametrize(("unit", "level", "macro"), UNITS)
+def test_units_compile_for_machines_other_than_this(
+    tmp_path: Path, unit: str, level: str, macro: str
+) -> None:
+    if level in jit.levels() and macro in ("", *_measured_options(level)):
+        pytest.skip("other tests run it")
     command = [*compiler().command, *OPTIONS, "-O1", "-Werror", *isa.flags(level)]
-    command += ["-DWF_DOT"] if level == "amx" else []
+    command += [macro] if macro else []
     command += [f"-I{INCLUDE}", str(NATIVE / unit), "-o", str(tmp_path / "unit.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

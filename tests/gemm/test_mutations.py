@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
+from whalefall import jit
+from whalefall.jit import machine
+
 ROOT = Path(__file__).parents[2]
 GEMM, ATTENTION = "src/whalefall/gemm/native", "src/whalefall/attention/native"
 
@@ -25,6 +28,7 @@ class Break(NamedTuple):
     old: str
     new: str
     tests: str
+    tiles: bool = False  # of what is compiled where AMX's tiles are fast
 
 
 BREAKS = {
@@ -51,6 +55,34 @@ BREAKS = {
         "float factor = x.scaled() ? x.scale[m][b] : 1.0f;",
         "float factor = 1.0f;",
         "tests/gemm/test_quantised.py::test_quantised_activations_are_the_cast_ones",
+    ),
+    "take the first group's scales for the second one's rows": Break(
+        f"{GEMM}/many_tile.h",
+        "{0, kGroup}, {kGroup, 0}}",
+        "{0, kGroup}, {0, 0}}",
+        "tests/gemm/test_tiles.py::test_bits_depend_on_neither_m_nor_form_nor_threads_nor_the_call",
+        tiles=True,
+    ),
+    "overwrite scales that are still wanted": Break(
+        f"{GEMM}/many_tile.h",
+        "k / kPanelDepth % 2 * kScales",
+        "0 * k",
+        "tests/gemm/test_tiles.py::test_a_product_of_many_waves_and_panels_is_exact",
+        tiles=True,
+    ),
+    "give all rows of a tile the first block row's scale": Break(
+        f"{GEMM}/few_tile.h",
+        "turn_ * width - j * kLanes",
+        "kGroup * width - j * kLanes",
+        "tests/gemm/test_tiles.py::test_a_part_of_a_weight_keeps_its_place_in_the_scales",
+        tiles=True,
+    ),
+    "leave x in order where W is dealt": Break(
+        f"{GEMM}/tile_rows.h",
+        "if (deal) split",
+        "if (false) split",
+        "tests/gemm/test_tiles.py::test_a_product_of_many_waves_and_panels_is_exact",
+        tiles=True,
     ),
     "read indices behind a list": Break(
         f"{ATTENTION}/mla_sparse.h",
@@ -89,6 +121,8 @@ BREAKS = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_turns_a_test_red(name: str, tmp_path: Path) -> None:
     made = BREAKS[name]
+    if made.tiles and not machine.tile_is_fast(jit.levels()[-1]):
+        pytest.skip("needs fast AMX tiles")
     for folder in ("src", "tests/gemm", "tests/attention"):
         ignore = shutil.ignore_patterns("bundled", "__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
