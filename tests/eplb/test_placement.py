@@ -123,11 +123,12 @@ def test_never_worse_than_published_never_below_the_bound(
     )
 
 
-def best_of_all(weight: np.ndarray, replicas: int, gpus: int) -> float:
-    """The lightest possible largest load, replicas apart, by trying every placement."""
+def best_of_all(weight: np.ndarray, replicas: int, gpus: int, apart: bool = True) -> float:
+    """The lightest possible largest load, by trying every placement (with replicas apart)."""
     per_gpu, experts = replicas // gpus, len(weight)
     best = np.inf
-    sets = list(itertools.combinations(range(experts), per_gpu))
+    choose = itertools.combinations if apart else itertools.combinations_with_replacement
+    sets = list(choose(range(experts), per_gpu))
     for chosen in itertools.combinations_with_replacement(sets, gpus):
         count = np.bincount(np.concatenate(chosen), minlength=experts)
         if count.min() > 0:
@@ -155,6 +156,39 @@ def test_deployment_shapes_come_within_a_percent_of_the_bound(
     assert np.mean(gap) < 0.005
     assert np.mean(gap < 0.01) >= 0.95
     assert duplicates(placement.phy2log, 32) == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "within", "needs"),
+    [
+        (105, 0.005, "another packing than that of the lowest bound"),
+        (101, 0.005, "counts that leave a GPU free of the hottest expert"),
+        (177, 0.005, "a bound that knows how little room is left beside the hottest expert"),
+        (110, 0.02, "a bound that knows how few light replicas there are"),
+    ],
+)
+def test_a_layer_with_one_hot_expert_comes_close_to_its_bound(
+    layer: int, within: float, needs: str
+) -> None:
+    loads = np.random.default_rng(7).pareto(1, (200, 256))[layer : layer + 1]
+    placement = eplb.rebalance(loads, 288, 8, 4, 32)
+    assert placement.load[0] <= placement.bound[0] * (1 + within), needs
+
+
+def test_skewed_layers_of_more_packings_than_can_be_seen_come_close_to_their_bound() -> None:
+    placement = eplb.rebalance(np.random.default_rng(7).pareto(1, (40, 256)), 512, 16, 4, 64)
+    gap = placement.load / placement.bound - 1
+    assert np.mean(gap) < 0.01 and np.mean(gap < 0.01) > 0.7
+
+
+def test_no_bound_is_above_the_lightest_of_all_placements() -> None:
+    random, sizes = np.random.default_rng(0), [(3, 6, 2), (4, 6, 3), (4, 8, 2), (3, 8, 4)]
+    for experts, replicas, gpus in sizes * 8:
+        for weight in (random.pareto(0.5, experts), random.integers(0, 30, experts) * 1.0):
+            weight = weight.astype(np.float32).astype(float)
+            best = best_of_all(weight, replicas, gpus, apart=False)
+            bound = eplb.rebalance(weight[None], replicas, 1, 1, gpus).bound[0]
+            assert bound <= best * (1 + 1e-6)
 
 
 def test_all_zero_loads_are_spread_evenly() -> None:

@@ -112,18 +112,6 @@ struct Refuter {
   }
 };
 
-// The largest limit, up to `high`, that `Refuter` can still refute; at least `low`.
-inline double sharpen(const double* w, int experts, int slots, int gpus, double low, double high) {
-  const int per_gpu = slots / gpus;
-  if (per_gpu < 2 || low >= high) return low;
-  Refuter refuter{w, experts, slots, per_gpu, std::vector<int64_t>(experts)};
-  for (int round = 0; round < 12 && high - low > low * 1e-4; ++round) {
-    const double middle = (low + high) / 2;
-    (refuter.refuted(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
 // The better of: the mean; the smallest possible largest share with its lightest company.
 inline double lower_bound(const double* w, int experts, int slots, int gpus, double share) {
   double total = 0;

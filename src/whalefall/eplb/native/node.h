@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <queue>
 #include <random>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "bound.h"
 #include "exact.h"
+#include "hottest.h"
 #include "search.h"
 
 namespace eplb {
@@ -17,10 +19,13 @@ namespace eplb {
 constexpr double kFar = 1.003;  // this far from it, other replica counts are tried
 constexpr double kKick = 1.05;  // farther than this, other packings of the same counts cannot help
 constexpr int kCountSteps = 8;
+constexpr double kMissed = 1.01;  // what is to be reached: the search takes pains above it
+constexpr int kRoomSteps = 3;
 
 struct Node {
   std::vector<int> slot;  // local expert of each slot, GPU by GPU
   double load = 0;
+  int64_t work = 0;
 };
 
 inline double largest(const std::vector<int>& slot, const double* w, int experts, int gpus) {
@@ -124,18 +129,13 @@ inline void kick(Search& search, std::mt19937& random, double target, int rounds
   }
 }
 
-// Replica counts that keep every share at or below `limit`, the spare slots given to the largest
-// shares, or (dilute) to the lightest experts, which makes company for the heavy ones. Empty: too
-// few slots.
-inline std::vector<int> counts_for(const double* w, int experts, int slots, int cap, double limit,
-                                   bool dilute) {
-  std::vector<int> count(experts);
-  int left = slots;
-  for (int e = 0; e < experts; ++e) {
-    count[e] = std::min<double>(cap, std::max(1.0, std::ceil(w[e] / limit * (1 - 1e-12))));
-    left -= count[e];
-  }
-  if (left < 0) return {};
+// `count` with the spare slots given out: to the largest shares, or (dilute) to the lightest
+// experts, which makes company for the heavy ones. Empty: too few slots, or no counts.
+inline std::vector<int> filled(const double* w, std::vector<int> count, int slots, int cap,
+                               bool dilute) {
+  const int experts = int(count.size());
+  int left = slots - std::accumulate(count.begin(), count.end(), 0);
+  if (left < 0 || count.empty()) return {};
   // the largest share first, or the smallest; ties to the first expert
   std::priority_queue<std::pair<double, int>> next;
   const auto offer = [&](int e) {
@@ -151,6 +151,13 @@ inline std::vector<int> counts_for(const double* w, int experts, int slots, int 
   return count;
 }
 
+// Replica counts that keep every share at or below `limit`.
+inline std::vector<int> counts_for(const double* w, int experts, int slots, int cap, double limit,
+                                   bool dilute) {
+  std::vector<int> count(experts);
+  for (int e = 0; e < experts; ++e) count[e] = int(std::min(double(cap), needed(w[e], limit)));
+  return filled(w, count, slots, cap, dilute);
+}
 // Fewer replicas of the hottest experts leave GPUs free of them: other counts, each searched.
 inline void other_counts(Search& search, Node& best, int cap, double share, double enough) {
   const double ceiling = std::max(best.load, share * 1.0001);
@@ -167,8 +174,52 @@ inline void other_counts(Search& search, Node& best, int cap, double share, doub
       spread(search, count);
       separate(search);
       search.run(enough, 4 * search.num_slots);
-      if (search.largest() < best.load) best = {search.slot, search.largest()};
+      if (search.largest() < best.load) best = {search.slot, search.largest(), 0};
     }
+}
+
+// Counts for `c` replicas of the hottest expert: the others small enough for the room beside it,
+// but for those that save most replicas by being whole on the GPUs without it.
+inline std::vector<int> counts_beside(const Search& search, int c, double limit) {
+  const double* w = search.weight;
+  const int hottest = int(std::max_element(w, w + search.num_experts) - w);
+  const double room = limit - w[hottest] / c;
+  if (room <= limit * 1e-9) return {};
+  std::vector<int> count(search.num_experts, 1);
+  std::vector<std::pair<double, int>> saving;
+  for (int e = 0; e < search.num_experts; ++e) {
+    const double most = search.num_slots;
+    count[e] = e == hottest ? c : int(std::min(most, needed(w[e], room)));
+    if (e != hottest && count[e] > 1) saving.push_back({(1 - count[e]) / w[e], e});
+  }
+  std::sort(saving.begin(), saving.end());
+  double left = (search.num_gpus - c) * limit;
+  int places = (search.num_gpus - c) * search.per_gpu;
+  for (const auto& [_, e] : saving)
+    if (places > 0 && w[e] <= left) count[e] = 1, left -= w[e], --places;
+  return count;
+}
+
+// For each number of replicas of the hottest expert that is not refuted, counts that fit beside it.
+inline void beside_hottest(Search& search, Node& best, int cap, double enough) {
+  Hottest hottest(search.weight, search.num_experts, search.num_slots, search.num_gpus);
+  const double most = *std::max_element(search.weight, search.weight + search.num_experts);
+  const int first = int(std::min(needed(most, best.load), double(search.num_gpus)));
+  for (int c = first; c <= std::min(first + kCountSteps, search.num_gpus); ++c)
+    for (int step = 0; step <= kRoomSteps; ++step)
+      for (bool dilute : {false, true}) {
+        const double limit = enough + (best.load - enough) * step / (kRoomSteps + 1);
+        if (best.load <= enough || hottest.lacks_room(c, limit) || hottest.lacks_slots(c, limit))
+          continue;
+        const auto count =
+            filled(search.weight, counts_beside(search, c, limit), search.num_slots, cap, dilute);
+        if (count.empty()) continue;
+        search.clear();
+        spread(search, count);
+        separate(search);
+        search.run(enough, 4 * search.num_slots);
+        if (search.largest() < best.load) best = {search.slot, search.largest(), 0};
+      }
 }
 
 inline Node solve_node(const double* w, int experts, int slots, int gpus, double target,
@@ -180,19 +231,21 @@ inline Node solve_node(const double* w, int experts, int slots, int gpus, double
   spread(search, count);
   separate(search);
   search.run(enough, 8 * slots);
-  Node node{search.slot, search.largest()};
+  Node node{search.slot, search.largest(), 0};
   if (node.load > target * kFar && slots / gpus > 1) other_counts(search, node, cap, share, enough);
   if (node.load > enough && node.load < target * kKick && slots > kExactSlots && slots / gpus > 2) {
     search.slot = node.slot;
     search.index();
     std::mt19937 random(1);
     kick(search, random, enough, 24);
-    if (search.largest() < node.load) node = {search.slot, search.largest()};
+    if (search.largest() < node.load) node = {search.slot, search.largest(), 0};
   }
+  if (node.load > target * kMissed && slots / gpus > 2) beside_hottest(search, node, cap, enough);
   if (node.load > target * (1 + 1e-12) && slots <= kExactSlots) {
     Exact exact(w, experts, slots, gpus, node.load);
-    if (!exact.found.empty()) node = {exact.found, exact.best};
+    if (!exact.found.empty()) node = {exact.found, exact.best, 0};
   }
+  node.work = search.work;
   return node;
 }
 

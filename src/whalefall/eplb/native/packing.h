@@ -2,9 +2,11 @@
 #pragma once
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <vector>
 
 #include "bound.h"
+#include "hottest.h"
 
 namespace eplb {
 
@@ -20,6 +22,8 @@ inline std::vector<double> weights_of(const std::vector<int>& groups, const doub
   return out;
 }
 
+constexpr int kPackingSteps = 20000;  // nodes tried in one search
+
 // Chooses which groups share a node: first by bound, and, where that is cheap, by full solution.
 struct Packing {
   const double* weight;
@@ -27,8 +31,8 @@ struct Packing {
   int per_node, per_group, slots,
       gpus;  // groups of a node; experts of a group; slots, GPUs of a node
   std::vector<std::vector<int>> nodes, best_nodes;
-  double best = INFINITY;
-  int64_t steps = 0;
+  double best = INFINITY, floor = 0;  // the lowest worst bound; it cannot fall below `floor`
+  int64_t steps = 0, all_steps = 0;   // of this search; of all so far
   bool complete = true;
   std::map<std::vector<int>, double> known;
   std::vector<char> taken;
@@ -57,9 +61,44 @@ struct Packing {
     return place->second;
   }
 
+  // What no packing can beat: the mean, and each group's node with the lightest company there is,
+  // as experts and as groups.
+  double least() const {
+    const double total = std::accumulate(group_weight.begin(), group_weight.end(), 0.0);
+    double low = total / shape.gpus;
+    std::vector<int> order(shape.experts), heavier(shape.groups), count;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return weight[a] < weight[b]; });
+    std::iota(heavier.begin(), heavier.end(), 0);
+    std::stable_sort(heavier.begin(), heavier.end(),
+                     [&](int a, int b) { return group_weight[a] < group_weight[b]; });
+    for (int k = 0; k < shape.groups; ++k) {
+      std::vector<double> w = weights_of({k}, weight, per_group);
+      for (size_t i = 0; int(w.size()) < per_node * per_group; ++i)
+        if (order[i] / per_group != k) w.push_back(weight[order[i]]);
+      const double share = min_max_share(w.data(), int(w.size()), slots, gpus, count);
+      low = std::max(low, lower_bound(w.data(), int(w.size()), slots, gpus, share));
+      double sum = group_weight[k];
+      for (int i = 0, taken = 1; taken < per_node; ++i)
+        if (heavier[i] != k) sum += group_weight[heavier[i]], ++taken;
+      low = std::max(low, sum / gpus);
+    }
+    return low;
+  }
+
+  // Whether a largest load of `limit` is refuted for the node of these groups; remembered then.
+  bool refutes(const std::vector<int>& groups, double limit) {
+    if (bound(groups) >= limit) return true;
+    const auto w = weights_of(groups, weight, per_group);
+    if (!Hottest(w.data(), int(w.size()), slots, gpus).refuted(limit)) return false;
+    known[groups] = limit;
+    return true;
+  }
+
   // The first free group opens a node; its company is chosen in rising order.
   void choose(double worst) {
-    if (!complete || worst >= best) return;
+    if (!complete || worst >= best || best <= floor * (1 + 1e-12)) return;
     const int first = int(std::find(taken.begin(), taken.end(), 0) - taken.begin());
     if (first == shape.groups) {
       best = worst;
@@ -73,8 +112,20 @@ struct Packing {
     taken[first] = 0;
   }
 
+  // The packing of the lowest worst bound below `below`, to `best_nodes`; none: empty.
+  void seek(double below) {
+    best = below * (1 - 1e-12);
+    best_nodes.clear();
+    nodes.clear();
+    std::fill(taken.begin(), taken.end(), 0);
+    steps = 0;
+    complete = true;
+    choose(0);
+  }
+
   void fill(int from, double worst) {
-    if (++steps > 20000) complete = false;
+    if (++steps > kPackingSteps) complete = false;
+    ++all_steps;
     if (!complete) return;
     if (int(nodes.back().size()) == per_node) {
       double total = 0;

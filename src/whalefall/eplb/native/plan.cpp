@@ -1,5 +1,6 @@
 // Expert placement, layer by layer.
-//   groups -> nodes    every packing (branch and bound), judged by the bound of its worst node
+//   groups -> nodes    every packing (branch and bound), judged by the bound of its worst node; if
+//                      the plan ends far above the bound, the next ones by what nodes reached
 //   inside a node      replica counts, heaviest first to the lightest GPU, then local search
 // The published greedy placement is computed too; the result is never heavier than it.
 // node.h plans a node, packing.h the groups of nodes, split.h divides tokens between replicas.
@@ -7,6 +8,7 @@
 #include <memory>
 
 #include "greedy.h"
+#include "judge.h"
 #include "node.h"
 #include "packing.h"
 #include "split.h"
@@ -41,52 +43,69 @@ std::vector<int> published(const float* w, const Shape& s) {
   return out;
 }
 
-// Every packing of groups is one of few, and every node small: solve them all.
-bool tiny(const Packing& packing, const Shape& s) {
-  return packing.slots <= kExactSlots && s.groups <= 6;
-}
-
 struct Layer {
   std::vector<int> slot;
   double load = 0, bound = 0;
 };
 
-// `published` load: the search goes on below it, so that the result is not the heavier one.
-Layer solve_packing(const std::vector<std::vector<int>>& nodes, const double* w, Packing& packing,
-                    double target, double published) {
-  const double enough = std::max(target, std::min(target * (1 + kClose), published));
-  Layer out;
-  for (const auto& groups : nodes) {
-    const auto local = weights_of(groups, w, packing.per_group);
-    const Node node =
-        solve_node(local.data(), int(local.size()), packing.slots, packing.gpus, target, enough);
-    for (int e : node.slot)
-      out.slot.push_back(groups[e / packing.per_group] * packing.per_group + e % packing.per_group);
-    out.load = std::max(out.load, node.load);
-  }
-  return out;
-}
+// Plans of nodes by the groups they hold: each is made once.
+struct Plans {
+  const double* weight;
+  Packing& packing;
+  std::map<std::vector<int>, Node> made;
+  int64_t work = 0;
 
-void solve_all(Packing& packing, std::vector<int>& node_of, int group, const double* w,
-               Layer& best) {
-  const Shape& s = packing.shape;
-  if (group == s.groups) {
-    std::vector<std::vector<int>> nodes(s.nodes);
-    for (int k = 0; k < s.groups; ++k) nodes[node_of[k]].push_back(k);
-    double worst = 0;
-    for (const auto& groups : nodes) worst = std::max(worst, packing.bound(groups));
-    if (worst >= best.load) return;
-    Layer layer = solve_packing(nodes, w, packing, worst, best.load);
-    if (layer.load < best.load) best.slot = layer.slot, best.load = layer.load;
-    return;
+  const Node& of(const std::vector<int>& groups, double target, double enough) {
+    const auto [place, fresh] = made.try_emplace(groups);
+    if (fresh) {
+      const auto local = weights_of(groups, weight, packing.per_group);
+      place->second =
+          solve_node(local.data(), int(local.size()), packing.slots, packing.gpus, target, enough);
+      work += place->second.work;
+      double& known = packing.known[groups];
+      known = std::max(known, place->second.load);
+    }
+    return place->second;
   }
-  bool empty_tried = false;
-  for (int n = 0; n < s.nodes; ++n) {
-    const int held = int(std::count(node_of.begin(), node_of.begin() + group, n));
-    if (held == packing.per_node || (held == 0 && empty_tried)) continue;
-    empty_tried |= held == 0;
-    node_of[group] = n;
-    solve_all(packing, node_of, group + 1, w, best);
+
+  // The layer whose nodes hold these groups, all of them planned.
+  Layer layer(const std::vector<std::vector<int>>& nodes) {
+    Layer out;
+    for (const auto& groups : nodes) {
+      const Node& node = made.at(groups);
+      for (int e : node.slot)
+        out.slot.push_back(groups[e / packing.per_group] * packing.per_group +
+                           e % packing.per_group);
+      out.load = std::max(out.load, node.load);
+    }
+    return out;
+  }
+};
+
+// A packing's bound may be out of reach, and another, of a higher one, be placed better: the most
+// promising is planned, node by node, until what is known of its nodes is not below `best`; then
+// the next, judged by the loads of the nodes planned so far and the bounds of the others.
+void try_packings(Plans& plans, double bound, double aim, Layer& best) {
+  Packing& packing = plans.packing;
+  plans.work = packing.all_steps = 0;
+  while (best.load > aim && plans.work < kWork && packing.all_steps < kPackingSteps) {
+    packing.seek(best.load);
+    if (packing.best_nodes.empty()) return;
+    auto nodes = packing.best_nodes;
+    std::stable_sort(nodes.begin(), nodes.end(), [&](const auto& a, const auto& b) {
+      return packing.bound(a) > packing.bound(b);
+    });
+    bool lighter = true;
+    for (const auto& groups : nodes)
+      lighter = lighter && (plans.made.count(groups) || !packing.refutes(groups, best.load));
+    for (size_t n = 0; n < nodes.size() && lighter; ++n) {
+      const double target = std::max(bound, packing.bound(nodes[n]));
+      lighter = plans.of(nodes[n], target, target * (1 + kClose)).load < best.load;
+    }
+    if (!lighter) continue;
+    const double known = best.bound;
+    best = plans.layer(packing.best_nodes);
+    best.bound = known;
   }
 }
 
@@ -95,27 +114,22 @@ Layer solve_layer(const float* weight, const Shape& s) {
   Packing packing(w.data(), s);
   const std::vector<int> base = published(weight, s);
   const double base_load = largest(base, w.data(), s.experts, s.gpus);
-  double bound;
   std::vector<float> group(s.groups, 0.f);
   for (int e = 0; e < s.experts; ++e) group[e / packing.per_group] += weight[e];
   packing.start_with(balanced_packing(group, s.nodes));
   if (s.nodes > 1) {
     packing.improve();
     packing.choose(0);
+    if (!packing.complete) packing.floor = packing.least();
   }
-  bound = packing.best;
-  if (!packing.complete) {  // not every packing was seen: only what holds for all of them
-    double total = 0;
-    for (double x : w) total += x;
-    std::vector<int> count;
-    const double share = min_max_share(w.data(), s.experts, s.slots, packing.gpus, count);
-    bound = std::max(total / s.gpus, share);
-  }
-  Layer out = solve_packing(packing.best_nodes, w.data(), packing, packing.best, base_load);
-  if (s.nodes > 1 && tiny(packing, s) && out.load > bound * (1 + 1e-12)) {
-    std::vector<int> node_of(s.groups, -1);
-    solve_all(packing, node_of, 0, w.data(), out);
-  }
+  // where not every packing was seen: only what holds for all of them
+  const double bound = packing.complete ? packing.best : packing.floor;
+  // the search goes on below the published load, so that the result is not the heavier one
+  const double enough = std::max(packing.best, std::min(packing.best * (1 + kClose), base_load));
+  Plans plans{w.data(), packing, {}};
+  const auto first = packing.best_nodes;
+  for (const auto& groups : first) plans.of(groups, packing.best, enough);
+  Layer out = plans.layer(first);
   if (out.load > base_load) {  // its own local optimum, from the published placement
     Search search(w.data(), s.experts, s.slots, s.gpus, s.gpus / s.nodes);
     search.slot = base;
@@ -127,6 +141,10 @@ Layer solve_layer(const float* weight, const Shape& s) {
     out.load = better ? search.largest() : base_load;
   }
   out.bound = bound;
+  if (s.nodes > 1) {
+    const bool tiny = packing.slots <= kExactSlots;
+    try_packings(plans, bound, bound * (tiny ? 1 + 1e-12 : kMissed), out);
+  }
   return out;
 }
 
@@ -149,7 +167,8 @@ extern "C" __attribute__((visibility("default"))) void eplb_plan(const float* we
     if (greedy) {
       const std::vector<double> exact(w, w + experts);
       greedy[l] = largest(published(w, shape), exact.data(), experts, gpus);
-      if (nodes == 1) bound[l] = sharpen(exact.data(), experts, slots, gpus, bound[l], load[l]);
+      if (nodes == 1 || load[l] > bound[l] * (1 + kClose))
+        bound[l] = sharpen_layer(exact.data(), shape, bound[l], load[l]);
     }
   }
 }
