@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from whalefall import jit
+from whalefall.jit import machine
 
 ROOT = Path(__file__).parents[2]
 NATIVE = "src/whalefall/attention/native"
@@ -23,6 +24,7 @@ PAGED = "test_serving.py::test_paged_mla_agrees_with_float64"
 GROWING = "test_serving.py::test_maxima_that_grow_along_the_keys"
 VARLEN = "test_serving.py::test_varlen_attention_agrees_with_float64"
 SPARSE = "test_sparse.py::test_sparse_prefill"
+BF16 = "test_bf16_queries.py::test_any_rows_keys_and_pages_agree_with_float64"
 
 
 class Break(NamedTuple):
@@ -49,8 +51,8 @@ BREAKS = {
         "test_decode.py::test_dense_over_the_fp8_cache", "uint8",
     ),
     "drop the last block of keys": Break(
-        "plan.h", "return ceil_div(keys, kTile);", "return keys > kTile ? keys / kTile : 1;",
-        SAMPLE, "1-2-140-64-2-False-True",
+        "plan.h", "return ceil_div(block.keys, kKeys);",
+        "return block.keys > kKeys ? block.keys / kKeys : 1;", SAMPLE, "1-2-300-128-8-True-True",
     ),
     "drop the last key": Break(
         "mla.h", "args_.keys[t],\n", "args_.keys[t] - (args_.keys[t] > 1),\n",
@@ -104,12 +106,63 @@ BREAKS = {
     ),
 }  # fmt: skip
 
+# Where AMX's tiles are fast.
+TILE_BREAKS = {
+    "see a key behind the last, tiles": Break(
+        "tile_soften.h", "select(count > t,", "select(count >= t,", BF16, "3-160-128-64",
+    ),
+    "keep a NaN beside the last key, tiles": Break(
+        "tile_values.h", "t + 1 < keys ? row(t + 1) : halves{}", "row(t + 1)",
+        BF16, "16-576-512-64",
+    ),
+    "pair weights and values in different orders": Break(
+        "tile_values.h", "put(row(t + 2 * p), row(t + 2 * p + 1), strip + pair_place(p)",
+        "put(row(t + 2 * p), row(t + 2 * p + 1), strip + p", BF16, "40-96-96-64",
+    ),
+    "take any 16 rows for evenly spaced": Break(
+        "tile_scores.h", "even = panel.k[t + i] == first + i * pitch", "even = true",
+        BF16, "16-576-512-61",
+    ),
+    "keep old weights when the maximum grows, tiles": Break(
+        "tile_soften.h", "rescale_weights(first, p, moved);", "", GROWING, "16-True",
+    ),
+    "keep old values when the maximum grows, tiles": Break(
+        "tile_attend.h",
+        "if (groups[g].rescaled) rescale<kTileRows>(groups[g].o, steps, groups[g].factor);", "",
+        GROWING, "16-True",
+    ),
+    "take the maximum for that of any scale": Break(
+        "tile_attend.h", "if (!(scale > 0)) {", "if (false) {",
+        "test_bf16_queries.py::test_scales_that_are_not_positive", "-0.05",
+    ),
+    "weigh what a row does not see with 0, were it NaN": Break(
+        "tile_attend.h", "if (least == n || all_finite(panel, least, n, v_steps))", "if (true)",
+        "test_bf16_queries.py::test_a_value_that_is_no_number_reaches_only_rows_that_see_it",
+        "16-nan",
+    ),
+    "add to what another task left": Break(
+        "plan.h", "v_steps_, scale, tile == first)", "v_steps_, scale, false)",
+        BF16, "16-576-512-64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILE_BREAKS)
+def test_a_break_of_the_tiles_turns_a_test_red(name: str, tmp_path: Path) -> None:
+    if not machine.tile_is_fast(jit.levels()[-1]):
+        pytest.skip("no tiles here, or slow ones")
+    turns_red(TILE_BREAKS[name], "amx", tmp_path)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("forced", jit.levels())
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_turns_a_test_red(name: str, forced: str, tmp_path: Path) -> None:
-    made = BREAKS[name]
+    turns_red(BREAKS[name], forced, tmp_path)
+
+
+def turns_red(made: Break, forced: str, tmp_path: Path) -> None:
     for folder in ("src", "tests/attention"):
         ignore = shutil.ignore_patterns("bundled", "__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
