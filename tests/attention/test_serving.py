@@ -228,21 +228,34 @@ def test_append_quantises_to_the_656_byte_row(level: str) -> None:
         assert (row[528:].view(BF16) == rope[t].astype(BF16)).all()
 
 
-def test_fp8_rows_attend_as_their_bf16_expansion(level: str) -> None:
+@pytest.mark.parametrize("powers_of_two", [False, True])
+@pytest.mark.parametrize("heads", [3, 16])
+def test_fp8_rows_attend_as_their_bf16_expansion(
+    level: str, heads: int, powers_of_two: bool
+) -> None:
     rng = np.random.default_rng(12)
     cache = rng.integers(0, 256, (4, 64, 1, 656)).astype(np.uint8)
     cache[..., :512][(cache[..., :512] & 127) == 127] = 3
-    cache[..., 512:528] = rng.random((4, 64, 1, 4)).astype(np.float32).view(np.uint8) * 1
+    scales = rng.random((4, 64, 1, 4)).astype(np.float32)
+    if powers_of_two:
+        scales = np.exp2(rng.integers(-14, 3, scales.shape)).astype(np.float32)
+        cache[:, ::2, :, :256] = np.arange(256)  # each code, 0 and subnormals too
+        cache[..., :512][(cache[..., :512] & 127) == 127] = 3
+    cache[..., 512:528] = scales.view(np.uint8)
     rope = rng.standard_normal((4, 64, 1, 64)).astype(BF16)
     cache[..., 528:] = rope.view(np.uint8)
     codes = cache[..., :512].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     scale = np.repeat(cache[..., 512:528].copy().view(np.float32), 128, axis=-1)
     plain = np.concatenate([(codes * scale).astype(BF16), rope], axis=-1)
-    q = rng.standard_normal((2, 3, 576)).astype(np.float32) * 0.01
+    q = rng.standard_normal((2, heads, 576)).astype(np.float32) * 0.01
     tables, keys = np.array([[2, 0], [1, 3]]), [100, 7]
-    got = paged(q, cache, tables, keys, 512, 0.05)
-    want = paged(q, plain, tables, keys, 512, 0.05)
-    assert (got[0] == want[0]).all() and (got[1] == want[1]).all()
+    for bf16_q in (False, True):
+        got = paged(q, cache, tables, keys, 512, 0.05, bf16_q=bf16_q)
+        want = paged(q, plain, tables, keys, 512, 0.05, bf16_q=bf16_q)
+        assert (got[0] == want[0]).all() and (got[1] == want[1]).all()
+    cache[1, 0, 0, 5] = 0x7F  # a code that is NaN
+    got = paged(q, cache, tables, keys, 512, 0.05, bf16_q=True)
+    assert np.isnan(got[0][1]).all() and np.isfinite(got[0][0]).all()
 
 
 @pytest.mark.parametrize("name", ["avx512", "avx512bf16"])
