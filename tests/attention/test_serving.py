@@ -258,7 +258,7 @@ def test_fp8_rows_attend_as_their_bf16_expansion(
     assert np.isnan(got[0][1]).all() and np.isfinite(got[0][0]).all()
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("name", ["avx512", "avx512bf16", "amx"])
 def test_levels_that_this_machine_may_lack_compile(name: str) -> None:
     from whalefall.attention.native_calls import NATIVE
     from whalefall.jit import compile as build_module
@@ -271,9 +271,12 @@ def test_levels_that_this_machine_may_lack_compile(name: str) -> None:
     from whalefall.jit import isa
     from whalefall.jit.compiler import OPTIONS, compiler
 
+    row = ["-DWF_ROW=Bf16Row", "-DWF_GROUP=4"]
+    if name == "amx":
+        row = ["-DWF_ROW=TileRow", "-DWF_GROUP=16", "-DWF_TILE"]
     command = [
-        *compiler().command, *OPTIONS, *isa.flags(name), "-DWF_ROW=Bf16Row",
-        "-DWF_GROUP=4", f"-I{build_module.INCLUDE}", "-fsyntax-only", str(NATIVE / "mla_paged.cpp"),
+        *compiler().command, *OPTIONS, *isa.flags(name), *row, f"-I{build_module.INCLUDE}",
+        "-fsyntax-only", str(NATIVE / "mla_paged.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,8 @@ Entry = Callable[[int], int]
 def group_rows(heads: int, row: str = "") -> int:
     """Query rows computed together, by the query heads of a kv head.
 
-    Bf16 dots use up two stored vectors in a cycle, so more rows must share what is read.
+    Bf16 dots use up two stored vectors in a cycle, so more rows must share what is read; a tile
+    has 16.
     """
     if row == "TileRow":
         return 16
@@ -62,7 +63,9 @@ def row_format(cache_type: int, heads: int, bf16_q: bool, level: str) -> str:
 
     Args:
         cache_type: of `TYPES`.
-        bf16_q: whether queries are bf16, or may be rounded to it: then bf16 dots serve bf16 rows.
+        heads: query heads of a kv head. One or two, which memory bounds, gain nothing by tiles.
+        bf16_q: whether queries are bf16, or may be rounded to it: then tiles or bf16 dots serve
+            bf16 rows, where they are fast.
     """
     row = _ROWS[cache_type]
     if row != "Bf16Row" or not bf16_q:
