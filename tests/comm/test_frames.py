@@ -203,6 +203,7 @@ def test_a_blocking_channel_talks_to_the_asyncio_side() -> None:
         (TOKEN, comm.encode(Hello("x", 1), 1 << 20), LimitError),
         (TOKEN, comm.encode({"no": 1}), comm.CommError),
     ],
+    ids=["stranger", "early end", "above the limit", "other header"],
 )
 def test_the_asyncio_side_closes_on_strangers_and_nonsense(
     token: bytes, first: bytes, error: type[Exception]

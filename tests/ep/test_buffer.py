@@ -91,12 +91,10 @@ def test_a_destroyed_buffer_says_so(start, tmp_path) -> None:
 
 
 SIGNATURES = json.loads((HERE / "signatures.json").read_text())
-SKIPPED = ("internode_dispatch", "internode_combine")
 METHODS = [
     (name, method)
     for name in ("Buffer", "Config", "EventHandle", "EventOverlap")
     for method in SIGNATURES[name]
-    if method not in SKIPPED
 ]
 
 
@@ -111,6 +109,21 @@ def test_signatures_are_the_originals(name: str, method: str) -> None:
         if p.name != "self"
     ]
     assert ours == SIGNATURES[name][method]
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine"])
+def test_what_goes_between_hosts_by_name_gets_each_argument(monkeypatch, name: str) -> None:
+    function = getattr(ep.Buffer, f"internode_{name}")
+    values = {p: object() for p in inspect.signature(function).parameters if p != "self"}
+    monkeypatch.setattr(ep.Buffer, name, lambda self, *given: given)
+    buffer = object.__new__(ep.Buffer)
+    buffer.runtime = None
+    given = list(function(buffer, *values.values()))
+    if name == "dispatch":
+        assert given.pop(9) == 0  # num_worst_tokens, which the original has not here
+    assert given == list(values.values())
+    with pytest.raises(ConfigError, match=f"config is None; get_{name}_config gives it"):
+        function(buffer, *list(values.values())[:2])
 
 
 def test_names_are_pinned() -> None:

@@ -76,6 +76,5 @@ def close_all(worker: Worker, normal: Combining, low: Combining | None, lock: Lo
     for exchange in (normal, low):
         if exchange is not None:
             exchange.forwarder.close()
-            exchange.links.close()
-            exchange.fabric.close()
+            exchange.fabric.close(unmap=exchange.links.close())
     lock.close()

@@ -22,7 +22,16 @@ import numpy as np
 
 from whalefall import comm
 from whalefall.comm.library import address
-from whalefall.ep.library import KDEAD, KFAILED, KNOMEMORY, KNOROOM, KSILENT, GroupView, library
+from whalefall.ep.library import (
+    KCLOSED,
+    KDEAD,
+    KFAILED,
+    KNOMEMORY,
+    KNOROOM,
+    KSILENT,
+    GroupView,
+    library,
+)
 from whalefall.ep.shared import SharedArena
 from whalefall.ep.topology import Topology
 from whalefall.errors import ConfigError, LimitError, RankFailure, WhalefallError
@@ -37,6 +46,7 @@ MAILBOXES = 8
 # gives its core away between looks, so often.
 SPINS_ALONE, SPINS_CROWDED = 30_000, 100
 _FLOCK = struct.Struct("hhqqi4x")
+_still_used: list[object] = []  # regions that outlive their fabric
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ class Fabric:
         return GroupView(
             self.rank, R, self.locals.index(self.rank), len(self.locals), plan.slots,
             SPINS_ALONE if alone else SPINS_CROWDED, not alone, lock.region.descriptor,
-            plan.shrink, not plan.shared_bytes, plan.slot_bytes, int(plan.timeout_s * 1e9),
+            plan.shrink, not plan.shared_bytes, 0, plan.slot_bytes, int(plan.timeout_s * 1e9),
             plan.mailbox_bytes, MAILBOXES, *(a.ctypes.data for a in arrays),
             self._regions[self.rank].descriptor, slots_at,
         )  # fmt: skip
@@ -226,8 +236,10 @@ class Fabric:
     def check(self, status: int, where: str) -> None:
         """Turn a native status into the error it means; the collectives of this fabric end with it.
 
-        Raises: RankFailure naming the rank; LimitError.
+        Raises: RankFailure naming the rank; LimitError; ConfigError once this rank leaves.
         """
+        if status == KCLOSED:
+            raise ConfigError(CLOSED)
         if status < 0:
             self.give_up(status, self._error(status, where))
 
@@ -282,13 +294,23 @@ class Fabric:
             if self.tell is not None:
                 self.tell(status)
 
-    def close(self) -> None:
-        """Detach; the memory is freed with its last user."""
+    def end_waits(self) -> None:
+        """End the waits of other threads of this process, which leaves."""
+        self.view.closing = 1
+
+    def close(self, unmap: bool = True) -> None:
+        """Detach; the memory is freed with its last user.
+
+        Args:
+            unmap: False: some thread is still in a native call, whose memory must stay.
+        """
         if self.shared is not None:
             self.shared.clear()
-        for region in self._regions.values():
+        for region in self._regions.values() if unmap else ():
             with contextlib.suppress(BufferError):  # a caller still looks at a buffer
                 region.close()
+        if not unmap:
+            _still_used.append(self._regions)
         # From here on the native side would touch memory that is gone.
         self._failure = self.twin = None
         for name in ("_regions", "shared", "pointer", "attached"):

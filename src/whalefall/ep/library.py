@@ -12,6 +12,7 @@ import numpy as np
 from whalefall import jit
 
 __all__ = [
+    "KCLOSED",
     "KDEAD",
     "KDISAGREE",
     "KFAILED",
@@ -25,7 +26,7 @@ __all__ = [
 __all__ += ["NOWHERE", "DispatchCall", "GroupView", "library", "pointer"]
 
 KDEAD, KSILENT, KNOROOM, KNOMEMORY = 1, 1_000_001, -2_000_001, -2_000_002
-KDISAGREE, KMISCOUNTED, KFAILED = -2_000_003, -2_000_004, 3_000_001
+KDISAGREE, KMISCOUNTED, KCLOSED, KFAILED = -2_000_003, -2_000_004, -2_000_005, 3_000_001
 _nothing = ctypes.create_string_buffer(64)
 NOWHERE = ctypes.addressof(_nothing)  # of what was given and has no elements
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -39,7 +40,7 @@ class GroupView(ctypes.Structure):
     """`wf_ep::Group`: what this process knows of its group's shared memory."""
 
     _fields_ = _fields(
-        ("rank num_ranks local num_local slots spins crowded lock shrink slots_only", _I32),
+        ("rank num_ranks local num_local slots spins crowded lock shrink slots_only closing", _I32),
         ("slot_bytes timeout_ns mailbox_bytes mailboxes", _I64),
         ("rank_of local_of owner control stream mailbox slot shared masked reserved", _P),
         ("memory_file slot_offset", _I64),

@@ -70,8 +70,9 @@ class Links:
         """Have the other hosts' partial results of block i at hand."""
         yield
 
-    def close(self) -> None:
-        """Close all connections."""
+    def close(self) -> bool:
+        """Close all connections; whether every thread has ended that uses the fabric's memory."""
+        return True
 
 
 class HostLinks(Links):
@@ -102,16 +103,17 @@ class HostLinks(Links):
         }
         fabric.tell = self._tell
         self._threads = [
-            threading.Thread(target=self._receive_partials, args=(h, c), daemon=True)
+            threading.Thread(target=self._receive_partials, args=(h, c), name=f"ep from host {h}")
             for h, c in up.items()
         ]
         self._threads += [
-            threading.Thread(target=self._receive_stream, args=(s, c), daemon=True)
+            threading.Thread(target=self._receive_stream, args=(s, c), name=f"ep from rank {s}")
             for s, c in down.items()
         ]
         self._ended = threading.Event()
-        self._threads.append(threading.Thread(target=self._tell_whom_it_awaits, daemon=True))
+        self._threads.append(threading.Thread(target=self._tell_whom_it_awaits, name="ep tell"))
         for thread in self._threads:
+            thread.daemon = True
             thread.start()
 
     @property
@@ -339,14 +341,18 @@ class HostLinks(Links):
         ranks = self.fabric.locals
         return int(((idx >= ranks[0] * El) & (idx < (ranks[-1] + 1) * El)).sum())
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Close all connections, after what is queued has been sent."""
         self._closing = True
         self._ended.set()
         for sender in [*self._to_proxy.values(), *self._to_source.values()]:
             sender.close()
+        self.fabric.end_waits()
+        for arrived in self._partials.values():
+            arrived.close()
         for thread in self._threads:
             thread.join(5.0)
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 def _send(frame: Frame, data: Any, channel: comm.Channel) -> None:

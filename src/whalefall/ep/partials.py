@@ -20,11 +20,12 @@ class Partials:
         self._most, self._slots = most, slots
         self._blocks: dict[int, Any] = {}
         self._changed = threading.Condition()
+        self._closed = False
 
     def put(self, tick: int, block: Any) -> None:
-        """Add the block of a tick, once there is room."""
+        """Add the block of a tick, once there is room; or this is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._blocks) < self._most)
+            self._changed.wait_for(lambda: len(self._blocks) < self._most or self._closed)
             self._blocks[tick] = block
             self._changed.notify_all()
 
@@ -38,6 +39,12 @@ class Partials:
             block = self._blocks.pop(tick, None)
             self._changed.notify_all()
             return block
+
+    def close(self) -> None:
+        """Nobody asks for blocks any more: whoever puts one goes on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def clear(self) -> None:
         """Drop all blocks, so that a host which is only masked can send on."""

@@ -34,7 +34,8 @@ constexpr int kSleeps = 64, kLooks = 128;
 constexpr int64_t kDead = 1, kSilent = 1'000'001;  // status -(kDead + rank), -(kSilent + rank)
 constexpr int kMaxRanks = 64;                      // of a host
 constexpr int64_t kNoRoom = -2'000'001, kNoMemory = -2'000'002;
-constexpr int64_t kFailed = 3'000'001;  // status -(kFailed + rank): a call of that rank failed
+constexpr int64_t kClosed = -2'000'005;  // this rank leaves
+constexpr int64_t kFailed = 3'000'001;   // status -(kFailed + rank): a call of that rank failed
 
 // A counter that only grows (modulo 2^32), one writer.
 struct Word {
@@ -68,6 +69,7 @@ struct Stream {                  // one a rank of the group, on each host
 // The view of one process. Arrays are the caller's.
 struct Group {
   int32_t rank, num_ranks, local, num_local, slots, spins, crowded, lock, shrink, slots_only;
+  int32_t closing;  // 1, from any thread: waits end, since the memory goes away
   int64_t slot_bytes, timeout_ns, mailbox_bytes, mailboxes;
   const int32_t* rank_of;   // [num_local] its rank in the group
   const int32_t* local_of;  // [num_ranks] its place on this host, or -1
@@ -232,6 +234,8 @@ inline int64_t left(const Group& g) {
   return g.stream[g.rank]->left.load(std::memory_order_relaxed) ? -(kSilent + g.rank) : 0;
 }
 
+inline bool is_closing(const Group& g) { return __atomic_load_n(&g.closing, __ATOMIC_ACQUIRE); }
+
 // Wait until w reaches target. `owner`: the local rank that moves it; `stream`: where a proxy notes
 // a broken connection, or null; `silent`: whom to name if only time runs out. 0, or a status that
 // names the rank which will not come.
@@ -248,7 +252,9 @@ inline int64_t await(const Group& g, Word& w, uint32_t target, int owner, Stream
     syscall(SYS_futex, &w.value, FUTEX_WAIT, seen, &slice, nullptr, 0);
     if (reached(w, target)) break;
     said.again();
-    if (int64_t mine = left(g)) {
+    if (is_closing(g)) {
+      status = kClosed;
+    } else if (int64_t mine = left(g)) {
       status = mine;
     } else if (stream && stream->failed.load()) {
       status = -static_cast<int64_t>(stream->failed.load());
@@ -275,7 +281,7 @@ inline int64_t await_unless_masked(const Group& g, int rank, Word& w, uint32_t t
                                    Stream* stream) {
   while (!g.masked[rank]) {
     int64_t status = await(g, w, target, g.owner[rank], stream, rank);
-    if (status >= 0 || !g.shrink) return status;
+    if (status >= 0 || !g.shrink || status == kClosed) return status;
     int lost = lost_rank(status);
     bool waits = lost != g.rank_of[g.owner[rank]] && lost != g.rank && !told(g);
     if (lost != rank && (!waits || g.masked[lost])) return status;

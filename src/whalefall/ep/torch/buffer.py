@@ -23,14 +23,14 @@ from whalefall.ep.config import Config
 from whalefall.ep.engine import CHUNK_BYTES, SLOTS, Engine
 from whalefall.ep.events import EventHandle, EventOverlap
 from whalefall.ep.torch.group import MpiGroup, TorchGroup
+from whalefall.ep.torch.internode import Internode
 from whalefall.ep.torch.low_latency import LowLatency
-from whalefall.ep.torch.normal import Normal
 from whalefall.errors import ConfigError, DtypeError, LimitError
 
 __all__ = ["Buffer"]
 
 
-class Buffer(Normal, LowLatency):
+class Buffer(Internode, LowLatency):
     """The communication of one rank; making it is collective.
 
     Args:

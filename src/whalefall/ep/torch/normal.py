@@ -314,30 +314,6 @@ class Normal:
         whole("Buffer.get_combine_buffer: hidden", hidden, 0, 1 << 24)
         return from_bf16(self.runtime.empty((native.num_rows, hidden), ml_dtypes.bfloat16))
 
-    def internode_dispatch(self, x: Tensor | Scaled, **kwargs: Any) -> tuple[Any, ...]:
-        """`dispatch`, which goes between hosts by itself; `config` must be given.
-
-        Raises: ConfigError without a config.
-        """
-        if kwargs.get("config") is None:
-            raise ConfigError(
-                "Buffer.internode_dispatch: config is None; get_dispatch_config gives it"
-            )
-        return self.dispatch(x, **kwargs)
-
-    def internode_combine(
-        self, x: Tensor, handle: tuple[Any, ...], **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """`combine`, which goes between hosts by itself; `config` must be given.
-
-        Raises: ConfigError without a config.
-        """
-        if kwargs.get("config") is None:
-            raise ConfigError(
-                "Buffer.internode_combine: config is None; get_combine_config gives it"
-            )
-        return self.combine(x, handle, **kwargs)
-
     # ---- inside
 
     @property

@@ -1,0 +1,39 @@
+"""What the ranks run when low-latency calls are left in halves: hooks, destroyed buffers."""
+
+import os
+import threading
+import time
+
+import torch.distributed as dist
+from buffer_children import E, H, M, batch, join, low_latency
+
+from whalefall import ep
+from whalefall.errors import RankFailure
+
+
+def made(folder: str, rank: int, size: int, hosts: list[str] | None) -> ep.Buffer:
+    if hosts:
+        os.environ["WHALEFALL_HOST"] = hosts[rank]
+    hint = ep.Buffer.get_low_latency_rdma_size_hint(M, H, size, E)
+    group = join(folder, rank, size)
+    return ep.Buffer(group, 1 << 20, hint, low_latency_mode=True, explicitly_destroy=True)
+
+
+def leave_with_hooks(folder: str, rank: int, size: int) -> list:
+    """Rank 0 destroys its buffer while rank 1's rows wait for a slot that its hooks keep."""
+    buffer = made(folder, rank, size, ["a", "b"])
+    x, idx, _ = batch(rank)
+    calls = [low_latency(buffer, x, idx, return_recv_hook=True) for _ in range(2)]
+    if rank:
+        try:
+            calls[0][-1]()
+            calls[1][-1]()
+            dist.barrier()
+            low_latency(buffer, x, idx)
+        except RankFailure as error:
+            return [error.rank]
+    dist.barrier()
+    time.sleep(0.5)  # the third dispatch is here
+    buffer.destroy()
+    time.sleep(0.2)
+    return [t.name for t in threading.enumerate() if t.name.startswith("ep ")]

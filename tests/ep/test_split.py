@@ -1,0 +1,11 @@
+"""ep: low-latency calls in halves: what is given may change, buffers may go (split_children.py)."""
+
+import pytest
+
+from whalefall import launch
+
+
+@pytest.mark.ranks
+def test_a_buffer_may_be_destroyed_while_a_slot_is_waited_for(start, tmp_path) -> None:
+    tasks = start("leave_with_hooks", 2, module="split_children", folder=str(tmp_path))
+    assert launch.run(tasks, 60) == [[], [0]]
