@@ -4,8 +4,9 @@ import os
 import threading
 import time
 
+import torch
 import torch.distributed as dist
-from buffer_children import E, H, M, batch, join, low_latency
+from buffer_children import E, H, M, batch, experts, join, low_latency
 
 from whalefall import ep
 from whalefall.errors import RankFailure
@@ -37,3 +38,34 @@ def leave_with_hooks(folder: str, rank: int, size: int) -> list:
     buffer.destroy()
     time.sleep(0.2)
     return [t.name for t in threading.enumerate() if t.name.startswith("ep ")]
+
+
+def change_before_the_hook(
+    folder: str, rank: int, size: int, hosts: list[str] | None
+) -> dict[str, bool]:
+    """Whether the results are those of what was given at the call, whatever becomes of it."""
+    buffer, same = made(folder, rank, size, hosts), {}
+    x, idx, weights = batch(rank)
+    for fp8 in (False, True):
+        wanted, count, handle, *_ = low_latency(buffer, x, idx, use_fp8=fp8)
+        given = x.clone(), idx.clone()
+        got, *_, hook = low_latency(buffer, *given, use_fp8=fp8, return_recv_hook=True)
+        for t in given:
+            t.zero_()
+        hook()
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True) if fp8 else [(got, wanted)]):
+            rows = [(a[e, :n].float(), b[e, :n].float()) for e, n in enumerate(count.tolist())]
+            same[f"dispatch, fp8 {fp8}, {i}"] = all(torch.equal(a, b) for a, b in rows)
+    got, _, handle, *_ = low_latency(buffer, x, idx, use_fp8=False)
+    returned = experts(got, rank * (E // size))
+    for more in ({}, {"use_logfmt": True}):
+        wanted = buffer.low_latency_combine(returned, idx, weights, handle, **more)[0]
+        given = returned.clone(), idx.clone(), weights.clone()
+        out, _, hook = buffer.low_latency_combine(*given, handle, **more, return_recv_hook=True)
+        for t in given:
+            t.zero_()
+        hook()
+        same[f"combine {more}"] = torch.equal(out, wanted)
+    dist.barrier()
+    buffer.destroy()
+    return same

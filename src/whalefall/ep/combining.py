@@ -238,6 +238,8 @@ class Combining:
                 self.links.send_partials(call, handle, i, most, stride)
 
         def leave() -> None:
+            call.keep_own = 1
+            stage()
             # The others may be at their hooks of this combine long before this rank is.
             if self.num_hosts > 1:
                 forwarded.append(self.forwarder.submit(forward))

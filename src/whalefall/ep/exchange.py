@@ -222,11 +222,15 @@ class Exchange(Direct):
             self._fill_call(call, keep, handle, room)
             self._phase(call, keep, False, True)
 
+        def leave() -> None:
+            call.keep_own = 1
+            send()
+
         def run() -> None:
             send()
             receive()
 
-        return Pending(send, receive, run, received, tick=call.base)
+        return Pending(send, receive, run, received, leave, call.base)
 
     def agree(self, kind: int, num_experts: int) -> None:
         """A call of the low-latency form that moves nothing; it takes a tick, as all do, so that

@@ -58,7 +58,7 @@ class DispatchCall(ctypes.Structure):
         ("order_cursor", _P),
         ("capacity entries", _I64),
         ("forward_token forward_mask forward_idx forward_cursor forward_rows waited_ns", _P),
-        ("threads", _I64),
+        ("threads keep_own", _I64),
     )
 
 
@@ -75,7 +75,7 @@ class CombineCall(ctypes.Structure):
         ("out_weights", _P),
         ("num_hosts host", _I64),
         ("host_of remote", _P),
-        ("shared_at most serial call log_format", _I64),
+        ("shared_at most serial call log_format keep_own", _I64),
     )
 
 

@@ -72,8 +72,8 @@ class Pending:
     """A collective whose data phase has not run: `send` and `receive`, or both by `run`.
 
     Attributes:
-        leave: called between the halves where the caller goes away; what other ranks need from
-            this one goes on without it.
+        leave: in place of `send` where the caller goes away until `receive`: it may change what it
+            gave, and what other ranks need from this one goes on without it.
         tick: of the low-latency form.
     """
 

@@ -84,7 +84,7 @@ inline uint8_t* weights_beside(const Slot& slot, int64_t entries) {
   return memory + up(reinterpret_cast<uint8_t*>(slot.place + entries) - memory, 64);
 }
 
-// Stage this rank's rows for tokens below `end` of all other sources; entries come in
+// Stage this rank's rows for tokens below `end` of all (other) sources; entries come in
 // the order of tokens, so the cursor stands at the first that was not staged yet. Rows that stay in
 // shared memory cost an index (and their weights) each: the first tick names those of all tokens,
 // and where all ranks' rows stay, all are added up at once (`all_stay`).
@@ -98,8 +98,9 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
   auto listed = [&](int64_t s, int64_t j) {
     return j < c.order_start[s + 1] && (whole || c.order_token[j] < end);
   };
+  auto is_staged = [&](int s) { return s != g.rank || c.keep_own; };
   for (int s = 0; s < g.num_ranks; s++)
-    for (int64_t j = c.cursor[s]; s != g.rank && listed(s, j); j++) entries++;
+    for (int64_t j = c.cursor[s]; is_staged(s) && listed(s, j); j++) entries++;
   uint8_t* weights = weights_beside(slot, entries);
   if (shared) head = weights - memory + entries * tail(c);
   if (entries > max_entries && !shared) return kNoRoom;
@@ -117,7 +118,7 @@ inline int64_t stage_rows(const Group& g, const Combine& c, int64_t end, int64_t
     int64_t& next_entry = c.cursor[s];
     for (int64_t j = next_entry; listed(s, j); j++) {
       next_entry += c.order_token[j] < end;
-      if (s == g.rank) continue;
+      if (!is_staged(s)) continue;
       int64_t from = c.order ? c.order[j] : j;
       slot.place[used] = static_cast<uint32_t>(stays ? from : used);
       if (shared && c.row_weights)
@@ -221,13 +222,13 @@ struct Collector {
 
   // The next row that `rank` has for this rank; null where that rank is masked.
   const uint8_t* next(int rank, const float** weights) {
-    if (rank == g.rank) {
+    if (rank == g.rank && !c.keep_own) {
       int64_t j = own++, from = c.order ? c.order[j] : j;
       *weights = c.row_weights ? c.row_weights + from * c.top_k : nullptr;
       return c.x + from * c.x_stride;
     }
     if (g.local_of[rank] >= 0)
-      return g.masked[rank] ? nullptr : reader.take(g.local_of[rank], weights);
+      return g.masked[rank] && rank != g.rank ? nullptr : reader.take(g.local_of[rank], weights);
     int host = c.host_of[rank];
     if (!c.remote[host]) return nullptr;  // all its ranks are masked
     const uint8_t* row = c.remote[host] + remote_at[host];
@@ -239,7 +240,7 @@ struct Collector {
   void push(Terms& terms, int rank, float weight, int host) {
     const uint8_t* row = next(rank, &terms.row_weights[terms.n]);
     if (!row) return;
-    if (c.log_format && rank == g.rank) {
+    if (c.log_format && rank == g.rank && !c.keep_own) {
       uint8_t* to = coded.data() + terms.n * log_most_bytes(c.hidden);
       log_encode(reinterpret_cast<const uint16_t*>(row), c.hidden, to);
       row = to;

@@ -2,7 +2,7 @@
 //
 // Each tick a rank packs the next `block` of its tokens, once for all readers of the host, and then
 // pulls from every stream the rows that are for it. A row is x | scales | K expert ids, int32 | K
-// weights, float. A rank's own rows never pass through shared memory.
+// weights, float. A rank's own rows pass through shared memory only between halves (`keep_own`).
 // Order of what arrives: source rank, then token (then lane, where it is one row a selection).
 #pragma once
 #include "wire.h"
@@ -47,6 +47,7 @@ struct Dispatch {
   int64_t* forward_rows;    // [R] that are kept
   int64_t* waited_ns;       // [R] added to: time spent waiting for each source; or null
   int64_t threads;          // of the kernel pool that may help; the bits do not depend on it
+  int64_t keep_own;         // this rank's own rows are packed too: x may change between the halves
 };
 
 // Where the ids of a row begin.
@@ -66,14 +67,15 @@ inline uint64_t mask_of(const Group& g, const Dispatch& d, int64_t t, const int3
   return mask;
 }
 
-// Pack tokens [begin, end) for the host with these ranks; returns the bytes used.
+// Pack tokens [begin, end) for the host with these ranks, but for rank `except`; returns the bytes
+// used.
 inline int64_t pack(const Group& g, const Dispatch& d, int64_t begin, int64_t end,
-                    const int32_t* ranks, int n, uint8_t* out) {
+                    const int32_t* ranks, int n, int except, uint8_t* out) {
   auto* head = reinterpret_cast<Block*>(out);
   auto* meta = reinterpret_cast<Meta*>(out + sizeof(Block));
   uint32_t rows = 0;
   for (int64_t t = begin; t < end; t++)
-    if (uint64_t mask = mask_of(g, d, t, ranks, n, g.rank))
+    if (uint64_t mask = mask_of(g, d, t, ranks, n, except))
       meta[rows++] = {static_cast<uint32_t>(t), 0, mask};
   int64_t bytes = row_bytes(d);
   *head = {rows, 0, bytes};

@@ -117,7 +117,7 @@ WF_EXPORT int64_t wf_ep_is_alive(const Group* g, int64_t local) {
 // Pack a block for another host into `out`; returns its bytes.
 WF_EXPORT int64_t wf_ep_pack(const Group* g, const Dispatch* d, int64_t begin, int64_t end,
                              const int32_t* ranks, int64_t n, uint8_t* out) {
-  return pack(*g, *d, begin, end, ranks, static_cast<int>(n), out);
+  return pack(*g, *d, begin, end, ranks, static_cast<int>(n), g->rank, out);
 }
 
 // Pull one tick from every source: each with cursors of its own, so threads may share them out.
@@ -128,7 +128,7 @@ static int64_t pull_tick(const Group& g, const Dispatch& d, int64_t begin, int64
     int s = static_cast<int>((g.rank + n) % g.num_ranks);
     if (status[s]) return;  // masked
     bool fits;
-    if (n == 0) {
+    if (n == 0 && !d.keep_own) {
       std::vector<int32_t> ids(d.top_k + 1);
       fits = pull_own(g, d, begin, end, ids.data());
     } else {
@@ -173,7 +173,8 @@ WF_EXPORT int64_t wf_ep_dispatch(const Group* group, const Dispatch* dispatch) {
       if (int64_t status = await_slot(g, tick)) return status;
       int64_t most = (end - begin) * (row_bytes(d) + sizeof(Meta)) + 128;
       if (int64_t status = reserve(g, tick, most)) return status;
-      pack(g, d, begin, end, g.rank_of, g.num_local, slot_at(g, g.rank, tick));
+      pack(g, d, begin, end, g.rank_of, g.num_local, d.keep_own ? -1 : g.rank,
+           slot_at(g, g.rank, tick));
       advance(g.stream[g.rank]->staged, tick + 1);
     }
     if (!d.pull) continue;

@@ -32,6 +32,7 @@ struct Combine {
   int64_t most;                  // tokens of a rank
   int64_t serial, call;          // of the dispatch; how many collectives this rank called before
   int64_t log_format;            // bf16 rows travel as LogFMT-10 (per selection)
+  int64_t keep_own;              // this rank's own rows are staged too: x may change meanwhile
 };
 
 inline int64_t elem(const Combine& c) { return c.fp32 ? 4 : 2; }

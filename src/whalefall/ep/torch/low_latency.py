@@ -1,7 +1,8 @@
 """Ep room: the low-latency calls of `Buffer`: one row for each selection, halves that can be split.
 
-With `return_recv_hook=True` a call only sends; its results are valid after the hook, and nothing
-runs in between (between hosts, a combine is forwarded). Two collectives may be under way at a time;
+With `return_recv_hook=True` a call only sends, after which the caller may change what it gave; its
+results are valid after the hook, and nothing runs in between (between hosts, a combine is
+forwarded). Two collectives may be under way at a time;
 their hooks may be called in any order.
 Source: DeepEP `Buffer.low_latency_*`.
 
@@ -209,6 +210,8 @@ class LowLatency:
                 f"low_latency_combine: topk_weights is {weights.shape}, wanted {idx.shape}"
             )
         weights = _without_dropped(weights, idx, native.topk_idx)
+        if return_recv_hook:  # they are multiplied at the hook
+            weights = weights.copy()
         stride = 0
         if zero_copy:
             stride = 2 * H + H // 32
@@ -287,7 +290,6 @@ class LowLatency:
         self.runtime.worker.drain()
         if split:
             hook = self.runtime.held(half.end)
-            pending.send()
             pending.leave()
             self._low.hooks.leave(pending.tick, hook, half)
             return EventOverlap(), hook
