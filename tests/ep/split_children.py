@@ -9,7 +9,7 @@ import torch.distributed as dist
 from buffer_children import E, H, M, batch, experts, join, low_latency
 
 from whalefall import ep
-from whalefall.errors import RankFailure
+from whalefall.errors import ConfigError, RankFailure
 
 
 def made(folder: str, rank: int, size: int, hosts: list[str] | None) -> ep.Buffer:
@@ -69,3 +69,52 @@ def change_before_the_hook(
     dist.barrier()
     buffer.destroy()
     return same
+
+
+def take_the_next_buffer(folder: str, rank: int, size: int) -> dict[str, object]:
+    """What comes of a zero-copy combine after other calls, and of a buffer taken by two handles."""
+    buffer, (x, idx, weights) = made(folder, rank, size, None), batch(rank)
+    got, _, first, *_ = low_latency(buffer, x, idx, use_fp8=False)
+    returned = experts(got, rank * (E // size))
+    wanted = buffer.low_latency_combine(returned, idx, weights, first)[0]
+    second = low_latency(buffer, x, idx, use_fp8=False)[2]
+
+    def take(handle: tuple) -> torch.Tensor:
+        memory = buffer.get_next_low_latency_combine_buffer(handle)
+        memory[:] = returned
+        return memory
+
+    def add_up(handle: tuple) -> object:
+        try:
+            got = buffer.low_latency_combine(returned, idx, weights, handle, zero_copy=True)[0]
+        except ConfigError as error:
+            return str(error)
+        return torch.equal(got, wanted)
+
+    def taken_twice() -> object:
+        kept = take(first), take(first)  # noqa: F841
+        try:
+            take(second)
+        except ConfigError as error:
+            return [str(error), add_up(first)]
+        return "given to both"
+
+    between = {
+        "nothing": lambda: None,
+        "a dispatch": lambda: low_latency(buffer, x, idx),
+        "two": lambda: [low_latency(buffer, x, idx) for _ in range(2)],
+        "a combine": lambda: buffer.low_latency_combine(returned * 2, idx, weights, second),
+        "clean": lambda: buffer.clean_low_latency_buffer(M, H, E),
+        "another that took it once the first was dropped": lambda: take(second),
+    }
+    said: dict[str, object] = {"never taken": add_up(first)}
+    for name, call in between.items():
+        take(first)
+        call()
+        said[name] = add_up(first)
+    said["taken twice"] = taken_twice()
+    take(second)
+    said["the other"] = add_up(second)
+    dist.barrier()
+    buffer.destroy()
+    return said

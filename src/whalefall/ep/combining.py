@@ -22,6 +22,7 @@ from whalefall.ep.counts import COMBINE, Counts
 from whalefall.ep.fabric import Fabric
 from whalefall.ep.halves import Hooks
 from whalefall.ep.handle import HEADER_FIELDS, Handle, Layout
+from whalefall.ep.lent import Lent
 from whalefall.ep.library import KDISAGREE, CombineCall, library, pointer
 from whalefall.ep.links import Links
 from whalefall.ep.rows import Bias, Pending
@@ -52,6 +53,7 @@ class Combining:
         counts: the ranks' headers.
         is_direct: rows are written and read where neighbours' results are, where they fit.
         hooks: the calls that wait for their hooks (low latency).
+        lent: whose the next slot's memory is (zero-copy).
         forwarder: the thread that forwards to other hosts while a combine waits for its hook.
     """
 
@@ -67,6 +69,7 @@ class Combining:
         self.lib = library()
         self.num_threads = 0
         self.hooks, self.forwarder = Hooks(fabric.plan.slots), Worker("ep forward")
+        self.lent = Lent()
         self.is_direct = fabric.shared is not None and self.num_hosts == 1
         self._cores = max(1, len(os.sched_getaffinity(0)) // len(fabric.locals))
 

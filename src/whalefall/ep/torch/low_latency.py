@@ -182,11 +182,14 @@ class LowLatency:
             handle: of the dispatch.
             use_logfmt: rows travel as LogFMT-10, 10 bits a value where a block of 128 channels
                 stays below 1. Pays between hosts; rounds each value by up to a few percent.
-            zero_copy: the rows are in `get_next_low_latency_combine_buffer` already; x is not read.
+            zero_copy: the rows are in `get_next_low_latency_combine_buffer` already, which stays as
+                it is until the results are there; x is not read.
             async_finish, return_recv_hook: as in `low_latency_dispatch`.
             out: [T, H] bf16, filled.
             combine_wait_recv_cost_stats: [R] int64, nanoseconds waited are added to it.
         Returns: [T, H] bf16, event, hook or None.
+        Raises: as `low_latency_dispatch`; ConfigError for `zero_copy` of a buffer that was not taken
+            right before, before anything is sent.
         """
         async_finish, return_recv_hook = _one_of(
             "low_latency_combine", async_finish, return_recv_hook
@@ -215,6 +218,8 @@ class LowLatency:
         stride = 0
         if zero_copy:
             stride = 2 * H + H // 32
+            if native.num_rows:  # else there is nothing to fill
+                low.lent.check(native.serial, low.next_tick)
             given = bf16(self.get_next_low_latency_combine_buffer(handle), "x").reshape(room, -1)
         else:
             given = bf16(x, "x").reshape(room, H)
@@ -236,7 +241,10 @@ class LowLatency:
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
         """The memory that the next combine sends from, [El, R·M, H] bf16, rows H + H/64 apart.
 
-        Fill the rows that were received, then combine with `zero_copy=True`.
+        Fill the rows that were received, then combine with `zero_copy=True`, the very next
+        low-latency call: any other takes this memory, and that combine then raises ConfigError.
+
+        Raises: ConfigError while a tensor is there that was taken for another handle's next call.
         """
         low = self._low
         native, M, H, E = _of(handle, low)
@@ -249,6 +257,7 @@ class LowLatency:
         for expert, rows_here in enumerate(native.expert_counts.sum(0).tolist()):
             low.fabric.reserve(begin, head + expert * R * M * stride * 2, rows_here * stride * 2)
         memory = low.fabric.slot_view(begin)[head : head + El * R * M * stride * 2]
+        low.lent.lend(native.serial, begin, memory)
         flat = torch.frombuffer(memory, dtype=torch.bfloat16)
         return flat.as_strided((El, R * M, H), (R * M * stride, stride, 1))
 
