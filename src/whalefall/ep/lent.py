@@ -1,4 +1,4 @@
-"""Ep room: the slot that a caller fills before it combines (zero-copy): for which call it was lent."""
+"""Ep room: the slot that a caller fills before it combines (zero-copy), and for which call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Lent:
         self._memory: list[weakref.ref[memoryview]] = []
 
     def lend(self, serial: int, tick: int, memory: memoryview) -> None:
-        """The slot of `tick` is for the rows of the dispatch `serial`; asking again changes nothing.
+        """The slot of `tick` is for the rows of the dispatch `serial`; twice is as good as once.
 
         Args:
             memory: what the caller's tensor is made of; it lives as long as that.
@@ -36,7 +36,7 @@ class Lent:
         """Raise ConfigError unless the slot of `tick` was lent for the dispatch `serial`."""
         if (serial, tick) != (self._serial, self._tick):
             raise ConfigError(
-                "low_latency_combine: zero_copy=True, but its buffer was not taken for this handle, "
-                "or another low-latency call came after that and took its memory; take "
+                "low_latency_combine: zero_copy=True, but its buffer was not taken for this "
+                "handle, or another low-latency call came after that and took its memory; take "
                 "get_next_low_latency_combine_buffer right before this call, and fill it again"
             )

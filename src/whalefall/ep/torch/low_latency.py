@@ -188,8 +188,8 @@ class LowLatency:
             out: [T, H] bf16, filled.
             combine_wait_recv_cost_stats: [R] int64, nanoseconds waited are added to it.
         Returns: [T, H] bf16, event, hook or None.
-        Raises: as `low_latency_dispatch`; ConfigError for `zero_copy` of a buffer that was not taken
-            right before, before anything is sent.
+        Raises: as `low_latency_dispatch`; ConfigError for `zero_copy` of a buffer that was not
+            taken right before, before anything is sent.
         """
         async_finish, return_recv_hook = _one_of(
             "low_latency_combine", async_finish, return_recv_hook
