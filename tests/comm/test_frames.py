@@ -116,6 +116,35 @@ def test_a_server_that_only_pretends_is_found_out() -> None:
         thread.join()
 
 
+def test_a_server_that_goes_during_the_proof_has_refused_nobody() -> None:
+    def leave(listener: socket.socket) -> None:
+        with listener.accept()[0] as sock:
+            sock.sendall(b"WFauth1\0" + bytes(32))
+            sock.recv(64, socket.MSG_WAITALL)
+
+    with comm.listen() as listener, ThreadPoolExecutor() as pool:
+        left = pool.submit(leave, listener)
+        with pytest.raises(comm.CommError, match="closed before it answered our proof"):
+            comm.connect("127.0.0.1", listener.getsockname()[1], TOKEN)
+        left.result()
+
+
+def test_the_asyncio_side_says_that_it_refuses_a_token() -> None:
+    def talk(port: int) -> None:
+        with pytest.raises(comm.AuthError, match="refused our token"):
+            comm.connect("127.0.0.1", port, comm.new_token())
+
+    async def body(port: int, servers: list[Echo]) -> None:
+        await asyncio.to_thread(talk, port)
+        _, client = await asyncio.get_running_loop().create_connection(
+            lambda: Echo(comm.new_token(), False), "127.0.0.1", port
+        )
+        with pytest.raises(comm.AuthError, match="refused our token"):
+            await client.ready
+
+    asyncio.run(served(body))
+
+
 def test_the_token_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "token"
     token = comm.read_token(path, create=True)

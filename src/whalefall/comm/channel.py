@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from whalefall.comm import tokens
 from whalefall.comm.frames import PREFIX, Buffer, CommError, Limits, decode, encode, lengths, nbytes
 
-__all__ = ["Channel", "connect", "listen", "listen_local"]
+__all__ = ["Channel", "accept", "admit", "connect", "listen", "listen_local"]
 H = TypeVar("H")
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_PIECES = 512  # of one sendmsg; Linux allows 1024
@@ -174,7 +174,8 @@ def connect(
         timeout_s: for connecting and for the proof, together at most twice that.
         local: by way of the listener's `listen_local` socket, if it is on this host, has one, and
             belongs to this process's user or root.
-    Raises: OSError where nobody answers; AuthError if either side does not know the token.
+    Raises: OSError where nobody answers, or no longer (CommError); AuthError if either side does
+        not know the token.
     """
     if local:
         # Nobody there, or somebody who took the name: a stranger, one who is silent or knows no
@@ -250,9 +251,18 @@ def accept(
 ) -> Channel:
     """The next connection of `listener`, once it has proved the token.
 
-    Raises: AuthError (the connection is closed then; call again), TimeoutError.
+    Raises: AuthError, CommError (the connection is closed then; call again), TimeoutError.
     """
-    sock, _ = listener.accept()
+    return admit(listener.accept()[0], token, timeout_s, limits)
+
+
+def admit(
+    sock: socket.socket, token: bytes, timeout_s: float = 10.0, limits: Limits = Limits()
+) -> Channel:
+    """A channel over a connection that a listener has accepted, once it has proved the token.
+
+    Raises: AuthError, CommError, TimeoutError; the connection is closed then.
+    """
     channel = Channel(sock, limits)
     try:
         tune(sock)

@@ -117,17 +117,17 @@ class FrameProtocol(asyncio.Protocol):
         self._state, self._need = self._on_server_proof, tokens.PROOF_BYTES
 
     def _on_client_proof(self, piece: bytes) -> None:
+        assert self.transport is not None
         mine, theirs = self._nonces[0], piece[: tokens.NONCE_BYTES]
         wanted = tokens.client_proof(self.token, mine, theirs)
         if not hmac.compare_digest(piece[tokens.NONCE_BYTES :], wanted):
+            self.transport.write(tokens.REFUSED)
             raise tokens.AuthError(f"comm: client {self.peer} does not know the token")
-        assert self.transport is not None
         self.transport.write(tokens.server_proof(self.token, mine, theirs))
         self._open()
 
     def _on_server_proof(self, piece: bytes) -> None:
-        if not hmac.compare_digest(piece, tokens.server_proof(self.token, *self._nonces)):
-            raise tokens.AuthError(f"comm: server {self.peer} does not know the token")
+        tokens.check_answer(piece, self.token, *self._nonces)
         self._open()
 
     def _open(self) -> None:

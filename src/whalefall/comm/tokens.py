@@ -2,7 +2,7 @@
 
     server → client   "WFauth1\0" + 32 random bytes s
     client → server   32 random bytes c + HMAC-SHA256(token, "client" + s + c)
-    server → client   HMAC-SHA256(token, "server" + s + c), or closes
+    server → client   HMAC-SHA256(token, "server" + s + c), or REFUSED, and closes
 
 The stream is not encrypted: between hosts use a private network.
 """
@@ -17,16 +17,17 @@ import secrets
 from pathlib import Path
 from typing import Protocol
 
-from whalefall.comm.frames import Buffer
+from whalefall.comm.frames import Buffer, CommError
 from whalefall.errors import ConfigError, WhalefallError
 
-__all__ = ["CLIENT_BYTES", "HELLO", "NONCE_BYTES", "PROOF_BYTES", "AuthError"]
-__all__ += ["client_proof", "new_token", "read_token", "server_proof"]
+__all__ = ["CLIENT_BYTES", "HELLO", "NONCE_BYTES", "PROOF_BYTES", "REFUSED", "AuthError"]
+__all__ += ["check_answer", "client_proof", "new_token", "read_token", "server_proof"]
 
 HELLO = b"WFauth1\0"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 CLIENT_BYTES = NONCE_BYTES + PROOF_BYTES
+REFUSED = b"WFrefused".ljust(PROOF_BYTES, b"\0")  # in place of the proof: a wrong token
 MIN_TOKEN_BYTES = 16
 
 
@@ -87,7 +88,7 @@ def server_proof(token: bytes, server_nonce: bytes, client_nonce: bytes) -> byte
 def prove_client(stream: Stream, token: bytes) -> None:
     """The connecting side's half.
 
-    Raises: AuthError.
+    Raises: AuthError; CommError where the other side went away before it said yes or no.
     """
     hello = bytes(stream.recv_exactly(len(HELLO) + NONCE_BYTES))
     if not hello.startswith(HELLO):
@@ -97,8 +98,17 @@ def prove_client(stream: Stream, token: bytes) -> None:
     try:
         answer = bytes(stream.recv_exactly(PROOF_BYTES))
     except ConnectionError:
-        raise AuthError("comm: the server refused our token; both sides need the same") from None
-    if not hmac.compare_digest(answer, server_proof(token, theirs, mine)):
+        raise CommError(
+            f"comm: {stream}: closed before it answered our proof; is it gone?"
+        ) from None
+    check_answer(answer, token, theirs, mine)
+
+
+def check_answer(answer: bytes, token: bytes, server_nonce: bytes, client_nonce: bytes) -> None:
+    """Raise AuthError unless the accepting side knows the token and took ours."""
+    if answer == REFUSED:
+        raise AuthError("comm: the server refused our token; both sides need the same")
+    if not hmac.compare_digest(answer, server_proof(token, server_nonce, client_nonce)):
         raise AuthError("comm: the server does not know our token; both sides need the same")
 
 
@@ -112,5 +122,7 @@ def prove_server(stream: Stream, token: bytes) -> None:
     answer = bytes(stream.recv_exactly(CLIENT_BYTES))
     theirs, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
     if not hmac.compare_digest(proof, client_proof(token, mine, theirs)):
+        with contextlib.suppress(OSError):
+            stream.send_raw(REFUSED)
         raise AuthError("comm: a client does not know the token; it was turned away")
     stream.send_raw(server_proof(token, mine, theirs))

@@ -17,6 +17,7 @@ import msgspec
 from whalefall import comm
 from whalefall.arguments import whole
 from whalefall.ep.arguments import MOST, seconds
+from whalefall.ep.callers import Caller, Callers
 from whalefall.errors import ConfigError, RankFailure
 
 __all__ = ["FileGroup", "Group", "TcpGroup"]
@@ -49,8 +50,13 @@ def _check(rank: int, size: int) -> None:
         raise ConfigError(f"ep: rank is {rank} of {size}, wanted 0 … {size - 1}")
 
 
-def _late(absent: list[int], timeout_s: float) -> RankFailure:
-    return RankFailure(f"ep: ranks {absent} did not come within {timeout_s} s", rank=absent[0])
+def _late(absent: list[int], timeout_s: float, refused: str = "") -> RankFailure:
+    words = f"ep: ranks {absent} did not come within {timeout_s} s"
+    return RankFailure(f"{words}; {refused}" if refused else words, rank=absent[0])
+
+
+def _gone(rank: int, why: object) -> RankFailure:
+    return RankFailure(f"ep: rank {rank} is gone: {why}", rank=rank)
 
 
 class FileGroup:
@@ -100,6 +106,7 @@ class FileGroup:
 class _Message(msgspec.Struct):
     rank: int
     messages: list[bytes]
+    lost: int = -1  # the rank without which nothing comes of it
 
 
 class TcpGroup:
@@ -124,35 +131,33 @@ class TcpGroup:
         end = time.monotonic() + timeout_s
         if rank == 0:
             self.address = host
-            with comm.listen(host, port) as listener:
-                self._accept(listener, token, end)
+            self._peers = self._await_all(
+                Callers(comm.listen(host, port), token, range(1, size)), end
+            )
         else:
             channel = self._connect(host, port, token, end)
-            channel.settimeout(timeout_s)
-            channel.send(_Message(rank, []))
             self.address = channel.socket.getsockname()[0]
-            self._peers[0] = channel
+            self._peers = {0: channel}
+        for channel in self._peers.values():
+            channel.settimeout(timeout_s)
 
-    def _accept(self, listener: object, token: bytes, end: float) -> None:
-        while len(self._peers) < self.size - 1:
-            listener.settimeout(max(0.01, end - time.monotonic()))  # type: ignore[attr-defined]
-            try:
-                channel = comm.accept(listener, token)  # type: ignore[arg-type]
-            except comm.AuthError:
-                continue  # a stranger
-            except TimeoutError:
-                absent = sorted(set(range(1, self.size)) - self._peers.keys())
-                raise _late(absent, self.timeout_s) from None
-            channel.settimeout(self.timeout_s)
-            hello, _ = channel.recv(_Message)
-            if hello.rank in self._peers or not 0 < hello.rank < self.size:
-                raise ConfigError(f"ep: rank {hello.rank} of {self.size} came twice or is none")
-            self._peers[hello.rank] = channel
+    def _await_all(self, callers: Callers, end: float) -> dict[int, comm.Channel]:
+        try:
+            absent = callers.wait(end)
+        finally:
+            callers.close()
+        if absent:
+            for channel in callers.arrived.values():
+                channel.close()
+            raise _late(absent, self.timeout_s, callers.refused)
+        return callers.arrived
 
     def _connect(self, host: str, port: int, token: bytes, end: float) -> comm.Channel:
         while True:
             try:
-                return comm.connect(host, port, token, timeout_s=5.0)
+                channel = comm.connect(host, port, token, timeout_s=5.0)
+                channel.send(Caller(self.rank))
+                return channel
             except comm.AuthError:
                 raise
             except OSError as error:
@@ -167,19 +172,28 @@ class TcpGroup:
         if self.rank:
             try:
                 self._peers[0].send(_Message(self.rank, [message]))
-                return self._peers[0].recv(_Message)[0].messages
+                answer = self._peers[0].recv(_Message)[0]
             except (comm.CommError, TimeoutError) as error:
-                raise RankFailure(f"ep: rank 0 is gone: {error}", rank=0) from None
+                raise _gone(0, error) from None
+            if answer.lost >= 0:
+                raise _gone(answer.lost, "rank 0 says so")
+            return answer.messages
         messages = {0: message}
-        for rank, channel in self._peers.items():
-            try:
+        try:
+            for rank, channel in self._peers.items():
                 messages[rank] = channel.recv(_Message)[0].messages[0]
-            except (comm.CommError, TimeoutError) as error:
-                raise RankFailure(f"ep: rank {rank} is gone: {error}", rank=rank) from None
-        ordered = [messages[r] for r in range(self.size)]
-        for channel in self._peers.values():
-            channel.send(_Message(0, ordered))
+            ordered = [messages[r] for r in range(self.size)]
+            for rank, channel in self._peers.items():  # noqa: B007
+                channel.send(_Message(0, ordered))
+        except (comm.CommError, TimeoutError) as error:
+            self._tell(_Message(0, [], rank))
+            raise _gone(rank, error) from None
         return ordered
+
+    def _tell(self, message: _Message) -> None:
+        for channel in self._peers.values():
+            with contextlib.suppress(OSError):
+                channel.send(message)
 
     def close(self) -> None:
         """Close the connections; an engine made with this group lives on."""
