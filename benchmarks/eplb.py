@@ -20,11 +20,14 @@ from whalefall.testing.benchmark import Row, interleave, save
 
 LAYERS, EXPERTS = 58, 256
 PREFILL, GLOBAL, DECODE = (288, 8, 4, 32), (288, 1, 1, 32), (288, 8, 18, 144)
+WIDE = (320, 8, 8, 64)
 
 
 def loads(kind: str, value: float) -> np.ndarray:
-    """[58, 256] loads: Zipf with an exponent, in random order; or lognormal with a sigma."""
+    """[58, 256] loads: Zipf (exponent), in random order; lognormal (sigma); Pareto (alpha)."""
     random = np.random.default_rng(0)
+    if kind == "Pareto":
+        return random.pareto(value, (LAYERS, EXPERTS)) * 1e3
     if kind == "Zipf":
         ranked = np.tile(1 / np.arange(1, EXPERTS + 1) ** value, (LAYERS, 1))
         return random.permuted(ranked, axis=1) * 1e6
@@ -55,6 +58,8 @@ def measure(peer: str, theirs: Callable[..., Any], rounds: int) -> list[Row]:
         ("prefill, 4 nodes, 32 GPUs", PREFILL, ("Zipf", 0.8)),
         ("prefill, 4 nodes, 32 GPUs", PREFILL, ("lognormal", 0.7)),
         ("prefill, 4 nodes, 32 GPUs", PREFILL, ("Zipf", 1.2)),
+        ("prefill, 4 nodes, 32 GPUs", PREFILL, ("Pareto", 1.0)),
+        ("prefill, 8 nodes, 64 GPUs", WIDE, ("lognormal", 1.5)),
         ("global, 32 GPUs", GLOBAL, ("Zipf", 0.8)),
         ("decode, 144 GPUs", DECODE, ("Zipf", 1.0)),
         ("decode, 144 GPUs", DECODE, ("Zipf", 0.5)),
@@ -62,7 +67,7 @@ def measure(peer: str, theirs: Callable[..., Any], rounds: int) -> list[Row]:
     ]
     for name, sizes, (kind, value) in cases:
         weight = loads(kind, value)
-        what = f"58 layers, 256 experts, 288 slots, {name}, {kind} {value}"
+        what = f"58 layers, 256 experts, {sizes[0]} slots, {name}, {kind} {value}"
         times = interleave(
             {
                 "ours": lambda w=weight, s=sizes: eplb.rebalance_experts(w, *s),

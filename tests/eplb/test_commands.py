@@ -67,6 +67,19 @@ def test_an_unreadable_file_is_one_line_and_exit_code_2(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_object_without_its_key_names_it(loads: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "object.json"
+    for option, given, key in (
+        ((), {"phy2log": [[0, 1]]}, "weight"), (("--previous",), {"weight": [[1, 2]]}, "phy2log"),
+        ((), {}, "weight"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(given))
+        assert run(*((loads, *option) if option else ()), path, "--replicas", 40, "--gpus", 8) == 2
+        said = capsys.readouterr().err
+        assert f"no key '{key}'; its keys: {next(map(repr, given), 'none')}" in said
+        assert said.count("\n") == 1
+
+
 def test_a_missing_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "none.npy", "--replicas", 4, "--gpus", 2) == 2
     assert "no file" in capsys.readouterr().err

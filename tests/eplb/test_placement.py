@@ -233,6 +233,21 @@ def test_torch_tensors_in_torch_tensors_out() -> None:
     assert all((o.numpy() == a).all() for o, a in zip(outputs, arrays, strict=True))
 
 
+def test_torch_tensors_without_real_values_are_refused_in_one_line() -> None:
+    torch = pytest.importorskip("torch")
+    loads, rows = torch.tensor(EXAMPLE), torch.zeros(2, 16, dtype=torch.int64)
+    for error, words, bad in (
+        (ShapeError, "loads have layout torch.sparse_coo; give them .to_dense", loads.to_sparse()),
+        (ShapeError, "loads are on the device meta", loads.to("meta")),
+        (DtypeError, "loads have dtype torch.complex64; give real numbers", loads + 1j),
+    ):
+        with pytest.raises(error, match=words):
+            eplb.rebalance_experts(bad, *EXAMPLE_SIZES)
+    for bad in (rows.to_sparse(), rows.to("meta")):
+        with pytest.raises(ShapeError, match="previous's rows (have layout|are on the device)"):
+            eplb.rebalance(EXAMPLE, *EXAMPLE_SIZES, previous=bad)
+
+
 @pytest.mark.parametrize(
     ("loads", "sizes", "error", "words"),
     [

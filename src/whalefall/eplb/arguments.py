@@ -40,7 +40,9 @@ def check_loads(weight: Any) -> npt.NDArray[np.float32]:
     Raises: ShapeError, DtypeError or ConfigError naming the first bad entry.
     """
     if hasattr(weight, "data_ptr"):  # a torch tensor, wherever it lives
-        weight = weight.detach().float().cpu().numpy()
+        if weight.is_complex():
+            raise DtypeError(f"eplb: loads have dtype {weight.dtype}; give real numbers")
+        weight = _with_values(weight, "loads").detach().float().cpu().numpy()
     array = _array(weight, "loads", "[layers, experts]")
     if array.dtype.kind not in "fiub" and array.dtype.name not in ("bfloat16", "float8_e4m3fn"):
         raise DtypeError(f"eplb: loads have dtype {array.dtype}; give real numbers")
@@ -57,6 +59,15 @@ def check_loads(weight: Any) -> npt.NDArray[np.float32]:
             "loads must be finite and not negative"
         )
     return loads
+
+
+def _with_values(tensor: Any, name: str) -> Any:
+    """A torch tensor as given; ShapeError where it is not dense, or of shape alone."""
+    if str(tensor.layout) != "torch.strided":
+        raise ShapeError(f"eplb: {name} have layout {tensor.layout}; give them .to_dense()")
+    if tensor.device.type == "meta":
+        raise ShapeError(f"eplb: {name} are on the device meta, which keeps no values; give values")
+    return tensor
 
 
 def _array(value: Any, name: str, wanted: str) -> npt.NDArray[Any]:
@@ -145,7 +156,7 @@ def check_moving(balance: Any, max_moves: Any) -> tuple[float, int | None]:
 def _whole_numbers(previous: Any, wanted: str) -> npt.NDArray[np.int64]:
     """A fresh int64 array; floats may come (JSON and CSV have no others) where they are whole."""
     if hasattr(previous, "data_ptr"):
-        previous = previous.detach().cpu().numpy()
+        previous = _with_values(previous, "previous's rows").detach().cpu().numpy()
     array = _array(previous, "previous's rows", wanted)
     if array.dtype.kind not in "iuf":
         shown = f"{previous!r}" if array.ndim == 0 else f"of dtype {array.dtype}"

@@ -26,8 +26,8 @@ def main() -> None:
     """Place experts and their replicas on GPUs, and show the load of each."""
 
 
-def read_array(path: Path, what: str) -> npt.NDArray[Any]:
-    """An array from .npy (never pickled), .json (rows, or {"weight" | "phy2log": rows}) or .csv."""
+def read_array(path: Path, what: str, key: str) -> npt.NDArray[Any]:
+    """An array from .npy (never pickled), .json (rows, or an object with them at `key`) or .csv."""
     if not path.is_file():
         raise MissingError(f"eplb: no file {path} for the {what}")
     try:
@@ -36,7 +36,10 @@ def read_array(path: Path, what: str) -> npt.NDArray[Any]:
         if path.suffix == ".json":
             found = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(found, dict):
-                found = found.get("weight", found.get("phy2log"))
+                if key not in found:
+                    there = ", ".join(map(repr, found)) or "none"
+                    raise ValueError(f"the object has no key {key!r}; its keys: {there:.200}")
+                found = found[key]
             return np.array(found, dtype=np.float64)
         text = path.read_text(encoding="utf-8")
         if not text.strip():
@@ -77,10 +80,12 @@ def plan(
     """Plan a placement for measured loads."""
     from whalefall.eplb.placement import gpu_loads, rebalance
 
-    weight = read_array(loads, "loads")
+    weight = read_array(loads, "loads", "weight")
     if weight.ndim == 1:
         weight = weight[None]
-    old = None if previous is None else read_array(previous, "previous placement")
+    old = None
+    if previous is not None:
+        old = read_array(previous, "previous placement", "phy2log")
     placement = rebalance(
         weight, replicas, groups, nodes, gpus,
         previous=old, max_moves=max_moves, balance=balance, split=split,
