@@ -244,7 +244,7 @@ def test_torch_tensors_without_real_values_are_refused_in_one_line() -> None:
         with pytest.raises(error, match=words):
             eplb.rebalance_experts(bad, *EXAMPLE_SIZES)
     for bad in (rows.to_sparse(), rows.to("meta")):
-        with pytest.raises(ShapeError, match="previous's rows (have layout|are on the device)"):
+        with pytest.raises(ShapeError, match=r"previous's rows (have layout|are on the device)"):
             eplb.rebalance(EXAMPLE, *EXAMPLE_SIZES, previous=bad)
 
 

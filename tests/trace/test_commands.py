@@ -48,6 +48,38 @@ def test_summary_and_overlap_print(recorded: Path, capsys: pytest.CaptureFixture
     assert "device 0" in capsys.readouterr().out
 
 
+def test_what_the_recorder_dropped_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, both = tmp_path / "t.json", tmp_path / "both.json"
+    trace.start(max_events=2)
+    for _ in range(5):
+        with trace.span("gemm", category="compute"):
+            pass
+    trace.stop(file)
+    assert run("merge", file, file, "-o", both) == 0
+    for path, dropped in ((file, 3), (both, 6)):
+        capsys.readouterr()
+        assert run("summary", path) == 0
+        assert f"{dropped} events are missing: " in capsys.readouterr().out
+        assert run("summary", path, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["dropped"] == dropped
+        assert run("check", path) == 1
+        assert f"{dropped} x dropped: the recorder's buffer was full" in capsys.readouterr().out
+        assert run("check", path, "--json") == 1
+        (problem,) = json.loads(capsys.readouterr().out)["problems"]
+        assert (problem["kind"], problem["count"]) == ("dropped", dropped)
+
+
+def test_fewer_than_no_kernels_are_refused(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("summary", recorded, "--top", -1) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "trace summary: top is -1, wanted a whole number >= 0" in said.err
+
+
 def test_check_exits_1_for_faults(
     recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,64 @@ def test_devices_of_one_number_in_different_files_do_not_hide_each_others_commun
     assert len(twice.devices) == 8 and len(twice.streams) == 8
 
 
+def tied(number: object) -> list[dict]:
+    """Events of every kind that ids tie, all of one id."""
+    at = {"cat": "c", "name": "n", "pid": 0, "tid": 0, "ts": 1}
+    flows = [{**at, "ph": phase, "id": number} for phase in "stfbneSTpF"]
+    twos = [{**at, "ph": "b", "id2": {scope: number}} for scope in ("local", "global")]
+    return [*flows, *twos, {**at, "ph": "X", "dur": 1, "bind_id": number, "flow_out": True}]
+
+
+def ids(path: Path) -> list[list[object]]:
+    """The ids of a merged trace, the events of each process apart."""
+    found: dict[str, list[object]] = {}
+    for event in trace.TraceFile(path):
+        values = [event.get("id"), event.get("bind_id"), *event.get("id2", {}).values()]
+        found.setdefault(str(event["pid"]), []).extend(v for v in values if v is not None)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "number", [7, "0x7", "seven", 0xFFFF_0000_0000, 1 << 63, (1 << 64) - 1, 1.5]
+)
+def test_flows_and_asynchronous_events_of_different_files_stay_apart(
+    number: object, tmp_path: Path
+) -> None:
+    paths = [written(tmp_path / f"{n}.json", *tied(number)) for n in range(3)]
+    trace.merge(paths[:2], tmp_path / "ab.json")
+    trace.merge([tmp_path / "ab.json", paths[2]], tmp_path / "abc.json")
+    trace.merge([paths[2], tmp_path / "ab.json"], tmp_path / "cab.json")
+    trace.merge([tmp_path / "abc.json"] * 2, tmp_path / "twice.json")
+    for name, files in (("ab", 2), ("abc", 3), ("cab", 3), ("twice", 6)):
+        found = ids(tmp_path / f"{name}.json")
+        assert [len(group) for group in found] == [13] * files
+        assert [len(set(group)) for group in found] == [1] * files  # still tied in their file
+        assert len({group[0] for group in found}) == files
+        assert all(len(str(group[0])) <= len("0x") + 16 for group in found[1:])  # 64 bits
+    assert ids(tmp_path / "ab.json")[0][0] == number  # of the first file they stay
+
+
+def test_ids_of_objects_stay_since_arguments_name_them(tmp_path: Path) -> None:
+    thing = {"ph": "O", "name": "n", "pid": 0, "tid": 0, "ts": 1, "id": "0x1"}
+    snapshot = {**thing, "args": {"snapshot": {"other": {"id_ref": "0x1"}}}}
+    path = written(tmp_path / "a.json", snapshot)
+    trace.merge([path, path], tmp_path / "out.json")
+    assert {e["id"] for e in trace.TraceFile(tmp_path / "out.json")} == {"0x1"}
+    assert len({e["pid"] for e in trace.TraceFile(tmp_path / "out.json")}) == 2
+
+
+def test_a_file_without_a_clock_beside_one_with_is_refused_unless_an_offset_says(
+    tmp_path: Path,
+) -> None:
+    a = handmade(tmp_path / "a.json", baseTimeNanoseconds=3_000_000)
+    b = handmade(tmp_path / "b.json")
+    with pytest.raises(ConfigError, match=r"b.json has no baseTimeNanoseconds, .*a.json has; "):
+        trace.merge([a, b], tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    trace.merge([a, b], tmp_path / "out.json", offsets_ns={str(b): -2_000_000})
+    assert [e["ts"] for e in events(tmp_path / "out.json")] == [1010, 10]
+
+
 UNCLEAR = {
     "a text for an object": {"whalefall": "v1"},
     "a list for a boot": {"whalefall": {"boot": ["x"]}},

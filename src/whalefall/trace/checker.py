@@ -58,6 +58,9 @@ def check(path: str | Path) -> Report:
         report.note("damaged", str(error))
     if file.truncated:
         report.note("no closing bracket", f"after event {report.events}")
+    if file.dropped:
+        report.note("dropped", "the recorder's buffer was full; start(max_events=) enlarges it")
+        report.problems["dropped"].count = file.dropped
     for kind, where in file.flaws.items():
         report.note(kind, where)
     for lane, stack in open_.items():

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from whalefall.arguments import whole
 from whalefall.errors import MissingError
 from whalefall.trace import rules as rules_
 
@@ -65,10 +66,13 @@ def summary(
     """Streams, top kernels, overlap, idle gaps, steps."""
     from whalefall.trace.summary import summarize
 
+    whole("trace summary: top", top, 0)
     found = summarize(file, _rules(rules))
     if as_json:
         _say(json.dumps(found.as_dict()))
         return
+    if found.dropped:
+        _say(f"{found.dropped} events are missing: the recorder's buffer was full (max_events)")
     if not found.streams:
         _say(NO_WORK)
         return

@@ -42,6 +42,13 @@ class TraceFile:
         self.truncated = False
         self.flaws: dict[str, str] = {}
 
+    @property
+    def dropped(self) -> int:
+        """Events that the recorder's buffer had no room for, by the header as read so far."""
+        ours = self.header.get("whalefall")
+        count = ours.get("dropped") if isinstance(ours, dict) else None
+        return count if isinstance(count, int) and count > 0 else 0
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the events in file order.
 

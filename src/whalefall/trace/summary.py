@@ -72,7 +72,11 @@ class Gap:
 
 @dataclass
 class Summary:
-    """A trace in numbers; times in microseconds, summed over devices."""
+    """A trace in numbers; times in microseconds, summed over devices.
+
+    Attributes:
+        dropped: events that the recorder's buffer had no room for, missing in all other numbers.
+    """
 
     streams: list[Stream] = field(default_factory=list)
     compute_us: float = 0.0
@@ -84,6 +88,7 @@ class Summary:
     devices: list[Overlap] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
+    dropped: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, as `whalefall trace summary --json` prints them."""
@@ -171,7 +176,10 @@ def summarize(source: str | Path | Iterable[dict[str, Any]], rules: Rules | None
             device.add(lane, _device(event), kind, name, start, took)
         elif category in ("compute", "communication", "cpu_op"):
             host.add(lane, _device(event), kind, name, start, took)
-    return _conclude(device if device.spans else host, steps)
+    found = _conclude(device if device.spans else host, steps)
+    if isinstance(events, TraceFile):
+        found.dropped = events.dropped
+    return found
 
 
 def _device(event: dict[str, Any]) -> Device:
