@@ -53,6 +53,22 @@ def test_scales_that_are_not_positive(level: str, scale: float) -> None:
     close(out[0], lse[0], expected(q[0], cache, tables[0], 300, 64, scale))
 
 
+@pytest.mark.parametrize("size", [1e9, 3e10, 1e18, 1e30])
+@pytest.mark.parametrize("heads", [1, 16])
+def test_huge_scores_leave_the_key_that_has_the_highest(
+    level: str, heads: int, size: float
+) -> None:
+    q, cache, tables = bf16_problem(heads, 96, [1, 2])
+    for t, keys in enumerate((1, 2)):
+        out, lse = paged(
+            q[t : t + 1] * size, cache, tables[t : t + 1], [keys], 64, 1.0, bf16_q=True
+        )
+        rows = cache[tables[t][0], :keys].reshape(keys, 96).astype(np.float64)
+        scores = q[t].astype(BF16).astype(np.float64) @ rows.T
+        assert np.isfinite(lse).all()
+        assert np.abs(out[0] - rows[scores.argmax(1), :64]).max() < 0.02
+
+
 @pytest.mark.parametrize("heads", [3, 16, 40, 128])
 def test_neighbours_threads_and_repeats_change_no_bit(level: str, heads: int) -> None:
     keys = [2500, 3, 700, 5000, 0, 64]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -75,6 +76,11 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"head_dim_v": "64"}, ConfigError, "head_dim_v is '64', wanted a whole number"),
     ({"head_dim_v": None}, ConfigError, "head_dim_v is None, wanted a whole number"),
     ({"softmax_scale": "x"}, ConfigError, "softmax_scale is 'x', wanted a finite number or None"),
+    (
+        {"softmax_scale": 2.4e38},
+        ConfigError,
+        "softmax_scale is 2.4e.38, wanted .* at most 2.36e.38",
+    ),
     ({"softmax_scale": np.nan}, ConfigError, "softmax_scale is nan, wanted a finite number or No"),
     ({"softmax_scale": True}, ConfigError, "softmax_scale is True, wanted a finite"),
     ({"block_table": np.zeros((2, 3), np.int64)}, DtypeError, "block_table is int64, wanted int32"),
@@ -123,6 +129,17 @@ def test_numbers_may_be_numpys() -> None:
     assert ours[0].tobytes() == plain[0].tobytes() and ours[1].tobytes() == plain[1].tobytes()
 
 
+def test_what_equals_an_accepted_argument_is_refused_all_the_same() -> None:
+    cache, table = np.zeros((2, 16, 1, 96), BF16), np.zeros((2, 1), np.int32)
+    given = (np.zeros((2, 1, 4, 96), BF16), cache, table, np.ones(2, np.int32))
+    call = functools.partial(attention.flash_mla_with_kvcache, *given)
+    call(64, None, causal=False)
+    with pytest.raises(ConfigError, match=r"head_dim_v is 64\.0, wanted a whole number"):
+        call(64.0, None, causal=False)
+    with pytest.raises(ConfigError, match=r"causal is 0\.0, wanted True or False"):
+        call(64, None, causal=0.0)
+
+
 @pytest.mark.parametrize("scale", ["a", True, np.inf, pytest.param(10**400, id="huge"), [1.0]])
 def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
     q, cu = np.zeros((4, 2, 32), np.float32), np.array([0, 4], np.int32)
@@ -132,7 +149,7 @@ def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
         attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, softmax_scale=scale)
     for given in (scale, None):
         with pytest.raises(
-            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number$"
+            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number, at most"
         ):
             attention.flash_mla_sparse_fwd(q, q[:, :1], np.zeros((4, 1, 1), np.int32), given, 16)
     with pytest.raises(

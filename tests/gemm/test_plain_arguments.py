@@ -41,6 +41,22 @@ def test_flags_are_truth_values(wrong: Any) -> None:
         one_line(partial(call, **{name: wrong}), ConfigError, f": {name} is .*, wanted True or")
 
 
+def test_a_flag_that_changes_nothing_is_one_all_the_same() -> None:
+    a = b = gemm.per_token_cast_to_fp8(np.ones((4, 128), np.float32), False)
+    d, group = np.zeros((4, 4), np.float32), np.zeros(4, np.int32)
+    many = (b[0][None], b[1][None])
+    calls = [
+        partial(gemm.fp8_gemm_nt, a, b, d, recipe=(1, 1, 128)),
+        partial(gemm.fp8_gemm_nt_skip_head_mid, a, b, d, (2, 0, 2), recipe=(1, 1, 128)),
+        partial(gemm.m_grouped_fp8_gemm_nt_contiguous, a, many, d, group, recipe=(1, 1, 128)),
+    ]
+    for call in calls:
+        call(disable_ue8m0_cast=True)
+        for wrong in ("no", 1.0):  # the second is equal to what was accepted
+            refused = partial(call, disable_ue8m0_cast=wrong)
+            one_line(refused, ConfigError, ": disable_ue8m0_cast is .*, wanted True or False")
+
+
 ODD = [np.ones((2, 3)), [np.ones(3)] * 2, (1.0, 128.0, 128.0), (np.ones(2), None), "128", None]
 
 

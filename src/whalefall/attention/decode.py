@@ -98,7 +98,8 @@ def flash_mla_with_kvcache(
         )
         which = tuple([array is not None for array in more])
         given = tuple([array for array in (*given, *more) if array is not None])
-    rest = (which, head_dim_v, softmax_scale, causal, is_fp8_kvcache, jit.best_level())
+    kinds = (head_dim_v.__class__, causal.__class__, is_fp8_kvcache.__class__)  # 512 == 512.0
+    rest = (which, head_dim_v, softmax_scale, causal, is_fp8_kvcache, kinds, jit.best_level())
     known = _MEMO.find(given, rest)
     if known is not None:
         return known(q)

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _FP8 = ("float8_e4m3fn", "uint8", "int8")
-FLOAT_MAX = float(np.finfo(np.float32).max)
+_LARGEST_SCALE = float(np.finfo(np.float32).max) * math.log(2)  # kernels divide it by ln 2, in fp32
 FP8_WIDTH = 576  # columns of a 656-byte row
 
 
@@ -188,9 +188,10 @@ def scale_operand(where: str, name: str, given: Any, width: int | None = None) -
     if given is None and width is not None:
         return float(width**-0.5)
     number: Any = given if isinstance(given, Real) and not isinstance(given, bool) else math.nan
-    if not abs(number) <= FLOAT_MAX:  # kernels take it as float32; NaN is refused, too
+    if not abs(number) <= _LARGEST_SCALE:  # NaN is refused, too
         raise ConfigError(
             f"{where}: {name} is {shown(given)}, wanted a finite number"
             + (" or None" if width is not None else "")
+            + f", at most {_LARGEST_SCALE:.3g} in size"
         )
     return float(number)

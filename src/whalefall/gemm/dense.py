@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from whalefall import jit
-from whalefall.arguments import shown
+from whalefall.arguments import flag, shown
 from whalefall.dtypes import CallMemo, as_numpy, view
 from whalefall.dtypes.written import may_write
 from whalefall.errors import ConfigError, DtypeError, ShapeError
@@ -57,8 +57,9 @@ __all__ = [
 _MEMO = CallMemo()
 
 
-def check_dims(where: str, compiled_dims: str) -> None:
-    """ConfigError where `compiled_dims` (which changes no result) is no subset of "mnk"."""
+def check_dims(where: str, compiled_dims: str, disable_ue8m0_cast: bool = False) -> None:
+    """ConfigError for what changes no result: letters outside "mnk", and a flag that is none."""
+    flag(f"{where}: disable_ue8m0_cast", disable_ue8m0_cast)
     if not isinstance(compiled_dims, str) or not set(compiled_dims) <= set("mnk"):
         raise ConfigError(f"{where}: compiled_dims={shown(compiled_dims)}, wanted letters of 'mnk'")
 
@@ -105,12 +106,12 @@ def _fp8(
     b: Any,
     d: Any,
     c: Any,
-    recipe: Recipe | None,
-    recipe_a: Pair | None,
-    recipe_b: Pair | None,
+    given_recipes: tuple[Recipe | None, Pair | None, Pair | None],
     compiled_dims: str,
+    disable_ue8m0_cast: bool,
 ) -> None:
-    rest = (where, recipe, recipe_a, recipe_b, compiled_dims, jit.best_level())
+    unused = (compiled_dims, disable_ue8m0_cast, disable_ue8m0_cast.__class__)  # 1.0 == True
+    rest = (where, given_recipes, unused, jit.best_level())
     given: tuple[Any, ...] = ()
     if isinstance(a, tuple) and isinstance(b, tuple):
         given = (*a, *b, d) if c is None else (*a, *b, d, c)
@@ -118,8 +119,8 @@ def _fp8(
         if known is not None and may_write(d):
             known()
             return
-    check_dims(where, compiled_dims)
-    of_a, of_b = recipes(where, scale_dtype(where, b), recipe, recipe_a, recipe_b)
+    check_dims(where, compiled_dims, disable_ue8m0_cast)
+    of_a, of_b = recipes(where, scale_dtype(where, b), *given_recipes)
     left = fp8_operand(where, "a", a, of_a, swap=layout[0] == "t")
     right = fp8_operand(where, "b", b, of_b, swap=layout[1] == "n")
     prepared = multiply(where, left, right, d, c)
@@ -153,7 +154,8 @@ def fp8_fp4_gemm_nt(
     Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: DeepGEMM `fp8_fp4_gemm_nt`, on either GPU generation.
     """
-    _fp8("fp8_gemm_nt", "nt", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+    shares = (recipe, recipe_a, recipe_b)
+    _fp8("fp8_gemm_nt", "nt", a, b, d, c, shares, compiled_dims, disable_ue8m0_cast)
 
 
 def fp8_fp4_gemm_nn(
@@ -168,7 +170,8 @@ def fp8_fp4_gemm_nn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """D = C + A[M, K] · B[K, N]; `fp8_fp4_gemm_nt` with b and its scales transposed."""
-    _fp8("fp8_gemm_nn", "nn", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+    shares = (recipe, recipe_a, recipe_b)
+    _fp8("fp8_gemm_nn", "nn", a, b, d, c, shares, compiled_dims, disable_ue8m0_cast)
 
 
 def fp8_fp4_gemm_tn(
@@ -183,7 +186,8 @@ def fp8_fp4_gemm_tn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """D = C + A[K, M]ᵀ · B[K, N]; `fp8_fp4_gemm_nt` with both and their scales transposed."""
-    _fp8("fp8_gemm_tn", "tn", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+    shares = (recipe, recipe_a, recipe_b)
+    _fp8("fp8_gemm_tn", "tn", a, b, d, c, shares, compiled_dims, disable_ue8m0_cast)
 
 
 def fp8_fp4_gemm_tt(
@@ -198,7 +202,8 @@ def fp8_fp4_gemm_tt(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """D = C + A[K, M]ᵀ · B[N, K]ᵀ; `fp8_fp4_gemm_nt` with a and its scales transposed."""
-    _fp8("fp8_gemm_tt", "tt", a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims)
+    shares = (recipe, recipe_a, recipe_b)
+    _fp8("fp8_gemm_tt", "tt", a, b, d, c, shares, compiled_dims, disable_ue8m0_cast)
 
 
 fp8_gemm_nt, fp8_gemm_nn = fp8_fp4_gemm_nt, fp8_fp4_gemm_nn
@@ -225,7 +230,7 @@ def fp8_gemm_nt_skip_head_mid(
     Source: DeepGEMM `fp8_gemm_nt_skip_head_mid`.
     """
     where = "fp8_gemm_nt_skip_head_mid"
-    check_dims(where, compiled_dims)
+    check_dims(where, compiled_dims, disable_ue8m0_cast)
     of_a, of_b = recipes(where, scale_dtype(where, b), recipe, None, None)
     left_operand = fp8_operand(where, "a", a, of_a)
     right_operand = fp8_operand(where, "b", b, of_b)

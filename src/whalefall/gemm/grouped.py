@@ -189,7 +189,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     Source: DeepGEMM (there, rows of -1 hold whatever their tile's group gives).
     """
     where = "m_grouped_fp8_gemm_nt_contiguous"
-    check_dims(where, compiled_dims)
+    check_dims(where, compiled_dims, disable_ue8m0_cast)
     _check_expected(where, expected_m_for_psum_layout, use_psum_layout)
     left, right = _operands(where, a, b, False, 2, recipe, recipe_a, recipe_b)
     _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
@@ -210,7 +210,7 @@ def m_grouped_fp8_fp4_gemm_nn_contiguous(
 ) -> None:
     """`m_grouped_fp8_fp4_gemm_nt_contiguous` with b [G, K, N] and its scales transposed."""
     where = "m_grouped_fp8_gemm_nn_contiguous"
-    check_dims(where, compiled_dims)
+    check_dims(where, compiled_dims, disable_ue8m0_cast)
     left, right = _operands(where, a, b, True, 2, recipe, recipe_a, recipe_b)
     _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
 
@@ -292,7 +292,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     Source: DeepGEMM (there, M off the tile spills into the next group).
     """
     where = "m_grouped_fp8_gemm_nt_masked"
-    check_dims(where, compiled_dims)
+    check_dims(where, compiled_dims, disable_ue8m0_cast)
     left, right = _operands(where, a, b, False, 3, recipe, recipe_a, recipe_b)
     _masked(where, left, right, d, masked_m, expected_m)
 

@@ -60,17 +60,20 @@ class Softener {
   // Moves the point if it must, and with it the weights first … p - 1 of keys before these, which
   // the new weights follow. `factor`: that of all sums before, is multiplied.
   Softener(const float* s, int keys, float scale, char* first, char* p, Softmax& state, vf& factor)
-      : state_(&state), from_(s), end_(s + keys * kLanes), to_(p) {
+      : unit_(set1(scale)),
+        total_(vf{}),
+        state_(&state),
+        from_(s),
+        end_(s + keys * kLanes),
+        to_(p) {
     __m512 top[4];
     for (__m512& t : top) t = _mm512_set1_ps(-kInf);
     for (const float* at = s; at < end_; at += 4 * kLanes)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)  // NaN has no say
-        top[i] = _mm512_max_ps(_mm512_loadu_ps(at + i * kLanes), top[i]);
-    const vf best =
-        (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])) * scale;
+        top[i] = _mm512_max_ps((__m512)(load(at + i * kLanes) * unit_), top[i]);
+    const vf best = (vf)_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
     state.max = max(best, state.max);
-    unit_ = set1(scale), total_ = vf{};
     if (_mm512_cmp_ps_mask((__m512)state.max, (__m512)(state.point + kSlack), _CMP_GT_OQ)) {
       const vf before = state.point;
       state.point = select(state.max > before + kSlack, state.max, before);
@@ -79,7 +82,7 @@ class Softener {
       factor = factor * moved;
       rescale_weights(first, p, moved);
     }
-    minus_origin_ = -origin_of(state.point);
+    origin_ = origin_of(state.point);
   }
 
   bool more() const { return from_ < end_; }
@@ -87,7 +90,9 @@ class Softener {
     vf e[kAtOnce], total = total_;
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i)
-      e[i] = power_of_two(fma(load(from_ + i * kLanes), unit_, minus_origin_));
+      // rounded before the point is subtracted, as the point was: of huge scores, the rest of one
+      // rounding is a power of two of its own
+      e[i] = power_of_two(load(from_ + i * kLanes) * unit_ - origin_);
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i) total += e[i];
     total_ = total;
@@ -122,7 +127,7 @@ class Softener {
   }
 
   __m512i low_[4], high_[4], rows_[8];
-  vf unit_, minus_origin_, total_;
+  vf unit_, total_, origin_;
   Softmax* state_ = nullptr;
   const float *from_ = nullptr, *end_ = nullptr;
   char* to_ = nullptr;
