@@ -79,7 +79,7 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     (
         {"softmax_scale": 2.4e38},
         ConfigError,
-        "softmax_scale is 2.4e.38, wanted .* at most 2.36e.38",
+        "softmax_scale is 2.4e.38, wanted at most 2.36e.38 or None",
     ),
     ({"softmax_scale": np.nan}, ConfigError, "softmax_scale is nan, wanted a finite number or No"),
     ({"softmax_scale": True}, ConfigError, "softmax_scale is True, wanted a finite"),
@@ -149,7 +149,7 @@ def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
         attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, softmax_scale=scale)
     for given in (scale, None):
         with pytest.raises(
-            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number, at most"
+            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number$"
         ):
             attention.flash_mla_sparse_fwd(q, q[:, :1], np.zeros((4, 1, 1), np.int32), given, 16)
     with pytest.raises(

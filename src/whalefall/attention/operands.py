@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 _FP8 = ("float8_e4m3fn", "uint8", "int8")
-_LARGEST_SCALE = float(np.finfo(np.float32).max) * math.log(2)  # kernels divide it by ln 2, in fp32
+FLOAT_MAX = float(np.finfo(np.float32).max)
+_LARGEST_SCALE = FLOAT_MAX * math.log(2)  # kernels divide it by ln 2, in fp32
 FP8_WIDTH = 576  # columns of a 656-byte row
 
 
@@ -189,9 +190,10 @@ def scale_operand(where: str, name: str, given: Any, width: int | None = None) -
         return float(width**-0.5)
     number: Any = given if isinstance(given, Real) and not isinstance(given, bool) else math.nan
     if not abs(number) <= _LARGEST_SCALE:  # NaN is refused, too
+        large = _LARGEST_SCALE < abs(number) <= FLOAT_MAX
+        kind = f"at most {_LARGEST_SCALE:.3g}" if large else "a finite number"
         raise ConfigError(
-            f"{where}: {name} is {shown(given)}, wanted a finite number"
+            f"{where}: {name} is {shown(given)}, wanted {kind}"
             + (" or None" if width is not None else "")
-            + f", at most {_LARGEST_SCALE:.3g} in size"
         )
     return float(number)
