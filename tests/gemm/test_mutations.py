@@ -79,8 +79,8 @@ BREAKS = {
     ),
     "leave x in order where W is dealt": Break(
         f"{GEMM}/tile_rows.h",
-        "if (deal) split",
-        "if (false) split",
+        "if (deal) deal_halves(first",
+        "if (false) deal_halves(first",
         "tests/gemm/test_tiles.py::test_a_product_of_many_waves_and_panels_is_exact",
         tiles=True,
     ),

@@ -33,18 +33,26 @@ class BandPart {
   }
   int64_t blocks() const { return ceil_div(cols_, kBlock); }
 
-  void decode(int64_t b, uint16_t* tiles) const {
+  // Block b of K as four tiles. Each row brings as many bytes as it has there from `next` into L2,
+  // and moves it: all of them at once would fill the buffers that loads need too.
+  void decode(int64_t b, uint16_t* tiles, Next& next) const {
     if (rows_ <= 0) return;                    // whatever is there: nobody wants the sums
     const RowDecoder<kKind> decode = decode_;  // in registers
     const int64_t k = b * kBlock, pitch = cols_ * kBytes;
+    Next ahead = next ? next : first_ + k * kBytes;
+    if (next) next += kGroup * kBlock * kBytes;
     if (k + kBlock <= cols_ && rows_ == kGroup) {
       const uint8_t* row = first_ + k * kBytes;
 #pragma GCC unroll 4
-      for (int r = 0; r < kGroup; ++r, row += pitch) decode(row, r, tiles);
+      for (int r = 0; r < kGroup; ++r, row += pitch, ahead += kBlock * kBytes) {
+        for (int i = 0; i < kBlock * kBytes; i += 64) prefetch_l2(ahead + i);
+        decode(row, r, tiles);
+      }
       return;
     }
     const int64_t width = cols_ - k < kBlock ? cols_ - k : kBlock;
-    for (int r = 0; r < kGroup; ++r) {
+    for (int r = 0; r < kGroup; ++r, ahead += kBlock * kBytes) {
+      for (int i = 0; i < kBlock * kBytes; i += 64) prefetch_l2(ahead + i);
       uint8_t edge[kBlock * kBytes] = {};
       if (r < rows_) std::memcpy(edge, first_ + r * pitch + k * kBytes, width * kBytes);
       decode(edge, r, tiles);
@@ -114,19 +122,16 @@ class BandProduct {
         sums_(sums) {}
 
   // `tiles`: a ring of two blocks, or, if `keep`, of all; decoded here, or already before. Brings
-  // into L2 what lies at `next`, as much as it reads; null: nothing.
+  // into L2 what lies at `next`, as much as it decodes; null: nothing.
   __attribute__((noinline)) void run(int64_t group, uint16_t* tiles, bool keep, bool decoded,
                                      Next next) {
     const int64_t blocks = parts_[0].blocks();
     auto at = [&](int64_t b) { return tiles + (keep ? b : b % 2) * kParts * kBlockValues; };
     for (int64_t j = 0; j < kParts * x_.width; ++j) store(sums_ + j * kLanes, vf{});
-    if (!decoded && blocks > 0) decode(0, at(0));
+    if (!decoded && blocks > 0) decode(0, at(0), next);
     for (int64_t b = 0; b < blocks; ++b) {
       multiply_block(at(b), x_.block(b, group), x_.width);
-      if (next)
-        for (int i = 0; i < kBand * kBlock * kind_bytes(kKind); i += 64, next += 64)
-          prefetch_l2(next);
-      if (!decoded && b + 1 < blocks) decode(b + 1, at(b + 1));
+      if (!decoded && b + 1 < blocks) decode(b + 1, at(b + 1), next);
       float* partial = partial_ + b % 2 * kParts * kSums;
       store_tile<0>(partial, x_.width * 4);
       store_tile<1>(partial + kSums, x_.width * 4);
@@ -137,8 +142,8 @@ class BandProduct {
 
  private:
   static constexpr int64_t kSums = kGroup * kLanes;
-  void decode(int64_t b, uint16_t* tiles) const {
-    for (int i = 0; i < kParts; ++i) parts_[i].decode(b, tiles + i * kBlockValues);
+  void decode(int64_t b, uint16_t* tiles, Next& next) const {
+    for (int i = 0; i < kParts; ++i) parts_[i].decode(b, tiles + i * kBlockValues, next);
   }
   // The partial sums of block b, scaled.
   void add(int64_t group, int64_t b) {

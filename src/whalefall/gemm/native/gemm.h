@@ -196,11 +196,18 @@ inline void Gemm::prepare_tiles(const Product& p, const Piece& piece, int64_t g)
   const int64_t left = piece.count - g * kGroup, count = left < kGroup ? left : kGroup;
   const bool deal = p.b.kind == kFp8 && p.length == kBlock;
   alignas(64) uint16_t block[kGroup][kBlock] = {};
+  many::RowBlock<kFp8> codes;
   const uint16_t* row[kGroup];
   for (int r = 0; r < kGroup; ++r) row[r] = block[r];
   for (int64_t k = 0; k < s.k; k += kBlock) {
+    auto* out = const_cast<uint16_t*>(made.block(k / kBlock, g));
+    if (deal && p.a.kind == kFp8) {  // rows behind the piece's are real ones, or zeros
+      codes.find(a, piece.first + g * kGroup, k, kBlock);
+      pack_codes(codes.row, out);
+      continue;
+    }
     for (int64_t r = 0; r < count; ++r) widen_row(a, piece.first + g * kGroup + r, k, block[r]);
-    pack_block(row, deal, kGroup, const_cast<uint16_t*>(made.block(k / kBlock, g)));
+    pack_block(row, deal, kGroup, out);
   }
   for (int64_t r = 0; r < kGroup; ++r) {
     const many::ScaleRow scale =

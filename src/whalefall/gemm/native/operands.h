@@ -50,8 +50,7 @@ struct Input {
 };
 
 // A set of rows of x as AMX multiplies them: groups of 16 rows, a block of K of a group being four
-// tiles, [16 pairs of K][width][2]. Where W is FP8, of each 64 of K the even ones come first, then
-// the odd ones.
+// tiles, [16 pairs of K][width][2]. Where W is FP8, each 64 of K are in the order of Fp8Decoder.
 struct TileRows {
   static constexpr int kTilesOfBlock = kBlock / 32;
   const uint16_t* values = nullptr;  // [K / 128][groups][4] tiles; null: there are none

@@ -22,54 +22,16 @@ constexpr int kTileValues = wf::kTileRows * wf::kTileHalves;  // bf16
 constexpr int kBlockTiles = TileRows::kTilesOfBlock;
 constexpr int kBlockValues = kBlockTiles * kTileValues;  // of 16 rows over a block of K
 
-inline halves count_halves() {  // 0, 1, 2, ... 31
-  alignas(64) static constexpr uint16_t kCount[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
-                                                      11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                                      22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-  return _mm512_load_si512(kCount);
-}
-
-// Decodes 64 codes: the even ones, then the odd ones. As Fp8Decoder's, but with shifts in place of
-// unpacking: products of tiles keep the port of shuffles busy.
-struct EvenOddDecoder : Fp8Decoder {
-  void operator()(__m512i codes, halves& even, halves& odd) const {
-    const __m512i sign = _mm512_set1_epi8(char(0x80)), low_bytes = _mm512_set1_epi16(0xFF);
-    const __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
-    __m512i high = _mm512_permutex2var_epi8(high0, codes, high1);
-    high = _mm512_ternarylogic_epi32(high, codes, sign, 0xF8);  // high | (codes & sign)
-    // low bytes of one and high bytes of the other
-    even = _mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, low_bytes, 0xD8);
-    odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, low_bytes, 0xE4);
-  }
-};
-// The even values of 64, then the odd ones.
-inline void split(halves first, halves second, halves& even, halves& odd) {
-  const halves take = _mm512_slli_epi16(count_halves(), 1);
-  const halves next = _mm512_add_epi16(take, _mm512_set1_epi16(1));
-  const halves a = _mm512_permutex2var_epi16(first, take, second);
-  odd = _mm512_permutex2var_epi16(first, next, second);
-  even = a;
-}
-// The way back.
-inline void join(halves even, halves odd, halves& first, halves& second) {
-  // lane i: i / 2 of the even ones or, plus 32, of the odd ones
-  const halves lane = count_halves(), half = _mm512_srli_epi16(lane, 1);
-  const halves is_odd = _mm512_and_si512(lane, _mm512_set1_epi16(1));
-  const halves take = _mm512_add_epi16(half, _mm512_slli_epi16(is_odd, 5));
-  const halves next = _mm512_add_epi16(take, _mm512_set1_epi16(16));
-  const halves a = _mm512_permutex2var_epi16(even, take, odd);
-  second = _mm512_permutex2var_epi16(even, next, odd);
-  first = a;
-}
-
-// A block of K of 16 rows, each of 128 bf16, as `width` rows of four tiles.
-inline void pack_block(const uint16_t* const* row, bool deal, int64_t width, uint16_t* out) {
+// A block of K of 16 rows as `width` rows of four tiles. get(r, k, first, second): 64 values of K
+// of row r, as two vectors.
+template <class Get>
+inline void pack_tiles(Get&& get, int64_t width, uint16_t* out) {
   const __mmask16 used = __mmask16((1u << width) - 1);
-  for (int half = 0; half < kBlock / 64; ++half) {
+  for (int k = 0; k < kBlock; k += 64) {
     vf tiles[2][kLanes];
     for (int r = 0; r < kLanes; ++r) {
-      halves first = load_halves(row[r] + half * 64), second = load_halves(row[r] + half * 64 + 32);
-      if (deal) split(first, second, first, second);
+      halves first, second;
+      get(r, k, first, second);
       tiles[0][r] = (vf)first, tiles[1][r] = (vf)second;
     }
     for (auto& tile : tiles) {
@@ -78,6 +40,22 @@ inline void pack_block(const uint16_t* const* row, bool deal, int64_t width, uin
         _mm512_mask_storeu_ps(out, used, (__m512)tile[pair]);
     }
   }
+}
+// Of rows of 128 bf16; if `deal`, each 64 in the order of Fp8Decoder.
+inline void pack_block(const uint16_t* const* row, bool deal, int64_t width, uint16_t* out) {
+  auto get = [&](int r, int k, halves& first, halves& second) {
+    first = load_halves(row[r] + k), second = load_halves(row[r] + k + 32);
+    if (deal) deal_halves(first, second, first, second);
+  };
+  pack_tiles(get, width, out);
+}
+// Of rows of 128 codes of E4M3, in the order of Fp8Decoder.
+inline void pack_codes(const uint8_t* const* row, uint16_t* out) {
+  const Fp8Decoder decode;
+  auto get = [&](int r, int k, halves& first, halves& second) {
+    decode(load_halves(row[r] + k), first, second);
+  };
+  pack_tiles(get, kGroup, out);
 }
 
 // `count` rows of `cols` bf16 as one group; the blocks of K are `stride` values apart.
@@ -160,13 +138,17 @@ template <int kKind, bool kDeal = true>
 struct RowDecoder;
 template <bool kDeal>
 struct RowDecoder<kFp8, kDeal> {
-  EvenOddDecoder decode;
+  Fp8Decoder decode;
   void operator()(const uint8_t* codes, int r, uint16_t* tiles) const {
 #pragma GCC unroll 2
     for (int i = 0; i < kBlock / 64; ++i) {
       halves a, b;
       decode(load_halves(codes + 64 * i), a, b);
-      if (!kDeal) join(a, b, a, b);
+      if (!kDeal) {
+        alignas(64) uint16_t in_order[64];
+        undeal_halves(a, b, in_order);
+        a = load_halves(in_order), b = load_halves(in_order + 32);
+      }
       _mm512_store_si512(tiles + 2 * i * kTileValues + r * kTileHalves, a);
       _mm512_store_si512(tiles + (2 * i + 1) * kTileValues + r * kTileHalves, b);
     }
