@@ -34,6 +34,7 @@ from whalefall.gemm.structs import (
     Output,
     Weight,
 )
+from whalefall.jit import machine
 
 __all__ = [
     "ExpertWeights",
@@ -45,7 +46,9 @@ __all__ = [
 ]
 
 Form = Literal["few", "many"]
-MANY_ROWS = 32  # from here on packing a panel pays: the default form of a call
+# From here on packing a panel pays: the default form of a call; with AMX, which gives the same bits
+# in both.
+MANY_ROWS, MANY_ROWS_OF_TILES = 32, 17
 
 
 class ExpertWeights(NamedTuple):
@@ -352,7 +355,8 @@ def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
 
 def _form(form: str | None, rows: float, name: str) -> int:
     if form is None:
-        return FORMS["many" if rows >= MANY_ROWS else "few"]
+        tiles = machine.tile_is_fast(jit.best_level())
+        return FORMS["many" if rows >= (MANY_ROWS_OF_TILES if tiles else MANY_ROWS) else "few"]
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"{name}: form is {shown(form)}, wanted 'few', 'many' or None")
     return FORMS[form]

@@ -4,9 +4,8 @@
 // in turn with those before); four tile products are their partial sums, which are stored, scaled
 // and added to fp32 sums in L1. The products of a block, two chains of four, take 208 cycles, and
 // run while the next block is decoded, which takes twice that. x is made tiles once a call, as
-// wide as there are rows: a product takes as long for one row as for 16. For more than 16 the band
-// is kept decoded, in L2. Each sum is one chain over k within a block, then one over blocks,
-// whatever the rows of x are.
+// wide as there are rows: a product takes as long for one row as for 16. Each sum is one chain over
+// k within a block, then one over blocks, whatever the rows of x are.
 //
 // Memory: the rows of a band are read side by side, so that they must be in L2 by then:
 // meanwhile the next band is brought there in the order of memory, and at the end of a task what
@@ -121,17 +120,16 @@ class BandProduct {
         x_(x),
         sums_(sums) {}
 
-  // `tiles`: a ring of two blocks, or, if `keep`, of all; decoded here, or already before. Brings
-  // into L2 what lies at `next`, as much as it decodes; null: nothing.
-  __attribute__((noinline)) void run(int64_t group, uint16_t* tiles, bool keep, bool decoded,
-                                     Next next) {
+  // `tiles`: room for two blocks. Brings into L2 what lies at `next`, as much as it decodes; null:
+  // nothing.
+  __attribute__((noinline)) void run(int64_t group, uint16_t* tiles, Next next) {
     const int64_t blocks = parts_[0].blocks();
-    auto at = [&](int64_t b) { return tiles + (keep ? b : b % 2) * kParts * kBlockValues; };
+    auto at = [&](int64_t b) { return tiles + b % 2 * kParts * kBlockValues; };
     for (int64_t j = 0; j < kParts * x_.width; ++j) store(sums_ + j * kLanes, vf{});
-    if (!decoded && blocks > 0) decode(0, at(0), next);
+    if (blocks > 0) decode(0, at(0), next);
     for (int64_t b = 0; b < blocks; ++b) {
       multiply_block(at(b), x_.block(b, group), x_.width);
-      if (!decoded && b + 1 < blocks) decode(b + 1, at(b + 1), next);
+      if (b + 1 < blocks) decode(b + 1, at(b + 1), next);
       float* partial = partial_ + b % 2 * kParts * kSums;
       store_tile<0>(partial, x_.width * 4);
       store_tile<1>(partial + kSums, x_.width * 4);
@@ -173,35 +171,29 @@ constexpr TileShapes shapes_of(int64_t width) {
 template <int kKind>
 void tile_rows_of(const Weight& w, int64_t n, int64_t end, const TileRows& x, int64_t count,
                   const Output& y, Next next) {
-  static thread_local Scratch memory;
-  const int64_t first = x.group_of(0), groups = ceil_div(count, kGroup);
-  const bool keep = groups > 1;
-  uint16_t* tiles =
-      memory.get<uint16_t>((keep ? ceil_div(w.cols, kBlock) : 2) * kParts * int64_t(kBlockValues));
+  alignas(64) uint16_t tiles[2 * kParts * kBlockValues];
+  alignas(64) float sums[kBand * kLanes];
   const Tiles shapes(shapes_of(x.width));
   const __m512i place =
       _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                          _mm512_set1_epi32(int(x.width)));
   for (; n < end; n += kBand) {
     const int64_t stop = n + kBand < end ? n + kBand : end;
-    alignas(64) float sums[kBand * kLanes];
     BandProduct<kKind> product(w, n, stop, x, sums);
-    for (int64_t g = 0; g < groups; ++g) {
-      Next soon = stop < end ? w.row(stop) : next;
-      product.run(first + g, tiles, keep, g > 0, g > 0 ? nullptr : soon);
-      for (int64_t m = g * kGroup; m < count && m < (g + 1) * kGroup; ++m) {
-        float values[kBand];
-        for (int i = 0; i < kParts; ++i) {
-          const float* from = sums + i * kGroup * x.width + m % kGroup;
-          store(values + i * kGroup, (vf)_mm512_i32gather_ps(place, from, 4));
-        }
-        y.put(m, n, values, stop - n);
+    product.run(x.group_of(0), tiles, stop < end ? w.row(stop) : next);
+    for (int64_t m = 0; m < count; ++m) {
+      float values[kBand];
+      for (int i = 0; i < kParts; ++i) {
+        const float* from = sums + i * kGroup * x.width + m;
+        store(values + i * kGroup, (vf)_mm512_i32gather_ps(place, from, 4));
       }
+      y.put(m, n, values, stop - n);
     }
   }
 }
 }  // namespace few
 
+// At most 16 rows of x, one group.
 inline void multiply_few_tile(const Weight& w, int64_t n, int64_t end, const TileRows& x,
                               int64_t count, const Output& y, Next next) {
   if (count == 0) return;

@@ -316,10 +316,10 @@ void multiply_tiles(const Source& w, int64_t n, int64_t end, const TileRows& x, 
 #endif
 
 // Rows of W of one task: a panel's.
-constexpr int64_t columns(bool tiles) {
+constexpr int64_t columns([[maybe_unused]] bool tiles) {
 #ifdef WF_TILE
   if (tiles) return kPanelRows;
 #endif
-  return tiles ? 0 : kColumns;
+  return kColumns;
 }
 }  // namespace wf::gemm::many
