@@ -191,6 +191,12 @@ def test_no_bound_is_above_the_lightest_of_all_placements() -> None:
             assert bound <= best * (1 + 1e-6)
 
 
+def test_a_hottest_expert_that_leaves_no_room_at_all_is_no_case_to_search() -> None:
+    loads = np.array([[3, 9, 1, 3], [9, 5, 8, 5], [5, 6, 5, 7]])
+    placement = eplb.rebalance(loads, 40, 2, 2, 8)
+    assert (placement.load <= published_load(loads, (40, 2, 2, 8)) * (1 + 1e-9)).all()
+
+
 def test_all_zero_loads_are_spread_evenly() -> None:
     _, _, logcnt = eplb.rebalance_experts(np.zeros((1, 8)), 12, 1, 1, 4)
     assert sorted(logcnt[0].tolist()) == [1, 1, 1, 1, 2, 2, 2, 2]
