@@ -111,10 +111,6 @@ TILE_BREAKS = {
     "see a key behind the last, tiles": Break(
         "tile_soften.h", "select(count > t,", "select(count >= t,", BF16, "3-160-128-64",
     ),
-    "keep a NaN beside the last key, tiles": Break(
-        "tile_values.h", "t + 1 < keys ? row(t + 1) : halves{}", "row(t + 1)",
-        BF16, "16-576-512-64",
-    ),
     "pair weights and values in different orders": Break(
         "tile_values.h", "put(row(t + 2 * p), row(t + 2 * p + 1), strip + pair_place(p)",
         "put(row(t + 2 * p), row(t + 2 * p + 1), strip + p", BF16, "40-96-96-64",
@@ -143,10 +139,6 @@ TILE_BREAKS = {
     "scale FP8 rows by twice a power of two": Break(
         "fp8_rows.h", "short(exponent * 128)", "short(exponent * 128 + 128)",
         "test_serving.py::test_fp8_rows_attend_as_their_bf16_expansion", "16-True",
-    ),
-    "add to what another task left": Break(
-        "plan.h", "v_steps_, scale, tile == first)", "v_steps_, scale, false)",
-        BF16, "16-576-512-64",
     ),
 }  # fmt: skip
 
