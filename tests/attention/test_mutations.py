@@ -115,8 +115,8 @@ TILE_BREAKS = {
         "tile_values.h", "put(row(t + 2 * p), row(t + 2 * p + 1), strip + pair_place(p)",
         "put(row(t + 2 * p), row(t + 2 * p + 1), strip + p", BF16, "40-96-96-64",
     ),
-    "take any 16 rows for evenly spaced": Break(
-        "tile_scores.h", "even = panel.k[t + i] == first + i * pitch", "even = true",
+    "copy one row for all 16 that are not evenly spaced": Break(
+        "tile_scores.h", "memcpy(row, panel.k[first + i],", "memcpy(row, panel.k[first],",
         BF16, "16-576-512-61",
     ),
     "keep old weights when the maximum grows, tiles": Break(
