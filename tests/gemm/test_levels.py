@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.gemm.operands import BF16
 from whalefall import gemm, jit
-from whalefall.jit import isa
+from whalefall.jit import isa, machine
 from whalefall.jit.compile import INCLUDE, _measured_options
 from whalefall.jit.compiler import OPTIONS, compiler
 
@@ -63,3 +65,11 @@ def test_slow_denormals_change_no_bit() -> None:
             results.append(y)
     for fast, slow in zip(results[:3], results[3:], strict=True):
         assert (fast == slow).all()
+
+
+def test_tiles_and_dots_take_subnormal_halves_for_zero(level: str) -> None:
+    a, b = np.full((1, 128), 1e-39, BF16), np.full((1, 128), 1e38, BF16)
+    d = np.empty((1, 1), np.float32)
+    gemm.bf16_gemm_nt(a, b, d)
+    whole = float((a.astype(np.float64) * b.astype(np.float64)).sum())
+    assert d[0, 0] == (0 if machine.halves_are_fast(level) else pytest.approx(whole, rel=1e-5))
