@@ -1,6 +1,7 @@
 """Runs the whole suite in its parts, and says how long each took: `make test`.
 
-Parts run one after another, since several of them start processes and threads of their own.
+Parts run one after another, since several of them start processes and threads of their own. Those
+of kernels run two tests at a time: at each level of the machine they compile first, on one core.
 Arguments are passed on to pytest; the names of parts select some (`python tests/run.py ep eplb`).
 """
 
@@ -16,6 +17,8 @@ ORDER = """
 jit comm launch trace gemm attention record fs data ep eplb pipeline train model engine serve plan
 """.split()  # noqa: SIM905
 
+COMPILING = ("gemm", "attention")
+
 
 def main() -> int:
     here = Path(__file__).parent
@@ -27,7 +30,8 @@ def main() -> int:
     for name in [n for n in ordered if not wanted or n in wanted]:
         start = time.monotonic()
         print(f"== tests/{name}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", str(here / name), *options]
+        at_once = ["-n", "2"] if name in COMPILING else []
+        command = [sys.executable, "-m", "pytest", "-q", str(here / name), *at_once, *options]
         code = subprocess.run(command, cwd=here.parent, check=False).returncode
         took[name] = time.monotonic() - start
         if code not in (0, 5):  # 5: every test of the folder carries a marker that is left out
