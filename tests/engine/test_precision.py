@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import whalefall.model
+from whalefall import jit
 from whalefall.engine import LLM
+from whalefall.jit import machine
 from whalefall.model import reference
 from whalefall.model.synth import synth
 from whalefall.model.weights import Experts, Linear, Mlp
@@ -49,8 +51,9 @@ def test_w8a16_is_close_to_fp32() -> None:
     ids = tokens(600)
     exact, ours = (LLM(BUNDLED, compute=c).logits(ids) for c in ("fp32", "w8a16"))
     assert divergence(exact, ours) < 1e-3
-    # 6 of 600 differ with one order of fp32 sums, 7 with another: ties but for the rounding
-    assert (exact.argmax(axis=1) == ours.argmax(axis=1)).mean() >= 0.985
+    # tiles add in an order of their own: 7 of the 600 differ there, 6 elsewhere
+    least = 0.985 if machine.tile_is_fast(jit.best_level()) else 0.99
+    assert (exact.argmax(axis=1) == ours.argmax(axis=1)).mean() >= least
 
 
 def quantised(x: np.ndarray) -> np.ndarray:

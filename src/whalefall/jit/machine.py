@@ -101,13 +101,14 @@ def read_bandwidth(rounds: int = 7) -> float:
         view = ctypes.c_char.from_buffer(area)
         address = ctypes.addressof(view)
         ctypes.memset(address, 1, _READ_BYTES)
-        samples = []
-        for _ in range(rounds):
-            start = time.perf_counter()
+
+        def read() -> float:
             library.wf_read(address, _READ_BYTES)
-            samples.append(_READ_BYTES / (time.perf_counter() - start))
+            return _READ_BYTES
+
+        speed = _rate(read, rounds)
         del view
-    return statistics.median(samples)
+    return speed
 
 
 def fma_peak(rounds: int = 7) -> float:
@@ -122,11 +123,12 @@ def tile_peak(rounds: int = 7) -> float:
     return _rate(lambda: library.wf_tiles(50_000), rounds)
 
 
-def _rate(flops: Callable[[], float], rounds: int) -> float:
+def _rate(work: Callable[[], float], rounds: int) -> float:
+    """What `work` says it did, a second (median)."""
     samples = []
     for _ in range(rounds):
         start = time.perf_counter()
-        done = flops()
+        done = work()
         samples.append(done / (time.perf_counter() - start))
     return statistics.median(samples)
 

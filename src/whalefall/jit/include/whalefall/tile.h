@@ -19,7 +19,7 @@ constexpr bool kTile = false;
 #endif
 
 #if WF_ISA >= 4
-constexpr int kTileRows = 16, kTileBytes = 64, kTileFloats = 16, kTileHalves = 32;
+constexpr int kTileRows = 16, kTileBytes = 64, kTileHalves = 32;
 
 // The shapes of the eight tiles, as the CPU reads them.
 struct alignas(64) TileShapes {
