@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 import pytest
 
 from whalefall import jit
 from whalefall.attention import native_calls as attention_calls
-from whalefall.dtypes import CallMemo
+from whalefall.dtypes import forget_calls
 from whalefall.gemm import native_calls as gemm_calls
 
 FETCHED = (attention_calls._entry, gemm_calls._library, gemm_calls._product_library)
-WITH_MEMOS = [
-    importlib.import_module(f"whalefall.{name}")
-    for name in ("attention.decode", "gemm.dense", "gemm.linear")
-]
 
 
 @contextlib.contextmanager
@@ -34,8 +29,7 @@ def no_compiler() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jit, "build", missing)
         patch.setattr(jit, "numpy_instead", lambda error: told.append(str(error)))
-        for module in WITH_MEMOS:
-            patch.setattr(module, "_MEMO", CallMemo())
+        forget_calls()
         for fetched in FETCHED:
             fetched.cache_clear()
         try:

@@ -69,7 +69,8 @@ def varlen(
         *(q_starts.ctypes.data, k_starts.ctypes.data, len(q_starts) - 1, heads, kv_heads),
         *(width, v_width, scale, -np.inf, causal, 0, 0),
     )
-    native.varlen_entry(CODES[str(k.dtype)])(ctypes.addressof(args))
+    call = structs.VarlenCall(args, tokens, len(k))
+    assert native.varlen_entry(CODES[str(k.dtype)])(ctypes.addressof(call)) == 0
     return out, lse
 
 

@@ -25,18 +25,6 @@ def test_a_view_is_address_shape_strides_and_name() -> None:
     assert dtypes.view(np.zeros((2, 3))).contiguous
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("name", sorted(dtypes.NUMPY_DTYPES))
-def test_a_new_array_comes_with_its_address(
-    name: str, known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("whalefall.dtypes.arrays._ADDRESS_IS_FIRST", known)
-    array, address = dtypes.empty_at((2, 3), dtypes.NUMPY_DTYPES[name])
-    assert address == array.ctypes.data
-    assert array.shape == (2, 3)
-    assert array.dtype == dtypes.NUMPY_DTYPES[name]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int64", "uint8"])
 def test_torch_memory_is_shared_both_ways(dtype: str) -> None:
     torch = pytest.importorskip("torch")

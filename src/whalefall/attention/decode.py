@@ -12,11 +12,8 @@ import ctypes
 import math
 from typing import Any
 
-import numpy as np
-
-from whalefall import jit
 from whalefall.arguments import flag
-from whalefall.attention.metadata import check_metadata
+from whalefall.attention.metadata import FlashMLASchedMeta, check_metadata
 from whalefall.attention.native_calls import decode_entry, sparse_entry
 from whalefall.attention.operands import (
     cache_operand,
@@ -29,10 +26,10 @@ from whalefall.attention.operands import (
 )
 from whalefall.attention.structs import TYPES, Chosen, DecodeArgs, PagedArgs, SparseArgs
 from whalefall.dtypes import (
-    NUMPY_DTYPES,
-    CallMemo,
+    KnownCalls,
+    Places,
+    Result,
     View,
-    empty_at,
     empty_like,
     refuse_gradient,
     view,
@@ -85,24 +82,15 @@ def flash_mla_with_kvcache(
     Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: FlashMLA `flash_mla_with_kvcache`.
     """
-    check_metadata(_HERE, tile_scheduler_metadata, num_splits)
-    given: tuple[Any, ...] = (q, k_cache, block_table, cache_seqlens)
-    which: tuple[bool, ...] | None = None
-    if not (
-        indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length
-        is extra_topk_length is None
-    ):  # fmt: skip
-        more = (
-            *(indices, attn_sink, extra_k_cache, extra_indices_in_kvcache),
-            *(topk_length, extra_topk_length),
-        )
-        which = tuple([array is not None for array in more])
-        given = tuple([array for array in (*given, *more) if array is not None])
-    kinds = (head_dim_v.__class__, causal.__class__, is_fp8_kvcache.__class__)  # 512 == 512.0
-    rest = (which, head_dim_v, softmax_scale, causal, is_fp8_kvcache, kinds, jit.best_level())
-    known = _MEMO.find(given, rest)
+    args = (
+        *(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits),
+        *(softmax_scale, causal, is_fp8_kvcache, indices, attn_sink, extra_k_cache),
+        *(extra_indices_in_kvcache, topk_length, extra_topk_length),
+    )
+    known = _CALLS.find(*args)
     if known is not None:
-        return known(q)
+        return known  # type: ignore[no-any-return]
+    check_metadata(_HERE, tile_scheduler_metadata, num_splits)
     refuse_gradient(_HERE, (q, k_cache, attn_sink, extra_k_cache))
     if getattr(getattr(q, "device", None), "type", "cpu") == "cuda":
         return _on_gpu(locals())
@@ -112,7 +100,7 @@ def flash_mla_with_kvcache(
     head_dim_v = width_of_values(_HERE, "head_dim_v", head_dim_v, seen.shape[3])
     scale = scale_operand(_HERE, "softmax_scale", softmax_scale, seen.shape[3])
     b, s_q, h_q, _ = seen.shape
-    call = _Call((b, s_q, h_q, head_dim_v), seen.dtype)
+    call = _Call(q, (b, s_q, h_q, head_dim_v), seen.dtype)
     sink = sink_operand(_HERE, attn_sink, h_q)
     check_mixture(_HERE, locals())
     if indices is None:
@@ -128,14 +116,33 @@ def flash_mla_with_kvcache(
             (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
         )
     call.keep.append(kept)
-    result = call(q)
-    if call.in_place(given):
-        call.keep.clear()
-        _MEMO.keep(given, rest, call)
+    result = call()
+    call.take_down(args)
     return result
 
 
-_MEMO = CallMemo()
+# Arrays in the order of the call's arguments.
+_DENSE = Places(
+    DecodeArgs,
+    {"paged.q": 0, "paged.cache.data": 1, "block_table": 2, "lengths": 3, "paged.sink": 5},
+    {"paged.out": 0, "paged.lse": 1},
+    status=True,
+)
+_SPARSE = Places(
+    SparseArgs,
+    {
+        "q": 0,
+        "main.cache.data": 1,
+        "main.indices": 4,
+        "sink": 5,
+        "extra.cache.data": 6,
+        "extra.indices": 7,
+        "main.lengths": 8,
+        "extra.lengths": 9,
+    },
+    {"out": 0, "lse": 1},
+)
+_CALLS = KnownCalls("aaaasoosssaaaaaa", classes=(FlashMLASchedMeta,))
 
 
 class _Call:
@@ -146,47 +153,37 @@ class _Call:
         keep: what must stay alive while the struct is used: the arrays, or copies of them.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: str) -> None:
-        self.shape, self.dtype, self.numpy_dtype = shape, dtype, NUMPY_DTYPES[dtype]
-        self.lse_shape = shape[:3]
+    def __init__(self, q: Any, shape: tuple[int, int, int, int], dtype: str) -> None:
+        self.q, self.shape, self.dtype = q, shape, dtype
         self.empty = 0 in shape
         self.args: Any = None
         self.paged: Any = None
-        self.address = 0
         self.entry: Any = None
         self.refuse: Any = None
         self.keep: list[Any] = []
 
     def set(self, args: Any, paged: Any, entry: Any, refuse: Any = None) -> None:
         self.args, self.paged, self.entry, self.refuse = args, paged, entry, refuse
-        self.address = ctypes.addressof(args)
 
-    def in_place(self, given: tuple[Any, ...]) -> bool:
-        """Whether all that the struct points to are the caller's own arrays."""
-        own = {id(array) for array in given}
-        return all(id(array) in own for array in self.keep if array is not None)
-
-    def __call__(self, q: Any) -> tuple[Any, Any]:
+    def take_down(self, given: tuple[Any, ...]) -> None:
+        """Let a call like this one be known, whose arguments were `given`."""
         if self.empty:
-            return (
-                empty_like(q, self.shape, self.dtype),
-                empty_like(q, self.lse_shape, "float32").swapaxes(1, 2),
-            )
-        paged = self.paged
-        if isinstance(q, np.ndarray):
-            out, paged.out = empty_at(self.shape, self.numpy_dtype)
-            lse, paged.lse = empty_at(self.lse_shape, _FLOAT)
-        else:
-            out = empty_like(q, self.shape, self.dtype)
-            lse = empty_like(q, self.lse_shape, "float32")
-            paged.out, paged.lse = out.data_ptr(), lse.data_ptr()
-        refusal = self.entry(self.address)
-        if refusal and self.refuse:
-            self.refuse(refusal)
+            return
+        if self.refuse:  # filled in by each call
+            self.paged.tables = self.paged.keys = None
+        lse = Result(self.q, self.shape[:3], "float32", (1, 2))
+        results = (Result(self.q, self.shape, self.dtype), lse)
+        _CALLS.keep(given, _DENSE if self.refuse else _SPARSE, self.args, self.entry, results)
+
+    def __call__(self) -> tuple[Any, Any]:
+        out = empty_like(self.q, self.shape, self.dtype)
+        lse = empty_like(self.q, self.shape[:3], "float32")
+        if not self.empty:
+            self.paged.out, self.paged.lse = view(out).address, view(lse).address
+            refusal = self.entry(ctypes.addressof(self.args))
+            if refusal and self.refuse:
+                self.refuse(refusal)
         return out, lse.swapaxes(1, 2)
-
-
-_FLOAT = np.dtype(np.float32)
 
 
 def _on_gpu(arguments: dict[str, Any]) -> tuple[Any, Any]:

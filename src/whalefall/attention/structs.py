@@ -19,6 +19,7 @@ __all__ = [
     "PagedArgs",
     "SparseArgs",
     "VarlenArgs",
+    "VarlenCall",
 ]
 
 FP8_ROW_BYTES = 656
@@ -94,6 +95,12 @@ class VarlenArgs(ctypes.Structure):
         *_fields("n:sequences heads kv_heads width v_width"),
         *_fields("f:scale lonely_lse; i:causal q_type out_type"),
     ]
+
+
+class VarlenCall(ctypes.Structure):
+    """Dense attention whose starts are looked at first, against the tokens of q and of k."""
+
+    _fields_ = [("args", VarlenArgs), *_fields("n:q_tokens k_tokens")]
 
 
 class AppendArgs(ctypes.Structure):

@@ -9,13 +9,13 @@ from whalefall.dtypes.arrays import (
     NUMPY_DTYPES,
     View,
     as_numpy,
-    empty_at,
     empty_like,
     over_memory,
     refuse_gradient,
     restore,
     view,
 )
+from whalefall.dtypes.calls import KnownCalls, Places, Result, forget_calls
 from whalefall.dtypes.formats import (
     E4M3_MAX,
     FP4_MAX,
@@ -29,23 +29,24 @@ from whalefall.dtypes.formats import (
     ue8m0_to_float,
     unpack_ue8m0,
 )
-from whalefall.dtypes.memo import CallMemo
 
 __all__ = [
     "E4M3_MAX",
     "FP4_MAX",
     "NUMPY_DTYPES",
-    "CallMemo",
+    "KnownCalls",
+    "Places",
     "View",
     "as_numpy",
     "ceil_to_ue8m0",
     "e2m1_to_float",
     "e4m3_to_float",
-    "empty_at",
     "empty_like",
     "float_to_e2m1",
     "float_to_e4m3",
     "float_to_ue8m0",
+    "forget_calls",
+    "Result",
     "over_memory",
     "pack_ue8m0",
     "refuse_gradient",

@@ -21,7 +21,6 @@ __all__ = [
     "NUMPY_DTYPES",
     "View",
     "as_numpy",
-    "empty_at",
     "empty_like",
     "over_memory",
     "refuse_gradient",
@@ -143,30 +142,6 @@ def _whole_strides(array: np.ndarray[Any, Any], name: str) -> tuple[int, ...]:
     return tuple(s // array.itemsize for s in steps)
 
 
-def empty_at(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], int]:
-    """An uninitialised numpy array that is not empty, and its address in a fifth of `view`'s time.
-
-    In numpy's C ABI the address follows an array object's head; checked once against what numpy
-    itself says.
-    """
-    array = np.empty(shape, dtype)
-    if _ADDRESS_IS_FIRST:
-        return array, _Word.from_address(id(array) + _HEAD).value
-    return array, array.__array_interface__["data"][0]
-
-
-_Word, _HEAD = ctypes.c_size_t, object.__basicsize__
-
-
-def _address_is_first() -> bool:
-    probe = np.empty(1)
-    return (
-        sys.implementation.name == "cpython"
-        and _Word.from_address(id(probe) + _HEAD).value == probe.__array_interface__["data"][0]
-    )
-
-
-_ADDRESS_IS_FIRST = _address_is_first()
 _NAMES_TEXT = tuple(NUMPY_DTYPES)
 
 

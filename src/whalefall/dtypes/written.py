@@ -9,14 +9,9 @@ import numpy as np
 from whalefall.dtypes.arrays import NUMPY_DTYPES, View, over_memory, view
 from whalefall.errors import ShapeError
 
-__all__ = ["may_write", "refuse_overlap", "written"]
+__all__ = ["refuse_overlap", "written"]
 
 _MOST_WORK = 10_000  # candidates that numpy looks at, within a millisecond; matrices need a few
-
-
-def may_write(array: Any) -> bool:
-    """Whether numpy lets `array` be written; torch knows no read-only tensors."""
-    return not isinstance(array, np.ndarray) or array.flags.writeable
 
 
 def written(array: Any, name: str) -> View:
@@ -27,7 +22,7 @@ def written(array: Any, name: str) -> View:
     Raises: as `view`; ShapeError for a read-only array, and where elements share memory.
     """
     seen = view(array, name)
-    if not may_write(array):
+    if isinstance(array, np.ndarray) and not array.flags.writeable:  # torch knows no such tensors
         raise ShapeError(f"{name} is read-only, wanted an array that may be written; copy it")
     reach = 0  # of the axes with smaller strides: the next one must step over it
     spans = zip(seen.strides, seen.shape, strict=True)

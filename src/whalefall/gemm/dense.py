@@ -7,16 +7,15 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 
-from whalefall import jit
 from whalefall.arguments import flag, shown
-from whalefall.dtypes import CallMemo, as_numpy, view
-from whalefall.dtypes.written import may_write
+from whalefall.dtypes import KnownCalls, Places, as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.calls import Prepared, prepare
+from whalefall.gemm.native_calls import product_library
 from whalefall.gemm.operands import (
     Operand,
     Pair,
@@ -25,13 +24,12 @@ from whalefall.gemm.operands import (
     accumulator,
     all_whole,
     bf16_operand,
-    empty_segments,
     fp8_operand,
     recipes,
     refuse_overlap,
     target,
 )
-from whalefall.gemm.structs import Product
+from whalefall.gemm.structs import DenseCall, Product, Segment
 
 __all__ = [
     "bf16_gemm_nn",
@@ -54,7 +52,13 @@ __all__ = [
 ]
 
 
-_MEMO = CallMemo()
+_SEGMENT = {"a": 0, "a_scale": 1, "b": 2, "b_scale": 3, "d": 4, "c": 5}
+_TO_SEGMENT = {"product.segments": "segment"}
+_OF_PAIRS = Places(DenseCall, {f"segment.{k}": i for k, i in _SEGMENT.items()}, None, _TO_SEGMENT)
+_PLAIN = {"segment.a": 0, "segment.b": 1, "segment.d": 2, "segment.c": 3}
+_OF_MATRICES = Places(DenseCall, _PLAIN, None, _TO_SEGMENT)
+_FP8_CALLS = KnownCalls("sppaasssss", written=4, accumulator=5)
+_BF16_CALLS = KnownCalls("saaaass", written=2, accumulator=3)
 
 
 def check_dims(where: str, compiled_dims: str, disable_ue8m0_cast: bool = False) -> None:
@@ -85,18 +89,20 @@ def scale_dtype(where: str, b: Any) -> str:
     return ""
 
 
-def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> Prepared | None:
-    """D = C + A · Bᵀ of two matrices. Returns: what computes it again, if there was anything."""
+def multiply(where: str, a: Operand, b: Operand, d: Any, c: Any) -> tuple[Any, DenseCall] | None:
+    """D = C + A · Bᵀ of two matrices. Returns: what computed it, if there was anything."""
     check_k(where, a, b)
     to, add = accumulator(where, d, c, (a.rows, b.rows))
     refuse_overlap(where, to.seen, a.views + b.views)
     if a.rows == 0 or b.rows == 0:
         return None
-    segments = empty_segments(1)
-    segments[0] = (*a.at(), *b.at(), to.at(), add.at() if add else 0, a.rows, a.k)
-    prepared = prepare(product_of(a, b, to, add), segments)
-    prepared()
-    return prepared
+    segment = Segment(*a.at(), *b.at(), to.at(), add.at() if add else 0, a.rows, a.k)
+    call = DenseCall(product_of(a, b, to, add), segment)
+    call.product.segments = ctypes.addressof(call) + DenseCall.segment.offset
+    call.product.num_segments = 1
+    entry = product_library().wf_gemm
+    entry(ctypes.addressof(call))
+    return entry, call
 
 
 def _fp8(
@@ -110,23 +116,16 @@ def _fp8(
     compiled_dims: str,
     disable_ue8m0_cast: bool,
 ) -> None:
-    unused = (compiled_dims, disable_ue8m0_cast, disable_ue8m0_cast.__class__)  # 1.0 == True
-    rest = (where, given_recipes, unused, jit.best_level())
-    given: tuple[Any, ...] = ()
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        given = (*a, *b, d) if c is None else (*a, *b, d, c)
-        known = _MEMO.find(given, rest)
-        if known is not None and may_write(d):
-            known()
-            return
+    args = (where, a, b, d, c, *given_recipes, compiled_dims, disable_ue8m0_cast)
+    if _FP8_CALLS.find(*args):
+        return
     check_dims(where, compiled_dims, disable_ue8m0_cast)
     of_a, of_b = recipes(where, scale_dtype(where, b), *given_recipes)
     left = fp8_operand(where, "a", a, of_a, swap=layout[0] == "t")
     right = fp8_operand(where, "b", b, of_b, swap=layout[1] == "n")
-    prepared = multiply(where, left, right, d, c)
-    unpacked = any(operand.keep[2] is not None for operand in (left, right))
-    if given and prepared and not unpacked:
-        _MEMO.keep(given, rest, prepared)
+    done = multiply(where, left, right, d, c)
+    if done:
+        _FP8_CALLS.keep(args, _OF_PAIRS, done[1], done[0])
 
 
 def fp8_fp4_gemm_nt(
@@ -260,11 +259,8 @@ def _bf16(
     compiled_dims: str = "",
     plain_fp8: bool = False,
 ) -> None:
-    given = (a, b, d) if c is None else (a, b, d, c)
-    rest = (where, compiled_dims, jit.best_level())
-    known = _MEMO.find(given, rest)
-    if known is not None and may_write(d):
-        known()
+    args = (where, a, b, d, c, compiled_dims, plain_fp8)
+    if _BF16_CALLS.find(*args):
         return
     check_dims(where, compiled_dims)
     left = bf16_operand(where, "a", a, swap=layout[0] == "t", plain_fp8=plain_fp8)
@@ -273,9 +269,9 @@ def _bf16(
         raise DtypeError(
             f"{where}: a is {left.views[0].dtype} and b {right.views[0].dtype}, wanted one dtype"
         )
-    prepared = multiply(where, left, right, d, c)
-    if prepared:
-        _MEMO.keep(given, rest, prepared)
+    done = multiply(where, left, right, d, c)
+    if done:
+        _BF16_CALLS.keep(args, _OF_MATRICES, done[1], done[0])
 
 
 def bf16_gemm_nt(a: Any, b: Any, d: Any, c: Any = None, compiled_dims: str = "nk") -> None:

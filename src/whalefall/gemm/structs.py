@@ -9,6 +9,7 @@ __all__ = [
     "FORMS",
     "KINDS",
     "PACKED",
+    "DenseCall",
     "Expert",
     "ExpertsCall",
     "Input",
@@ -16,6 +17,7 @@ __all__ = [
     "LinearCall",
     "Output",
     "Product",
+    "Segment",
     "Weight",
 ]
 
@@ -126,3 +128,19 @@ class Product(ctypes.Structure):
         ("d_kind", _INT32),
         ("length", _INT32),
     )
+
+
+class Segment(ctypes.Structure):
+    """`wf::gemm::Segment`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("a", "a_scale", "b", "b_scale", "d", "c")),
+        ("m", _INT64),
+        ("k", _INT64),
+    )
+
+
+class DenseCall(ctypes.Structure):
+    """A product of one segment, with the segment."""
+
+    _fields_ = (("product", Product), ("segment", Segment))
