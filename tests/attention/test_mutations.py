@@ -106,6 +106,30 @@ BREAKS = {
     ),
 }  # fmt: skip
 
+# At `avx2`: several groups of four heads.
+ALONE = "test_serving.py::test_four_heads_have_the_same_bits_alone_and_among_others"
+THREES_BREAKS = {
+    "give the third key the scores of the second": Break(
+        "scores.h", "last[i] = sum[(T - 1) * R + i % R];", "last[i] = sum[(T - 2) * R + i % R];",
+        PAGED, "16-576-512-bfloat16",
+    ),
+    "forget the last two keys": Break(
+        "scores.h", "for (; t < tokens; t += 2)", "for (; t + 2 < tokens; t += 2)",
+        PAGED, "16-576-512-bfloat16",
+    ),
+    "take the odd elements for the even ones": Break(
+        "rows.h", "vpblendw $0xaa", "vpblendw $0x55", PAGED, "16-576-512-bfloat16",
+    ),
+    "weigh the third vector by the step's own first": Break(
+        "weigh.h", "Row::second(v + kStep, first) : Row::first(v + kStep)};",
+        "Row::second(v + kStep, first) : Row::first(v)};", ALONE, "96-80-bfloat16",
+    ),
+    "drop the vectors behind the last three": Break(
+        "weigh.h", "weigh<Row, R, R>(value, step, end_step, p, begin, end, share, o);", "",
+        ALONE, "96-80-bfloat16",
+    ),
+}  # fmt: skip
+
 # Where AMX's tiles are fast.
 TILE_BREAKS = {
     "see a key behind the last, tiles": Break(
@@ -149,6 +173,14 @@ def test_a_break_of_the_tiles_turns_a_test_red(name: str, tmp_path: Path) -> Non
     if not machine.tile_is_fast(jit.levels()[-1]):
         pytest.skip("no tiles here, or slow ones")
     turns_red(TILE_BREAKS[name], "amx", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THREES_BREAKS)
+def test_a_break_of_the_threes_turns_a_test_red(name: str, tmp_path: Path) -> None:
+    if "avx2" not in jit.levels():
+        pytest.skip("no avx2 here")
+    turns_red(THREES_BREAKS[name], "avx2", tmp_path)
 
 
 @pytest.mark.slow

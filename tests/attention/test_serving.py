@@ -121,6 +121,20 @@ def paged_same_table(q: Any, cache: Any, table: Any, keys: Any, chosen: list[int
     return out, lse
 
 
+@pytest.mark.parametrize("dtype", [BF16, np.float32, np.float16])
+@pytest.mark.parametrize(("width", "v_width"), [(576, 512), (96, 80), (40, 16)])
+def test_four_heads_have_the_same_bits_alone_and_among_others(
+    level: str, width: int, v_width: int, dtype: Any
+) -> None:
+    """At `avx2` one group of four is computed by two keys at a time, several by three."""
+    keys = [1, 2, 3, 4, 5, 6, 61, 62, 63, 64, 65, 130, 700]
+    q, cache, tables = problem(16, width, keys, dtype)
+    whole = paged(q, cache, tables, keys, v_width, 0.1)
+    own = np.ascontiguousarray(q[:, 4:8])
+    part = paged(own, cache, tables, keys, v_width, 0.1)
+    assert (part[0] == whole[0][:, 4:8]).all() and (part[1] == whole[1][:, 4:8]).all()
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4, 40])
 def test_neighbours_and_threads_change_no_bit(level: str, heads: int) -> None:
     keys = [5000, 3, 700, 9000, 0, 64]

@@ -3,7 +3,7 @@
 //   s[t,r] = q_r . k_t * scale * log2(e)     p = 2^(s - m)     O_r = O_r * 2^(m_old - m) + p V
 //
 // Rows of K and V are reached by pointer, so that pages, gathered indices and plain arrays are one
-// kernel. Registers: R * T accumulators of scores (avx2: 4 rows x 2 keys), then R * 2 of O. All
+// kernel. Registers: R * T accumulators of scores (avx2: 4 rows x 3 keys), then R * 2 of O (3). All
 // groups are scored, then all softened, which hides one's chain of maximum, exponentials and sum
 // behind the next; then values go by strips of 128 columns. L1 holds a group's q during scores
 // (18 KiB; 9 in bf16), a strip of V over all groups during values (16 KiB), with a group's part of
@@ -13,88 +13,13 @@
 // A row's bits depend on its own q, keys and length only, never on the rows beside it: each score
 // is one chain of multiply-adds and one fixed sum, each output one chain over the keys in order.
 #pragma once
+#include "scores.h"
 #include "weigh.h"
 
 namespace wf::attention {
-constexpr int kStripColumns = 128;  // of V, that stay in L1 over all groups
-
-template <class Row, int R>
-inline void score_step(const typename Row::Element* const* k, int64_t step, const float* q,
-                       vf* sum) {
-  constexpr int T = kScores / R;
-#ifdef WF_DOT
-  if constexpr (kDots<Row>) {
-    halves key[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) key[t] = load_halves(k[t] + step * kStep);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const halves row = load_halves(q + r * kLanes);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sum[t * R + r] = dot(sum[t * R + r], key[t], row);
-    }
-    return;
-  } else {
-#endif
-    vf a[T], b[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) Row::load2(k[t] + step * kStep, a[t], b[t]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sum[t * R + r] = fma(a[t], load(q + r * kLanes), sum[t * R + r]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t)
-        sum[t * R + r] = fma(b[t], load(q + (R + r) * kLanes), sum[t * R + r]);
-#ifdef WF_DOT
-  }
-#endif
-}
-
-// The maximum over s, a lane for each of its lanes.
-inline vf highest(const float* s, int end, vf best) {
-  for (int i = 0; i < end; i += kLanes) best = max(best, load(s + i));
-  return best;
-}
-
-// Scores of `tokens` keys with R rows, kScores / R keys at a time: s[t * R + r]; returns their
-// maximum, a lane for each lane of s. q: see `pack_queries`.
-template <class Row, int R>
-__attribute__((noinline)) vf scores(Rows key, int tokens, const float* q, int64_t steps,
-                                    float scale, Share share, float* s) {
-  constexpr int T = kScores / R, kFloats = R * kQueryFloats<Row>;
-  constexpr int64_t kBytes = kStep * sizeof(typename Row::Element);
-  constexpr int64_t kBeat = kBytes < 64 ? 64 / kBytes : 1;  // steps that use up a line
-  vf best = set1(-kInf);
-  for (int t = 0; t < tokens; t += T, key += T, s += kScores) {
-    const typename Row::Element* k[T];
-    vf sum[T * R];
-#pragma GCC unroll 16
-    for (int i = 0; i < T; ++i) k[i] = row_at<Row>(key, i);
-#pragma GCC unroll 16
-    for (int i = 0; i < T * R; ++i) sum[i] = vf{};
-    const float* row = q;
-    int64_t step = 0;
-    Fetch fetch = share.next();
-    [[maybe_unused]] const int64_t each = R < 4 ? fetch.each(steps / kBeat) : 0;
-    if (fetch.count)
-      for (; step + kBeat <= steps; step += kBeat, row += kBeat * kFloats) {
-        if constexpr (R < 4)
-          fetch.lines(each);
-        else
-          fetch.line_of_each(step * kBytes);
-#pragma GCC unroll 4
-        for (int i = 0; i < kBeat; ++i) score_step<Row, R>(k, step + i, row + i * kFloats, sum);
-      }
-    for (; step < steps; ++step, row += kFloats) score_step<Row, R>(k, step, row, sum);
-#pragma GCC unroll 16
-    for (int i = 0; i < T * R; i += kLanes) store(s + i, sums(sum + i) * scale);
-    best = highest(s, kScores, best);
-  }
-  return best;
-}
+// Steps of V that stay in L1 over all groups: 128 columns, or 96, which are whole calls by threes.
+template <class Row, int R, bool Threes>
+constexpr int64_t kStripSteps = Threes ? 6 : std::max(kWide<Row, R>, 128 / kStep);
 
 // Of the scores so far (in units of log2): the maximum, the point against which exponentials are
 // taken, and their sum. Lane l belongs to row l % R. The point follows the maximum only when it
@@ -154,7 +79,8 @@ inline bool all_one(vf factor) {
 
 // The tile after the one at hand, and how many groups work on it: each of the first two brings its
 // share of the next tile's rows into L2 during its scores; one that is alone, half of them during
-// its weights.
+// its weights. At avx2 all groups bring some, and of two, too, half during the weights: Zen 3 has
+// fewer places for lines on their way, and its loads wait for one.
 struct Ahead {
   const Tile* next = nullptr;  // null: nothing to bring
   int64_t k_bytes = 0, v_bytes = 0, groups = 1;
@@ -171,11 +97,14 @@ struct Ahead {
   }
 
  private:
-  int64_t bringing() const { return std::min<int64_t>(groups, 2); }
+  static constexpr bool kAll = kLanes == 8;
+  int64_t bringing() const { return kAll ? groups : std::min<int64_t>(groups, 2); }
   bool same() const { return next->k[0] == next->v[0]; }
   int64_t first(int64_t group) const { return next->n * group / bringing(); }
   int64_t end(int64_t group) const { return next->n * (group + 1) / bringing(); }
-  int64_t half(int64_t group) const { return groups > 1 ? end(group) : end(group) / 2; }
+  int64_t half(int64_t group) const {
+    return groups > (kAll ? 2 : 1) ? end(group) : (first(group) + end(group)) / 2;
+  }
 };
 
 // A group of R rows at a tile: row r sees its first seen[r] keys.
@@ -198,13 +127,17 @@ struct Group {
 
 // Scores of a group with the keys that some row sees, -inf where a row does not; returns their
 // maximum as `soften` wants it.
-template <class Row, int R>
+template <class Row, int R, bool Threes>
 inline vf score(const Tile& tile, Share share, int64_t k_steps, float scale,
                 const Group<Row, R>& group) {
   constexpr int T = kScores / R;
   const int tokens = int(ceil_div(group.most, T) * T);
   float* s = group.s;
-  const vf best = scores<Row, R>(tile.k, tokens, group.q, k_steps, scale, share, s);
+  vf best;
+  if constexpr (Threes)
+    best = scores_by_threes<Row, R>(tile.k, tokens, group.q, k_steps, scale, share, s);
+  else
+    best = scores<Row, R>(tile.k, tokens, group.q, k_steps, scale, share, s);
   if (group.least == tokens) return best;
   for (int t = group.least; t < tokens; ++t)
     for (int r = 0; r < R; ++r)
@@ -213,13 +146,16 @@ inline vf score(const Tile& tile, Share share, int64_t k_steps, float scale,
 }
 
 // The columns of steps `step` … `end` - 1 of a group's values.
-template <class Row, int R>
+template <class Row, int R, bool Threes>
 inline void add_values(const Tile& tile, int64_t step, int64_t end, Group<Row, R>& group) {
   float* o = group.o + step * 2 * R * kLanes;
   const auto* p = reinterpret_cast<const Weights<Row>*>(group.s);
   const int common = group.common();
   if (group.rescaled) rescale<R>(o, end - step, group.factor);
-  weigh<Row, R, R>(tile.v, step, end, p, 0, common, group.share, o);
+  if constexpr (Threes)
+    weigh_by_threes<Row, R>(tile.v, step, end, p, 0, common, group.share, o);
+  else
+    weigh<Row, R, R>(tile.v, step, end, p, 0, common, group.share, o);
   Share none;
   for (int r = 0; r < R; ++r)
     if (group.seen[r] > common)
@@ -227,15 +163,16 @@ inline void add_values(const Tile& tile, int64_t step, int64_t end, Group<Row, R
 }
 
 // Adds a tile to groups. `k_steps`, `v_steps`: row widths.
-template <class Row, int R>
-inline void attend(const Tile& tile, const Ahead& ahead, Group<Row, R>* groups, int64_t k_steps,
-                   int64_t v_steps, float scale_log2) {
+template <class Row, int R, bool Threes>
+inline void attend_by(const Tile& tile, const Ahead& ahead, Group<Row, R>* groups, int64_t k_steps,
+                      int64_t v_steps, float scale_log2) {
   constexpr int T = kScores / R;
-  constexpr int64_t kStrip = std::max(kWide<Row, R>, kStripColumns / kStep);
+  constexpr int64_t kStrip = kStripSteps<Row, R, Threes>;
   for (int64_t g = 0; g < ahead.groups; ++g) {
-    const int64_t calls = ceil_div(groups[g].most, T);
-    groups[g].best = score(tile, ahead.during_scores(g, calls), k_steps, scale_log2, groups[g]);
-    groups[g].share = ahead.during_weights(g, v_steps / kWide<Row, R>);
+    const Share share = ahead.during_scores(g, ceil_div(groups[g].most, Threes ? 3 : T));
+    groups[g].best = score<Row, R, Threes>(tile, share, k_steps, scale_log2, groups[g]);
+    const int64_t calls = Threes ? v_steps * 2 / 3 : v_steps / kWide<Row, R>;
+    groups[g].share = ahead.during_weights(g, calls);
   }
   for (int64_t g = 0; g < ahead.groups; ++g) {
     Group<Row, R>& group = groups[g];
@@ -245,6 +182,17 @@ inline void attend(const Tile& tile, const Ahead& ahead, Group<Row, R>* groups, 
   }
   for (int64_t step = 0; step < v_steps; step += kStrip)
     for (int64_t g = 0; g < ahead.groups; ++g)
-      add_values(tile, step, std::min(step + kStrip, v_steps), groups[g]);
+      add_values<Row, R, Threes>(tile, step, std::min(step + kStrip, v_steps), groups[g]);
+}
+
+// By threes where registers allow and groups share what is read; a single group waits for memory,
+// which likes it better by halves of lines. Each chain is the same, and so are the bits.
+template <class Row, int R>
+inline void attend(const Tile& tile, const Ahead& ahead, Group<Row, R>* groups, int64_t k_steps,
+                   int64_t v_steps, float scale_log2) {
+  if (kThrees<R> && ahead.groups > 1)
+    attend_by<Row, R, kThrees<R>>(tile, ahead, groups, k_steps, v_steps, scale_log2);
+  else
+    attend_by<Row, R, false>(tile, ahead, groups, k_steps, v_steps, scale_log2);
 }
 }  // namespace wf::attention

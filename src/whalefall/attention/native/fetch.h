@@ -98,6 +98,11 @@ struct Fetch {
   }
   // What is due, where it has been found: that much with each call.
   void operator()() { lines(due); }
+  // The same for each row, where it is one or two as a rule.
+  void line_of_few(int64_t at) const {
+    prefetch_l2(static_cast<const char*>(rows[0]) + at);
+    for (int i = 1; i < count; ++i) prefetch_l2(static_cast<const char*>(rows[i]) + at);
+  }
   // The same for one row, without the bookkeeping: what kernels bound by arithmetic can afford.
   void line_of_each(int64_t at) const {
     for (int i = 0; i < count; ++i) prefetch_l2(static_cast<const char*>(rows[i]) + at);
@@ -112,19 +117,23 @@ class Share {
   Share() = default;
   Share(Rows rows, int64_t count, int64_t bytes, int64_t calls)
       : rows_(rows), left_(int(count)), bytes_(bytes) {
-    each_ = calls ? int(ceil_div(count, calls)) : 0;
+    each_ = kEven ? int(calls) : calls ? int(ceil_div(count, calls)) : 0;
   }
   Fetch next() {
     if (left_ == 0) return {};  // else g++ counts in vectors, which wait behind the arithmetic
-    const int count = std::min(each_, left_);
+    const int count = kEven ? part() : std::min(each_, left_);
     left_ -= count;
     rows_ += count;
     return {rows_ - count, count, bytes_, chances};
   }
 
  private:
+  // As evenly as whole rows allow, or as many each time and then none: each where it is faster.
+  static constexpr bool kEven = kLanes == 8;
+  int part() { return each_ > 0 ? int(ceil_div(left_, each_--)) : 0; }
+
   Rows rows_ = nullptr;
-  int left_ = 0, each_ = 0;
+  int left_ = 0, each_ = 0;  // kEven: the calls that are left
   int64_t bytes_ = 0;
 };
 }  // namespace wf::attention

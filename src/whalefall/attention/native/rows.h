@@ -1,4 +1,5 @@
-// Row formats: how 2 * kLanes stored elements become two vectors, and in which order.
+// Row formats: how 2 * kLanes stored elements become two vectors, and in which order; both at once
+// (`load2`) or one after the other (`first`, `second`).
 //
 // bf16 splits by a shift and a mask into its even and its odd elements (no shuffle); q and the
 // accumulators of the output are kept in that same order, and put right when they are stored. For
@@ -51,6 +52,8 @@ struct Fp32Row {
     a = load(p);
     b = load(p + kLanes);
   }
+  static vf first(const Element* p) { return load(p); }
+  static vf second(const Element* p, vf) { return load(p + kLanes); }
 };
 struct Bf16Row {
   using Element = uint16_t;
@@ -60,6 +63,26 @@ struct Bf16Row {
     std::memcpy(&words, p, sizeof words);
     a = (vf)(words << 16);
     b = (vf)(words & int32_t(0xffff0000));
+  }
+  static vf first(const Element* p) {
+    vi words;
+    std::memcpy(&words, p, sizeof words);
+    return (vf)(words << 16);
+  }
+  // `zeros`: some `first`, whose lower halves are 0. Taken from there, they need no mask, and read
+  // from memory again, words need no register between the two.
+  static vf second(const Element* p, vf zeros) {
+#if WF_ISA == 1
+    vf b;
+    asm("vpblendw $0xaa, %2, %1, %0"
+        : "=x"(b)
+        : "x"(zeros), "m"(*reinterpret_cast<const vf_any_alignment*>(p)));
+    return b;
+#else
+    vf a, b;
+    load2(p, a, b);
+    return b;
+#endif
   }
 };
 struct Fp16Row {
@@ -78,6 +101,8 @@ struct Fp16Row {
     a = load1(p);
     b = load1(p + kLanes);
   }
+  static vf first(const Element* p) { return load1(p); }
+  static vf second(const Element* p, vf) { return load1(p + kLanes); }
 };
 
 // bf16 for the dot kernels. Outputs: elements 8j … 8j + 3 in lanes 4j … of the first vector, the

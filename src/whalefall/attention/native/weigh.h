@@ -1,7 +1,7 @@
 // O += P V: the second half of attention over a tile. One chain per output, over the keys in order;
 // with bf16 dots over pairs of keys (2p, 2p + 1), whose rows are unpacked into pairs of elements.
 #pragma once
-#include "fetch.h"
+#include "scores.h"
 
 namespace wf::attention {
 // What P is kept as: [key][S] floats, or [key / 2][S] pairs of bf16.
@@ -130,6 +130,40 @@ __attribute__((noinline)) void weigh_columns(Rows value, int64_t column, const i
 
 #endif
 
+// Three vectors of columns for R rows: with Odd 0 a step's two and the first of the next; with
+// Odd 1 a step's second and both of the next. Registers as in `score_keys`.
+template <class Row, int R, int Odd>
+__attribute__((noinline)) void weigh_three(Rows value, int64_t column, const float* p, int begin,
+                                           int end, const Fetch& fetch, float* o) {
+  vf sum[3][R];
+#pragma GCC unroll 16
+  for (int i = 0; i < 3 * R; ++i) sum[i / R][i % R] = load(o + i * kLanes);
+  value += begin, p += begin * R;
+  auto add_key = [&] __attribute__((always_inline)) {
+    const auto* v = row_at<Row>(value++, 0) + column;
+    const vf first = Row::first(v + Odd * kStep);  // any is what `second` wants
+    const vf x[3] = {Odd ? Row::second(v, first) : first, Odd ? first : Row::second(v, first),
+                     Odd ? Row::second(v + kStep, first) : Row::first(v + kStep)};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, ++p) {
+      const vf weight = broadcast(p);
+#pragma GCC unroll 16
+      for (int i = 0; i < 3; ++i) sum[i][r] = fma(x[i], weight, sum[i][r]);
+    }
+  };
+  int left = end - begin;
+  if (fetch.count)
+    for (int64_t at = 0; left > 0 && at < fetch.bytes; at += 64) {
+      fetch.line_of_few(at);
+#pragma GCC unroll 1
+      for (int i = 0; i < 2 && left > 0; ++i, --left) add_key();
+    }
+#pragma GCC unroll 2
+  for (; left > 0; --left) add_key();
+#pragma GCC unroll 16
+  for (int i = 0; i < 3 * R; ++i) store(o + i * kLanes, sum[i / R][i % R]);
+}
+
 template <class Row, int R>
 constexpr int kWide = (kDots<Row> ? 8 : 4) / R;  // steps of columns in one call of `weigh_columns`
 
@@ -143,5 +177,16 @@ inline void weigh(Rows value, int64_t step, int64_t end_step, const Weights<Row>
   if constexpr (kAtOnce > 1)
     for (; step < end_step; ++step, o += 2 * S * kLanes)
       weigh_columns<Row, R, S, 1>(value, step * kStep, p, begin, end, {}, o);
+}
+// The same by threes of vectors, for R rows of a group of R.
+template <class Row, int R>
+inline void weigh_by_threes(Rows value, int64_t step, int64_t end_step, const Weights<Row>* p,
+                            int begin, int end, Share& share, float* o) {
+  for (; step + 3 <= end_step; step += 3, o += 6 * R * kLanes) {
+    weigh_three<Row, R, 0>(value, step * kStep, p, begin, end, share.next(), o);
+    weigh_three<Row, R, 1>(value, (step + 1) * kStep, p, begin, end, share.next(),
+                           o + 3 * R * kLanes);
+  }
+  weigh<Row, R, R>(value, step, end_step, p, begin, end, share, o);
 }
 }  // namespace wf::attention
