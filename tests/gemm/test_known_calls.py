@@ -64,7 +64,8 @@ def with_torch(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
     def tensor(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(tensor(one) for one in value)
-        return restore(value, torch.empty(0)).clone()
+        is_array = isinstance(value, np.ndarray)
+        return restore(value, torch.empty(0)).clone() if is_array else value
 
     def made() -> Arguments:
         shared: dict[int, Any] = {}

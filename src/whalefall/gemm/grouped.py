@@ -8,20 +8,20 @@ Source: DeepGEMM `csrc/apis/gemm.hpp`, `m_grouped_*` and `k_grouped_*`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.arguments import flag, shown, whole
-from whalefall.dtypes import as_numpy, view
+from whalefall.arguments import flag, whole
+from whalefall.dtypes import KnownCalls, Places, View, as_numpy, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import run
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 from whalefall.gemm.dense import check_dims, check_k, product_of, scale_dtype
+from whalefall.gemm.native_calls import product_library
 from whalefall.gemm.operands import (
+    BF16,
     Operand,
     Pair,
     Recipe,
@@ -33,6 +33,7 @@ from whalefall.gemm.operands import (
     refuse_overlap,
     target,
 )
+from whalefall.gemm.structs import WHOSE, Grouped
 
 __all__ = [
     "bf16_m_grouped_gemm_nt_masked",
@@ -49,6 +50,14 @@ __all__ = [
 ]
 
 Run = tuple[int, int, int]  # group, first row, last row + 1
+Known = tuple[Grouped, Any]  # the struct of a call, and the entry that takes it
+_PAIRS = {"a": 0, "a_scale": 1, "b": 2, "b_scale": 3, "d": 4, "whose": 5}
+_OF_PAIRS = Places(Grouped, _PAIRS, status=True)
+_OF_MATRICES = Places(Grouped, {"a": 0, "b": 1, "d": 2, "whose": 3}, status=True)
+_FP8_CALLS = KnownCalls("sppaasssssssns", written=4)
+_BF16_CALLS = KnownCalls("saaaasssns", written=2)
+_FP8_MASKED = KnownCalls("sppaamsssss", written=4)
+_BF16_MASKED = KnownCalls("saaaams", written=2)
 
 
 def index_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> list[Run]:
@@ -84,7 +93,7 @@ def psum_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> l
     return runs
 
 
-def _int32(where: str, name: str, array: Any) -> npt.NDArray[Any]:
+def int32_array(where: str, name: str, array: Any) -> npt.NDArray[Any]:
     values = as_numpy(array, f"{where}: {name}")
     if values.dtype != np.int32:
         raise DtypeError(f"{where}: {name} is {values.dtype}, wanted int32")
@@ -110,6 +119,38 @@ def _operands(
     return left, fp8_operand(where, "b", b, of_b, swap=swap, dims=3)
 
 
+def _fp8_contiguous(*args: Any) -> None:
+    """Arguments of `m_grouped_fp8_fp4_gemm_nt_contiguous` behind the function's name."""
+    call = (*args, _alignment(args[10]))
+    if _FP8_CALLS.find(*call):
+        return
+    where, a, b, d, layout, *shares, compiled_dims, no_cast, psum, zero, expected = args
+    check_dims(where, compiled_dims, no_cast)
+    _check_expected(where, expected, psum)
+    operands = _operands(where, a, b, "_nn_" in where, 2, *shares)
+    if done := _contiguous(where, *operands, d, layout, psum, zero):
+        _FP8_CALLS.keep(call, _OF_PAIRS, *done)
+
+
+def _bf16_contiguous(*args: Any) -> None:
+    """Arguments of `m_grouped_bf16_gemm_nt_contiguous` behind the function's name."""
+    call = (*args, _alignment(args[6]))
+    if _BF16_CALLS.find(*call):
+        return
+    where, a, b, d, layout, compiled_dims, psum, zero, expected = args
+    check_dims(where, compiled_dims)
+    _check_expected(where, expected, psum)
+    left = bf16_operand(where, "a", a)
+    right = bf16_operand(where, "b", b, swap="_nn_" in where, dims=3)
+    if done := _contiguous(where, left, right, d, layout, psum, zero):
+        _BF16_CALLS.keep(call, _OF_MATRICES, *done)
+
+
+def _alignment(use_psum_layout: Any) -> int:
+    """What a call depends on beside its arguments."""
+    return get_mk_alignment_for_contiguous_layout() if use_psum_layout is not False else 0
+
+
 def _contiguous(
     where: str,
     a: Operand,
@@ -118,12 +159,12 @@ def _contiguous(
     grouped_layout: Any,
     use_psum_layout: bool,
     ensure_zero_padding: bool,
-) -> None:
+) -> Known | None:
     use_psum_layout = flag(f"{where}: use_psum_layout", use_psum_layout)
     ensure_zero_padding = flag(f"{where}: ensure_zero_padding", ensure_zero_padding)
     check_k(where, a, b)
     to = target(where, "d", d, (a.rows, b.rows))
-    layout = _int32(where, "grouped_layout", grouped_layout)
+    layout = int32_array(where, "grouped_layout", grouped_layout)
     refuse_overlap(where, to.seen, (*a.views, *b.views, view(layout)))
     if use_psum_layout:
         runs = psum_runs(where, layout, b.groups, a.rows)
@@ -135,6 +176,28 @@ def _contiguous(
             as_numpy(d)[first:last] = 0
         runs = [run for run in runs if run[0] >= 0]
     _run(a, b, to, runs)
+    form = "ends" if use_psum_layout else "index"
+    return _described(a, b, to, view(grouped_layout), form, ensure_zero_padding)
+
+
+def _described(
+    a: Operand, b: Operand, to: Target, whose: View, form: str, zero_gaps: bool = False
+) -> Known | None:
+    """A grouped product for the native entry that reads `whose` itself, if it computes anything."""
+    entry = getattr(product_library(), "wf_gemm_grouped", None)
+    if entry is None or 0 in (a.rows, b.rows, b.groups):
+        return None
+    d_size, of_a = 2 if to.kind else 4, a.layout
+    d_group = to.seen.strides[0] * d_size if len(to.seen.shape) == 3 else 0
+    call = Grouped(
+        *(product_of(a, b, to), a.address, a.scale_address or None, b.address),
+        *(b.scale_address or None, to.seen.address, whose.address, whose.strides[0]),
+        *(a.rows, b.groups, a.k, of_a.row_stride * (2 if of_a.kind == BF16 else 1)),
+        *(of_a.scale_row_stride * 4, to.pitch * d_size, a.group_bytes, a.scale_group_bytes),
+        *(b.group_bytes, b.scale_group_bytes, d_group),
+        *(get_mk_alignment_for_contiguous_layout(), WHOSE[form], zero_gaps),
+    )
+    return call, entry
 
 
 def _check_expected(where: str, expected: Any, use_psum_layout: Any) -> None:
@@ -188,11 +251,11 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     Raises: ShapeError, DtypeError, ConfigError; UnsupportedError where a gradient would be wanted.
     Source: DeepGEMM (there, rows of -1 hold whatever their tile's group gives).
     """
-    where = "m_grouped_fp8_gemm_nt_contiguous"
-    check_dims(where, compiled_dims, disable_ue8m0_cast)
-    _check_expected(where, expected_m_for_psum_layout, use_psum_layout)
-    left, right = _operands(where, a, b, False, 2, recipe, recipe_a, recipe_b)
-    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+    _fp8_contiguous(
+        *("m_grouped_fp8_gemm_nt_contiguous", a, b, d, grouped_layout, recipe, recipe_a, recipe_b),
+        *(compiled_dims, disable_ue8m0_cast, use_psum_layout, ensure_zero_padding),
+        expected_m_for_psum_layout,
+    )
 
 
 def m_grouped_fp8_fp4_gemm_nn_contiguous(
@@ -209,10 +272,10 @@ def m_grouped_fp8_fp4_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_fp8_fp4_gemm_nt_contiguous` with b [G, K, N] and its scales transposed."""
-    where = "m_grouped_fp8_gemm_nn_contiguous"
-    check_dims(where, compiled_dims, disable_ue8m0_cast)
-    left, right = _operands(where, a, b, True, 2, recipe, recipe_a, recipe_b)
-    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+    _fp8_contiguous(
+        *("m_grouped_fp8_gemm_nn_contiguous", a, b, d, grouped_layout, recipe, recipe_a, recipe_b),
+        *(compiled_dims, disable_ue8m0_cast, use_psum_layout, ensure_zero_padding, None),
+    )
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
@@ -226,11 +289,10 @@ def m_grouped_bf16_gemm_nt_contiguous(
     expected_m_for_psum_layout: int | None = None,
 ) -> None:
     """D[m] = A[m] · B[group of row m]ᵀ in bfloat16; see `m_grouped_fp8_fp4_gemm_nt_contiguous`."""
-    where = "m_grouped_bf16_gemm_nt_contiguous"
-    check_dims(where, compiled_dims)
-    _check_expected(where, expected_m_for_psum_layout, use_psum_layout)
-    left, right = bf16_operand(where, "a", a), bf16_operand(where, "b", b, dims=3)
-    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+    _bf16_contiguous(
+        *("m_grouped_bf16_gemm_nt_contiguous", a, b, d, grouped_layout, compiled_dims),
+        *(use_psum_layout, ensure_zero_padding, expected_m_for_psum_layout),
+    )
 
 
 def m_grouped_bf16_gemm_nn_contiguous(
@@ -243,19 +305,21 @@ def m_grouped_bf16_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_bf16_gemm_nt_contiguous` with b [G, K, N]."""
-    where = "m_grouped_bf16_gemm_nn_contiguous"
-    check_dims(where, compiled_dims)
-    left, right = bf16_operand(where, "a", a), bf16_operand(where, "b", b, swap=True, dims=3)
-    _contiguous(where, left, right, d, grouped_layout, use_psum_layout, ensure_zero_padding)
+    _bf16_contiguous(
+        *("m_grouped_bf16_gemm_nn_contiguous", a, b, d, grouped_layout, compiled_dims),
+        *(use_psum_layout, ensure_zero_padding, None),
+    )
 
 
-def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_m: int) -> None:
+def _masked(
+    where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_m: int
+) -> Known | None:
     check_k(where, a, b)
     if a.groups != b.groups:
         raise ShapeError(f"{where}: {a.groups} groups in a and {b.groups} in b, wanted the same")
     whole(f"{where}: expected_m", expected_m, 1)
     to = target(where, "d", d, (a.groups, a.rows, b.rows))
-    counts = _int32(where, "masked_m", masked_m)
+    counts = int32_array(where, "masked_m", masked_m)
     if counts.shape != (a.groups,):
         raise ShapeError(f"{where}: masked_m has shape {list(counts.shape)}, wanted [G={a.groups}]")
     if a.groups and (counts.min() < 0 or counts.max() > a.rows):
@@ -263,12 +327,12 @@ def _masked(where: str, a: Operand, b: Operand, d: Any, masked_m: Any, expected_
         raise ShapeError(f"{where}: masked_m holds {wrong}, wanted 0 to M={a.rows}")
     refuse_overlap(where, to.seen, (*a.views, *b.views, view(counts)))
     busy = [g for g in range(a.groups) if counts[g] > 0]
-    if not busy or b.rows == 0:
-        return
-    segments = empty_segments(len(busy))
-    for i, g in enumerate(busy):
-        segments[i] = (*a.at(g), *b.at(g), to.at(g), 0, int(counts[g]), a.k)
-    run(product_of(a, b, to), segments)
+    if busy and b.rows:
+        segments = empty_segments(len(busy))
+        for i, g in enumerate(busy):
+            segments[i] = (*a.at(g), *b.at(g), to.at(g), 0, int(counts[g]), a.k)
+        run(product_of(a, b, to), segments)
+    return _described(a, b, to, view(masked_m), "counts")
 
 
 def m_grouped_fp8_fp4_gemm_nt_masked(
@@ -291,10 +355,14 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
         masked_m: int32 [G]. expected_m: accepted (above 0); it changes no result.
     Source: DeepGEMM (there, M off the tile spills into the next group).
     """
-    where = "m_grouped_fp8_gemm_nt_masked"
+    where, shares = "m_grouped_fp8_gemm_nt_masked", (recipe, recipe_a, recipe_b)
+    args = (where, a, b, d, masked_m, expected_m, *shares, compiled_dims, disable_ue8m0_cast)
+    if _FP8_MASKED.find(*args):
+        return
     check_dims(where, compiled_dims, disable_ue8m0_cast)
-    left, right = _operands(where, a, b, False, 3, recipe, recipe_a, recipe_b)
-    _masked(where, left, right, d, masked_m, expected_m)
+    left, right = _operands(where, a, b, False, 3, *shares)
+    if done := _masked(where, left, right, d, masked_m, expected_m):
+        _FP8_MASKED.keep(args, _OF_PAIRS, *done)
 
 
 def m_grouped_bf16_gemm_nt_masked(
@@ -302,9 +370,13 @@ def m_grouped_bf16_gemm_nt_masked(
 ) -> None:
     """`m_grouped_fp8_fp4_gemm_nt_masked` in bfloat16."""
     where = "m_grouped_bf16_gemm_nt_masked"
+    args = (where, a, b, d, masked_m, expected_m, compiled_dims)
+    if _BF16_MASKED.find(*args):
+        return
     check_dims(where, compiled_dims)
     left, right = bf16_operand(where, "a", a, dims=3), bf16_operand(where, "b", b, dims=3)
-    _masked(where, left, right, d, masked_m, expected_m)
+    if done := _masked(where, left, right, d, masked_m, expected_m):
+        _BF16_MASKED.keep(args, _OF_MATRICES, *done)
 
 
 m_grouped_fp8_gemm_nt_contiguous = m_grouped_fp8_fp4_gemm_nt_contiguous
@@ -312,36 +384,3 @@ m_grouped_fp8_gemm_nn_contiguous = m_grouped_fp8_fp4_gemm_nn_contiguous
 m_grouped_fp8_gemm_nt_masked = m_grouped_fp8_fp4_gemm_nt_masked
 fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_fp4_gemm_nt_masked
 bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
-
-
-def k_stretches(
-    where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int | None, psum: bool
-) -> list[tuple[int, int]]:
-    """First K and length of each group's stretch; `total` None: what `ks_cpu` sums to."""
-    if flag(f"{where}: use_psum_layout", psum):
-        ends = _int32(where, "grouped_layout", grouped_layout)
-        alignment, start, stretches = get_mk_alignment_for_contiguous_layout(), 0, []
-        for end in ends.tolist():
-            stretches.append((start, max(0, end - start)))
-            start = -(-max(start, end) // alignment) * alignment
-    else:
-        if not isinstance(ks_cpu, (list, tuple)) or not ks_cpu:
-            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted the groups' sizes along K")
-        if not all(isinstance(k, Integral) for k in ks_cpu):
-            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted whole numbers")
-        if min(ks_cpu) < 0:
-            raise ShapeError(f"{where}: ks_cpu holds {min(ks_cpu)}, wanted 0 or more")
-        if grouped_layout is not None:
-            same = _int32(where, "grouped_layout", grouped_layout)
-            if same.tolist() != list(ks_cpu):
-                raise ShapeError(
-                    f"{where}: grouped_layout is {same.tolist()}, wanted ks_cpu={list(ks_cpu)}"
-                )
-        firsts = np.concatenate([[0], np.cumsum(ks_cpu)])[:-1]
-        stretches = [(int(f), int(k)) for f, k in zip(firsts, ks_cpu, strict=True)]
-        total = sum(ks_cpu) if total is None else total
-        if sum(ks_cpu) != total:
-            raise ShapeError(f"{where}: ks_cpu sums to {sum(ks_cpu)}, the operands hold K={total}")
-    if stretches and max(f + k for f, k in stretches if k or not f) > total:
-        raise ShapeError(f"{where}: groups end at {max(f + k for f, k in stretches)}, K is {total}")
-    return stretches

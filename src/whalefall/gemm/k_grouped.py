@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from whalefall.arguments import flag, shown
 from whalefall.dtypes import View, as_numpy, refuse_gradient, unpack_ue8m0, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.calls import run
+from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 from whalefall.gemm.dense import check_dims
-from whalefall.gemm.grouped import k_stretches
+from whalefall.gemm.grouped import int32_array
 from whalefall.gemm.operands import (
     BF16,
     FP8,
@@ -37,8 +41,6 @@ __all__ = [
 
 def _unpacked(where: str, name: str, scales: Any, gran_k: int, counts: list[int]) -> Any:
     """Scales [sum of blocks, mn] in fp32; int32 rows hold four blocks, each group on a new row."""
-    import numpy as np
-
     values = as_numpy(scales, f"{where}: scale of {name}")
     if values.ndim != 2:
         raise ShapeError(f"{where}: scale of {name} has shape {list(values.shape)}, wanted 2 axes")
@@ -260,3 +262,36 @@ def _run(
         block += count
     if a.shape[1] and b.shape[1] and stretches:
         run(product, segments)
+
+
+def k_stretches(
+    where: str, ks_cpu: Sequence[int] | None, grouped_layout: Any, total: int | None, psum: bool
+) -> list[tuple[int, int]]:
+    """First K and length of each group's stretch; `total` None: what `ks_cpu` sums to."""
+    if flag(f"{where}: use_psum_layout", psum):
+        ends = int32_array(where, "grouped_layout", grouped_layout)
+        alignment, start, stretches = get_mk_alignment_for_contiguous_layout(), 0, []
+        for end in ends.tolist():
+            stretches.append((start, max(0, end - start)))
+            start = -(-max(start, end) // alignment) * alignment
+    else:
+        if not isinstance(ks_cpu, (list, tuple)) or not ks_cpu:
+            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted the groups' sizes along K")
+        if not all(isinstance(k, Integral) for k in ks_cpu):
+            raise ConfigError(f"{where}: ks_cpu={shown(ks_cpu)}, wanted whole numbers")
+        if min(ks_cpu) < 0:
+            raise ShapeError(f"{where}: ks_cpu holds {min(ks_cpu)}, wanted 0 or more")
+        if grouped_layout is not None:
+            same = int32_array(where, "grouped_layout", grouped_layout)
+            if same.tolist() != list(ks_cpu):
+                raise ShapeError(
+                    f"{where}: grouped_layout is {same.tolist()}, wanted ks_cpu={list(ks_cpu)}"
+                )
+        firsts = np.concatenate([[0], np.cumsum(ks_cpu)])[:-1]
+        stretches = [(int(f), int(k)) for f, k in zip(firsts, ks_cpu, strict=True)]
+        total = sum(ks_cpu) if total is None else total
+        if sum(ks_cpu) != total:
+            raise ShapeError(f"{where}: ks_cpu sums to {sum(ks_cpu)}, the operands hold K={total}")
+    if stretches and max(f + k for f, k in stretches if k or not f) > total:
+        raise ShapeError(f"{where}: groups end at {max(f + k for f, k in stretches)}, K is {total}")
+    return stretches

@@ -90,9 +90,6 @@ def fp8_linear(
     Raises: ShapeError, DtypeError, ConfigError: one line each; UnsupportedError where a gradient
         would be wanted.
     """
-    known = _CALLS.find(x, weight, scale, out, form, quantize_activations, out_dtype)
-    if known is not None:
-        return known
     return _run_linear("fp8_linear", x, (weight, scale), form, quantize_activations, out, out_dtype)
 
 
@@ -105,9 +102,6 @@ def linear(
     out_dtype: str | None = None,
 ) -> Any:
     """y = x · weightᵀ for a BF16 or FP32 weight [N, K]; arguments as `fp8_linear`'s."""
-    known = _CALLS.find(x, weight, None, out, form, False, out_dtype)
-    if known is not None:
-        return known
     return _run_linear("linear", x, (weight, None), form, False, out, out_dtype)
 
 
@@ -288,6 +282,8 @@ def _run_linear(
     out_dtype: str | None,
 ) -> Any:
     args = (x, *weight, out, form, quantize, out_dtype)
+    if (known := _CALLS.find(*args)) is not None:
+        return known
     quantize = flag(f"{name}: quantize_activations", quantize)
     refuse_gradient(name, (x, *weight, out), _TRAINED)
     call = LinearCall(weight_struct(*weight, name))

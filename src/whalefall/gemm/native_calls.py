@@ -46,5 +46,6 @@ def _product_library(level: str) -> Any:
     except jit.NoCompilerError as missing:
         jit.numpy_instead(missing)
         return without_compiler
-    loaded.wf_gemm.argtypes, loaded.wf_gemm.restype = [ctypes.c_void_p], None
+    loaded.wf_gemm.argtypes = loaded.wf_gemm_grouped.argtypes = [ctypes.c_void_p]
+    loaded.wf_gemm.restype = None
     return loaded

@@ -9,9 +9,11 @@ __all__ = [
     "FORMS",
     "KINDS",
     "PACKED",
+    "WHOSE",
     "DenseCall",
     "Expert",
     "ExpertsCall",
+    "Grouped",
     "Input",
     "Layout",
     "LinearCall",
@@ -144,3 +146,22 @@ class DenseCall(ctypes.Structure):
     """A product of one segment, with the segment."""
 
     _fields_ = (("product", Product), ("segment", Segment))
+
+
+class Grouped(ctypes.Structure):
+    """`wf::gemm::Grouped`."""
+
+    _fields_ = (
+        ("product", Product),
+        *((name, _POINTER) for name in ("a", "a_scale", "b", "b_scale", "d", "whose")),
+        *((name, _INT64) for name in ("whose_step", "rows", "groups", "k")),
+        *((name, _INT64) for name in ("a_row", "a_scale_row", "d_row")),
+        *((name, _INT64) for name in ("a_group", "a_scale_group", "b_group", "b_scale_group")),
+        ("d_group", _INT64),
+        ("alignment", _INT64),
+        ("form", _INT32),
+        ("zero_gaps", _INT32),
+    )
+
+
+WHOSE = {"index": 0, "ends": 1, "counts": 2}  # what says whose rows are whose

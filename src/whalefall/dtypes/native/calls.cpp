@@ -84,8 +84,9 @@ bool read_object(Object* object, const Table& table, Key& key) {
   return fits && key.add(kSome) && key.add(reinterpret_cast<int64_t>(type));
 }
 
-// A whole number of at least `least`, whose value counts no further.
+// None, or a whole number of at least `least` whose value counts no further.
 bool read_unused(Object* value, int64_t least, Key& key) {
+  if (value == known.none) return key.add(kNone);
   int overflow = 0;
   return python::type_of(value) == known.whole &&
          api.PyLong_AsLongLongAndOverflow(value, &overflow) >= least && !overflow &&
@@ -93,7 +94,7 @@ bool read_unused(Object* value, int64_t least, Key& key) {
 }
 
 // Letters: a: an array or None; p: a pair of arrays; s: a plain value; o: an object whose type
-// counts; n and m: a whole number of at least 0, or 1, that changes nothing.
+// counts; n and m: None, or a whole number of at least 0, or 1, that changes nothing.
 bool read_arguments(const Table& table, Object* const* args, intptr_t count, Call& call) {
   if (count != intptr_t(table.kinds.size())) return false;
   const char* level = std::getenv("WHALEFALL_ISA");
