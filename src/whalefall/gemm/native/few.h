@@ -4,9 +4,10 @@
 // One vector of partial sums for each (m, n), over lanes of K; after 128 columns it is scaled and
 // added to a second one; the lanes are added at the end. Nothing of this depends on how many rows
 // there are, so a row's bits do not either.
-//   M = 1, 2: `direct`, 8 or 4 rows of W at once, decoded in registers. Bound: memory.
-//   M <= 8:   with AVX2 `paired`, two rows of W for four of x, decoded in registers anew for the
-//             next four, while the multiply-adds wait for theirs. Bound: FMA.
+//   M = 1, 2: `direct`, 8 or 4 rows of W at once, decoded in registers. Bound: memory. With SSE2
+//             `paired`: sums of 8 rows leave no registers for the rest.
+//   M <= 8:   with AVX2 and SSE2 `paired`, two rows of W for four of x, decoded in registers anew
+//             for the next four, while the multiply-adds wait for theirs. Bound: FMA.
 //   beyond:   `tiled`, 4 rows of W x 128 columns decoded into L1, then 4 x 3 tiles. Bound: FMA.
 // While a group of rows is read, the next one is prefetched into L2 (which the hardware does not
 // do well across rows). FP8 wants x in Order::kWords, other kinds in Order::kPlain.
@@ -22,7 +23,7 @@ constexpr int kBand = kTile ? 32 : 16;  // rows of W at once, by tiles or dots
 constexpr int kStep = 4 * kLanes;       // weights of one decode
 constexpr int kRowsOfX = 32;            // rows of x for one pass of `tiled`
 // Rows of x up to which W is decoded in registers: elsewhere `tiled` is as fast or faster.
-constexpr int kMostPaired = WF_ISA == 1 ? 8 : 2;
+constexpr int kMostPaired = WF_ISA <= 1 ? 8 : 2;
 
 // kStep weights at p as floats: in kWords order and times kFp8Tiny for FP8, as they are otherwise.
 template <int kKind, bool kExact>
@@ -37,11 +38,15 @@ inline void decode(const uint8_t* p, vf* out) {
   }
 }
 
-// Looks for NaN in the kLength codes at p, k columns into a block.
+// Looks for NaN in the kLength codes at p.
 template <int kLength>
-inline void see(Fp8NanFlag& nan, const uint8_t* p, int k) {
-  if (kLength < 32 && k % 32) return;  // the step before has seen them
+inline void see(Fp8NanFlag& nan, const uint8_t* p) {
+#if WF_ISA == 0
+  static_assert(kLength == 16);
+  nan.see16(p);
+#else
   for (int i = 0; i < kLength; i += 32) nan.see32(p + i);
+#endif
 }
 
 // A group of W's rows, one block of K at a time; the last block padded with zeros.
@@ -113,7 +118,7 @@ __attribute__((noinline)) bool direct(const Group<kKind, R>& group, const Tokens
         const uint8_t* p = w + r * pitch + k * group.kBytes;
         vf v[4];
         decode<kKind, false>(p, v);
-        if (kKind == kFp8) see<kStep>(nan, p, k);
+        if (kKind == kFp8) see<kStep>(nan, p);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 2
@@ -155,8 +160,40 @@ inline void pair_step(const uint8_t* p, int64_t pitch, const float* const* x, in
   }
 }
 
+// acc += x[0..kLanes) * w. As one statement: g++ would load x's vectors long before, for more than
+// one row of W, and keep sums in memory instead.
+inline void add_product(const float* x, vf w, vf& acc) {
+#if defined(__x86_64__) && WF_ISA == 0
+  vf product;
+  asm volatile("movups %2, %1\n\tmulps %3, %1\n\taddps %1, %0"
+               : "+x"(acc), "=&x"(product)
+               : "m"(*reinterpret_cast<const vf_any_alignment*>(x)), "x"(w));
+#else
+  acc = fma(load(x), w, acc);
+#endif
+}
+
+// acc[m] += kStep of a row of W at p . x[m] + k, for multiplications that overwrite an operand: 4
+// vectors of W stay, those of x are loaded anew for each row and overwritten.
+template <int kKind, int M>
+inline void row_step(const uint8_t* p, const float* const* x, int64_t k, Fp8NanFlag& nan,
+                     vf (&acc)[M]) {
+  vf v[4];
+  decode<kKind, false>(p, v);
+  if (kKind == kFp8) see<kStep>(nan, p);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+      if constexpr (M > 2)
+        add_product(x[m] + k + j * kLanes, v[j], acc[m]);
+      else
+        acc[m] = fma(load(x[m] + k + j * kLanes), v[j], acc[m]);
+}
+
 // out[r * kRowsOfX + m] += (R rows of W) . (the M rows of x from `first`), W decoded in registers,
-// two rows at a time: 8 sums, 2 of W and 1 of x.
+// two rows at a time: 8 sums, 2 of W and 1 of x. With SSE2, and one row of x, four: an addition
+// waits 3 cycles for the one before.
 template <int kKind, int R, int M>
 __attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens& x, int first,
                                       vf* out) {
@@ -167,18 +204,24 @@ __attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens
     if (first == 0) group.prefetch_next(b);
     const float* row[M];
     for (int m = 0; m < M; ++m) row[m] = x.row[first + m] + b * kBlock;
-    for (int r = 0; r < R; r += 2, w += 2 * pitch) {
-      vf acc[2][M] = {};
+    constexpr int P = WF_ISA == 0 && M == 1 ? 4 : 2;
+    for (int r = 0; r < R; r += P, w += P * pitch) {
+      vf acc[P][M] = {};
       for (int k = 0; k < kBlock; k += kStep) {
         const uint8_t* p = w + k * group.kBytes;
-        if (kKind == kFp8) see<kStep>(nan, p, k), see<kStep>(nan, p + pitch, k);
-        pair_step<kKind, M, 0>(p, pitch, row, k, acc);
-        pair_step<kKind, M, 1>(p, pitch, row, k, acc);
-        pair_step<kKind, M, 2>(p, pitch, row, k, acc);
-        pair_step<kKind, M, 3>(p, pitch, row, k, acc);
+        if constexpr (WF_ISA == 0) {
+#pragma GCC unroll 4
+          for (int i = 0; i < P; ++i) row_step<kKind, M>(p + i * pitch, row, k, nan, acc[i]);
+        } else {
+          if (kKind == kFp8) see<kStep>(nan, p), see<kStep>(nan, p + pitch);
+          pair_step<kKind, M, 0>(p, pitch, row, k, acc);
+          pair_step<kKind, M, 1>(p, pitch, row, k, acc);
+          pair_step<kKind, M, 2>(p, pitch, row, k, acc);
+          pair_step<kKind, M, 3>(p, pitch, row, k, acc);
+        }
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i)
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           const float factor = x.scaled() ? x.scale[first + m][b] : 1.0f;
@@ -199,7 +242,7 @@ __attribute__((noinline)) bool decode_block(const uint8_t* w, int64_t pitch, flo
       const uint8_t* p = w + r * pitch + k * kind_bytes(kKind);
       vf v[4];
       decode<kKind, kExact>(p, v);
-      if (kKind == kFp8 && !kExact) see<kStep>(nan, p, k);
+      if (kKind == kFp8 && !kExact) see<kStep>(nan, p);
       for (int j = 0; j < 4; ++j) store(panel + r * kBlock + k + j * kLanes, v[j]);
     }
   return !nan.seen();
@@ -247,7 +290,7 @@ void tiled(const Group<kKind, R>& group, const Tokens& x, float* sums) {
     float scale[R], sx[3];
     for (int r = 0; r < R; ++r) scale[r] = group.factor(r, b);
     for (int m = 0; m < x.count;) {
-      int left = x.count - m, take = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
+      int left = x.count - m, take = WF_ISA && left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
       const float* rows[3];
       for (int i = 0; i < take; ++i) rows[i] = x.row[m + i] + b * kBlock;
       if (x.scaled())
@@ -321,12 +364,14 @@ void rows_of(const Weight& w, int64_t first, int64_t end, const Rows& x, int64_t
   for (int64_t m = 0; m < count; m += kRowsOfX) {
     Tokens tokens(x, m, count - m < kRowsOfX ? count : m + kRowsOfX);
     int64_t n = first;
-    if (tokens.count == 1)
-      for (; n + 8 <= end; n += 8) group_direct<kKind, 8, 1>(w, n, tokens, m, out);
-    if (tokens.count == 2)
-      for (; n + 4 <= end; n += 4) group_direct<kKind, 4, 2>(w, n, tokens, m, out);
+    if constexpr (WF_ISA > 0) {
+      if (tokens.count == 1)
+        for (; n + 8 <= end; n += 8) group_direct<kKind, 8, 1>(w, n, tokens, m, out);
+      if (tokens.count == 2)
+        for (; n + 4 <= end; n += 4) group_direct<kKind, 4, 2>(w, n, tokens, m, out);
+    }
     if constexpr (kMostPaired > 2)
-      if (tokens.count > 2 && tokens.count <= kMostPaired)
+      if (tokens.count <= kMostPaired)
         for (; n + 8 <= end; n += 8) group_paired<kKind, 8>(w, n, tokens, m, out);
     for (; n + 4 <= end; n += 4) group_tiled<kKind, 4>(w, n, tokens, m, out);
     for (; n < end; ++n) group_tiled<kKind, 1>(w, n, tokens, m, out);
