@@ -70,6 +70,19 @@ def test_linears_agree_with_float64_and_rows_do_not_depend_on_m(
         assert error(gemm.linear(x16, half, form, out_dtype="float32"), x16, half) < 1e-6
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, 64])
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_every_code_counts_as_its_value_in_every_place(level: str, form: Any, m: int) -> None:
+    places = np.arange(256)
+    codes = ((places + 11 * places[:20, None]) % 256).astype(np.uint8)  # [N, K], turned by row
+    codes[(codes & 127) == 127] = 0
+    weight, scale = codes.view(E4M3), np.full((1, 2), 0.5, np.float32)
+    x = np.eye(256, dtype=np.float32)  # row k picks column k of W: subnormal codes, too, are exact
+    for first in range(0, 256, m):
+        y = gemm.fp8_linear(x[first : first + m], weight, scale, form)
+        assert (y == 0.5 * weight.T[first : first + m].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("form", ["few", "many"])
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_a_nan_weight_reaches_its_column_and_no_other(level: str, form: Any, code: int) -> None:
@@ -77,7 +90,7 @@ def test_a_nan_weight_reaches_its_column_and_no_other(level: str, form: Any, cod
     weight, scale, _ = fp8_weight(rng, 70, 300)
     x = rng.standard_normal((5, 300)).astype(np.float32)
     clean = gemm.fp8_linear(x, weight, scale, form)
-    for row, column in [(13, 77), (69, 299), (0, 0), (64, 128)]:
+    for row, column in [(13, 77), (40, 94), (69, 299), (0, 0), (64, 128)]:
         dirty = weight.copy()
         dirty.view(np.uint8)[row, column] = code
         for m in (1, 2, 5):

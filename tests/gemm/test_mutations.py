@@ -19,6 +19,8 @@ from whalefall.jit import machine
 
 ROOT = Path(__file__).parents[2]
 GEMM, ATTENTION = "src/whalefall/gemm/native", "src/whalefall/attention/native"
+SIMD = "src/whalefall/jit/include/whalefall/simd.h"
+EVERY_CODE = "tests/gemm/test_linear.py::test_every_code_counts_as_its_value_in_every_place"
 
 
 class Break(NamedTuple):
@@ -55,6 +57,27 @@ BREAKS = {
         "float factor = x.scaled() ? x.scale[m][b] : 1.0f;",
         "float factor = 1.0f;",
         "tests/gemm/test_quantised.py::test_quantised_activations_are_the_cast_ones",
+    ),
+    "drop a mantissa bit of every fourth code": Break(
+        SIMD,
+        "out[3] = fp8_bits_to_float(even << 16);",
+        "out[3] = fp8_bits_to_float(even << 16 & ~(1 << 20));",
+        EVERY_CODE,
+    ),
+    "put codes into the panel in the order in which they are decoded": Break(
+        f"{GEMM}/many_fma.h",
+        "store(out + (3 - j) * kTileColumns",
+        "store(out + j * kTileColumns",
+        EVERY_CODE,
+    ),
+    "spread one number of x over its neighbour's place": Break(
+        f"{GEMM}/many_fma.h", "v, v, 3, 3, 3, 3", "v, v, 2, 2, 2, 2", EVERY_CODE
+    ),
+    "look for NaN in half of the codes": Break(
+        SIMD,
+        "void see32(const uint8_t* p) { see16(p), see16(p + 16); }",
+        "void see32(const uint8_t* p) { see16(p); }",
+        "tests/gemm/test_linear.py::test_a_nan_weight_reaches_its_column_and_no_other",
     ),
     "take the first group's scales for the second one's rows": Break(
         f"{GEMM}/many_tile.h",

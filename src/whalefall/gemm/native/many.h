@@ -47,6 +47,38 @@ void tile_of(int rows, const typename Path::Value* const* x, const float* const*
   Path::template tile<M, kLength>(x, sx, blocks, panel, scale, sums, pitch);
 }
 
+// sums[m][.] += `rows` rows of x times all panels, `columns` rows of W: a panel at a time, or,
+// where x is spread, a block of K at a time.
+template <class Path, int kLength>
+void tiles_of(int rows, const typename Path::Value* const* x, const float* const* sx,
+              int64_t blocks, int64_t columns, const typename Path::Value* panels,
+              const float* scales, float* sums) {
+  const int64_t panel = Path::panel_values(blocks * kLength);
+  auto multiply = [&](const typename Path::Value* const* x, const float* const* sx, int64_t first,
+                      int64_t count) {
+    for (int64_t c = 0; c < columns; c += kTileColumns)
+      tile_of<Path, kLength>(
+          rows, x, sx, count,
+          panels + c / kTileColumns * panel + Path::panel_values(first * kLength),
+          scales + c * blocks + first * kTileColumns, sums + c, kColumns);
+  };
+  if constexpr (!Path::kSpread) {
+    multiply(x, sx, 0, blocks);
+  } else {
+    alignas(64) float spread_x[kBlock * kTileRows * kLanes];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *row[kTileRows], *row_scale[kTileRows];
+      for (int m = 0; m < rows; ++m) {
+        row[m] = x[m] + b * kLength;
+        row_scale[m] = sx[m] ? sx[m] + b : nullptr;
+      }
+      spread(row, rows, kLength, spread_x);
+      row[0] = spread_x;
+      multiply(row, row_scale, b, 1);
+    }
+  }
+}
+
 // The thread's own panels, scales and sums.
 struct Workspace {
   float *panels, *scales, *sums;
@@ -86,10 +118,8 @@ const float* multiply_on(const Source& w, int64_t n, int64_t end, const Rows& x,
         row_scale[i] = x.row_scale(m + i);
         if (row_scale[i]) row_scale[i] += k / kLength;
       }
-      for (int64_t c = 0; c < end - n; c += kTileColumns)
-        tile_of<Path, kLength>(
-            rows, row, row_scale, blocks, panels + c / kTileColumns * Path::panel_values(padded),
-            space.scales + c * blocks, space.sums + (m - first) * kColumns + c, kColumns);
+      tiles_of<Path, kLength>(rows, row, row_scale, blocks, end - n, panels, space.scales,
+                              space.sums + (m - first) * kColumns);
     }
   }
   return space.sums;

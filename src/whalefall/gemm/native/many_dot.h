@@ -12,6 +12,7 @@ struct DotPath {
   using Value = uint16_t;
   static const uint16_t* row(const Rows& x, int64_t m) { return x.half_row(m); }
   static constexpr int64_t panel_values(int64_t depth) { return depth * kTileColumns; }
+  static constexpr bool kSpread = false;
   template <int kKind>
   static constexpr float unit() {
     return 1.0f;

@@ -5,9 +5,10 @@
 namespace wf::gemm::many {
 constexpr int kTileRows = WF_ISA >= 2 ? 12 : 6;  // 12 or 24 sums + 2 of W + 1 of x
 constexpr int kTileColumns = 2 * kLanes;
-constexpr int kColumns = WF_ISA >= 2 ? 128 : 64;  // W rows of a panel set
-constexpr int kDepth = 1024;                      // K of a panel set
-constexpr int kChunkRows = 512;                   // rows of x that share a decoded panel
+// W rows and K of a panel set, in L2. Where x is spread (many_fma.h), that is paid for once a set.
+constexpr int kColumns = WF_ISA == 0 ? 256 : WF_ISA == 1 ? 64 : 128;
+constexpr int kDepth = WF_ISA == 0 ? 256 : 1024;
+constexpr int kChunkRows = 512;  // rows of x that share a decoded panel
 
 // Rows of kLanes vectors become columns.
 inline void transpose(vf* v) {
@@ -41,12 +42,14 @@ inline void transpose(vf* v) {
     for (int i = 0; i < 16; ++i) v[i] = (vf)t[i];
   }
 #else
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < i; ++j) {
-      float a = v[i][j];
-      v[i][j] = v[j][i];
-      v[j][i] = a;
-    }
+  const vf a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
+  const vf b = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+  const vf c = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+  const vf d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  v[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  v[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 #endif
 }
 

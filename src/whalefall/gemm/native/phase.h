@@ -48,7 +48,8 @@ namespace phase {
 // waits for half a task on average; and outputs of its two products that are kept in L1.
 constexpr int64_t kLeast = 32768, kMost = 262144, kKept = 4096;
 // In the many form: rows of W of a task, and of x that are gated at once, for which W is decoded.
-constexpr int64_t kManyChunk = kTile ? 128 : 64, kManyRows = kTile ? many::kChunkRows : 64;
+constexpr int64_t kManyChunk = kTile ? 128 : WF_ISA == 0 ? 256 : 64;
+constexpr int64_t kManyRows = kTile ? many::kChunkRows : 64;
 static_assert(kManyChunk <= many::kColumns && kManyRows <= many::kChunkRows);
 
 // h = silu(g) * u
