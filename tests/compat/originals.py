@@ -1,13 +1,15 @@
 """Runs the test scripts of DeepGEMM and FlashMLA on the CPU: `originals.py TESTS_FOLDER [SCRIPT…]`.
 
-In: the `tests` folder of a checkout of the original. Out: a line a function, `script function |
-cases | passed` or what was raised. The scripts run as published, with two changes for a CPU:
+In: the `tests` folder of a checkout of the original. Out: a line a function, `ROW script function |
+cases | passed` or what was raised, or `no case` where it looked at none; cases are – where a script
+runs as a program. The scripts run as published, with two changes for a CPU:
 shapes are shortened (the published ones take a GPU seconds and a CPU days), and of long lists every
 n-th case is taken. Timings through CUDA's profiler are left out.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import sys
@@ -59,6 +61,7 @@ def shortened(enumerate_cases: Callable[..., Iterator[tuple[Any, ...]]], every: 
     def cut(value: Any) -> Any:
         return min(value, 512) if type(value) is int else value
 
+    @functools.wraps(enumerate_cases)
     def run(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
         seen = set()
         for case in enumerate_cases(*args, **kwargs):
@@ -105,12 +108,19 @@ def outcome(body: Callable[[], Any]) -> str:
     return "passed"
 
 
-def gemm_rows(folder: Path, script: str) -> Iterator[tuple[str, int, str]]:
+def verdict(said: str, cases: int) -> str:
+    """What a function said, but for one that looked at nothing."""
+    return "no case" if said == "passed" and cases == 0 else said
+
+
+def gemm_rows(folder: Path, script: str) -> Iterator[tuple[str, int | str, str]]:
     """One row for each function of a DeepGEMM script."""
+    sys.modules.pop("generators", None)  # the last script's, whose enumerations are cut already
     generators = importlib.import_module("generators")
     count = 0
 
     def counted(enumerate_cases: Any) -> Any:
+        @functools.wraps(enumerate_cases)
         def run(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
             nonlocal count
             for case in enumerate_cases(*args, **kwargs):
@@ -132,12 +142,12 @@ def gemm_rows(folder: Path, script: str) -> Iterator[tuple[str, int, str]]:
 
     said = outcome(load)
     if said != "passed" or not GEMM_SCRIPTS[script]:
-        yield script, 0, said if said != "passed" else outcome(names["original_main"])
+        yield script, "–", said if said != "passed" else outcome(names["original_main"])
         return
     for function in GEMM_SCRIPTS[script]:
         count = 0
         said = outcome(names[function])
-        yield f"{script} {function}", count, said
+        yield f"{script} {function}", count, verdict(said, count)
 
 
 def smaller(case: Any) -> Any:
@@ -187,7 +197,8 @@ def mla_rows(folder: Path, script: str) -> Iterator[tuple[str, int, str]]:
 
         names[function] = one
         said = outcome(names["original_main"])
-        yield f"{script} {function}{LABELS.get((script, part), '')}", ran, said
+        name = f"{script} {function}{LABELS.get((script, part), '')}"
+        yield name, ran, verdict(said, ran)
 
 
 LABELS = {

@@ -149,6 +149,30 @@ WRONG += [
 ]
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("of", [np.array, torch.tensor])
+def test_an_element_of_an_array_is_a_whole_number(of: Any, dtype: str) -> None:
+    """The original's scripts call `align(psum_m[i], get_mk_alignment_for_contiguous_layout())`."""
+    ends = of([130, 3], dtype=getattr(torch if of is torch.tensor else np, dtype))
+    bare = ends[0] if of is torch.tensor else ends[0:1].reshape(())
+    assert (gemm.align(bare, 128), gemm.ceil_div(bare, 128)) == (256, 2)
+    assert (gemm.align(ends[1], bare), gemm.ceil_div(300, bare)) == (130, 3)
+    assert gemm.get_tma_aligned_size(bare, ends[1] + 1) == 132
+    assert len(ends[gemm.align(ends[1], 1) - 2 : ends[0]]) == 1
+    ends[1] = (0 if len(ends) == 1 else gemm.align(ends[0], 4)) + ends[1]
+    assert ends.tolist() == [130, 135]
+
+
+@pytest.mark.parametrize("wrong", [1.5, True, float("nan")])
+def test_an_element_that_is_no_whole_number_is_refused(wrong: Any) -> None:
+    for value in (np.array(wrong), torch.tensor(wrong), torch.tensor(1, device="meta")):
+        for call in (gemm.align, gemm.ceil_div):
+            with pytest.raises(WhalefallError, match=r": x is .*, wanted a whole number"):
+                call(value, 4)
+            with pytest.raises(WhalefallError, match=r": y is .*, wanted a whole number"):
+                call(4, value)
+
+
 @pytest.mark.parametrize(("name", "args", "part"), WRONG)
 def test_what_makes_no_sense_is_refused_with_function_and_argument(
     name: str, args: tuple[Any, ...], part: str

@@ -149,6 +149,37 @@ def test_scale_layouts_have_the_original_shapes_and_strides(mn: int, k: int) -> 
         gemm.transform_sf_into_required_layout(sf, mn + 1, k * 128, (1, 128))
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("use_ue8m0", [False, True])
+def test_values_and_scales_are_row_major_whatever_the_strides_of_x(
+    kind: str, use_ue8m0: bool
+) -> None:
+    plain = np.random.default_rng(4).standard_normal((512, 1024)).astype(np.float32)
+    turned: Any = np.asfortranarray(plain)
+    if kind == "torch":
+        torch = pytest.importorskip("torch")
+        plain, turned = torch.from_numpy(plain), torch.from_numpy(plain.T.copy()).t()
+    for name, rest in (
+        ("per_token_cast_to_fp8", (use_ue8m0,)),
+        ("per_token_cast_to_fp8", (use_ue8m0, 128, use_ue8m0)),
+        ("per_channel_cast_to_fp8", (use_ue8m0,)),
+        ("per_block_cast_to_fp8", (use_ue8m0,)),
+        ("per_token_cast_to_fp4", (use_ue8m0,)),
+        ("per_token_cast_to_fp4", (use_ue8m0, 128, use_ue8m0)),
+    ):
+        wanted, found = (getattr(gemm, name)(x, *rest) for x in (plain, turned))
+        for of_plain, of_turned in zip(wanted, found, strict=True):
+            assert dtypes.view(of_turned).contiguous, (name, dtypes.view(of_turned))
+            assert dtypes.as_numpy(of_turned).tobytes() == dtypes.as_numpy(of_plain).tobytes()
+    cubes = [x.reshape(8, 64, 1024) for x in (plain, turned)]
+    for dims in ((0,), (1, 2), (0, 2), (0, 1, 2)):
+        found = gemm.per_custom_dims_cast_to_fp8(cubes[1], dims, use_ue8m0)
+        wanted = gemm.per_custom_dims_cast_to_fp8(cubes[0], dims, use_ue8m0)
+        assert dtypes.view(found[1]).contiguous, dims
+        assert dtypes.as_numpy(found[1]).tobytes() == dtypes.as_numpy(wanted[1]).tobytes()
+    assert gemm.per_custom_dims_cast_to_fp8(plain, (), use_ue8m0)[1].shape == ()
+
+
 def test_torch_tensors_get_torch_results() -> None:
     torch = pytest.importorskip("torch")
     x = torch.randn(7, 300, dtype=torch.bfloat16)

@@ -326,8 +326,10 @@ def test_a_result_over_an_expert_is_refused(part: str, over: str) -> None:
 def test_refusals_say_what_is_wrong() -> None:
     weight, scale, _ = fp8_weight(np.random.default_rng(5), 64, 256)
     x = np.zeros((2, 256), np.float32)
-    with pytest.raises(ShapeError, match=r"scale is float32 \[1, 1\], wanted .* \[1, 2\]"):
+    with pytest.raises(ShapeError, match=r"scale is float32 \[1, 1\] with .*wanted .* \[1, 2\]"):
         gemm.fp8_linear(x, weight, scale[:, :1].copy())
+    with pytest.raises(ShapeError, match=r"scale is float32 \[1, 2\] with strides \[4, 2\]"):
+        gemm.fp8_linear(x, weight, np.ones((1, 4), np.float32)[:, ::2])
     with pytest.raises(ShapeError, match=r"x has shape \[2, 255\].*wanted \[M, K=256\]"):
         gemm.fp8_linear(x[:, :255], weight, scale)
     with pytest.raises(DtypeError, match="x is float64"):
@@ -352,6 +354,15 @@ def test_refusals_say_what_is_wrong() -> None:
         gemm.fp8_linear(x, weight, scale, ["few"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="form is 'some'"):
         gemm.fp8_linear(x, weight, scale, "some")  # type: ignore[arg-type]
+
+
+def test_a_cast_of_a_turned_weight_is_a_weight() -> None:
+    torch = pytest.importorskip("torch")
+    plain = torch.randn(256, 512).t()
+    x = torch.randn(3, 256)
+    y = gemm.fp8_linear(x, *gemm.per_block_cast_to_fp8(plain, False))
+    wanted = gemm.fp8_linear(x, *gemm.per_block_cast_to_fp8(plain.contiguous(), False))
+    assert torch.equal(y, wanted)
 
 
 def test_a_gradient_is_refused_where_torch_records_one() -> None:

@@ -8,6 +8,7 @@ Source: DeepGEMM `deep_gemm/utils/math.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,16 +38,30 @@ __all__ = [
 Floats = npt.NDArray[np.float32]
 
 
-def ceil_div(x: int, y: int) -> int:
-    """x / y rounded up; ConfigError unless they are whole and y >= 1."""
-    x, y = whole("ceil_div: x", x), whole("ceil_div: y", y, 1)
+def ceil_div(x: Any, y: Any) -> int:
+    """x / y rounded up.
+
+    Args:
+        x, y: whole numbers, or integer arrays or tensors without axes, such as an element of one.
+    Raises: ConfigError for anything else, and unless y >= 1.
+    """
+    x, y = whole("ceil_div: x", item(x)), whole("ceil_div: y", item(y), 1)
     return (x + y - 1) // y
 
 
-def align(x: int, y: int) -> int:
-    """x rounded up to a multiple of y; ConfigError unless they are whole and y >= 1."""
-    x, y = whole("align: x", x), whole("align: y", y, 1)
+def align(x: Any, y: Any) -> int:
+    """x rounded up to a multiple of y; both as in `ceil_div`."""
+    x, y = whole("align: x", item(x)), whole("align: y", item(y), 1)
     return ceil_div(x, y) * y
+
+
+def item(value: Any) -> Any:
+    """The element of an array or tensor without axes; anything else, and where there is none, as
+    it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        with contextlib.suppress(RuntimeError):  # a tensor without memory
+            return value.item()
+    return value
 
 
 def ceil_to_ue8m0(x: Any) -> Any:
@@ -95,6 +110,12 @@ def _quantize(x: Floats, scale: Floats) -> npt.NDArray[Any]:
         return dtypes.float_to_e4m3(x * (np.float32(1) / scale))
 
 
+def _given_back(values: npt.NDArray[Any], scale: npt.NDArray[Any], x: Any) -> tuple[Any, Any]:
+    """Values and scales with the library of x, row-major whatever the strides of x."""
+    # not `ascontiguousarray`, which gives a scale without axes one
+    return restore(np.asarray(values, order="C"), x), restore(np.asarray(scale, order="C"), x)
+
+
 def per_token_cast_to_fp8(
     x: Any, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
 ) -> tuple[Any, Any]:
@@ -112,8 +133,7 @@ def per_token_cast_to_fp8(
     blocks = _blocks_of_rows(where, floats, gran_k)
     scale = _scale(_largest(blocks, 2), dtypes.E4M3_MAX, use_ue8m0)
     values = _unpadded(_quantize(blocks, scale[:, :, None]), floats.shape[1])
-    packed = dtypes.pack_ue8m0(scale, where) if pack else scale
-    return restore(np.ascontiguousarray(values), x), restore(packed, x)
+    return _given_back(values, dtypes.pack_ue8m0(scale, where) if pack else scale, x)
 
 
 def _flags(where: str, use_ue8m0: Any, use_packed_ue8m0: Any) -> tuple[bool, bool]:
@@ -149,7 +169,7 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple
         raise ShapeError(f"{where}: {m} rows, wanted a multiple of {gran_k}")
     blocks = floats.reshape(m // gran_k, gran_k, n)
     scale = _scale(_largest(blocks, 1), dtypes.E4M3_MAX, use_ue8m0)
-    return restore(_quantize(blocks, scale[:, None, :]).reshape(m, n), x), restore(scale, x)
+    return _given_back(_quantize(blocks, scale[:, None, :]).reshape(m, n), scale, x)
 
 
 def per_block_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[Any, Any]:
@@ -166,7 +186,7 @@ def per_block_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple[A
     blocks = wide.reshape(wide.shape[0] // rows, rows, wide.shape[1] // columns, columns)
     scale = _scale(_largest(blocks, (1, 3)), dtypes.E4M3_MAX, use_ue8m0)
     values = _quantize(blocks, scale[:, None, :, None]).reshape(wide.shape)[:m, :n]
-    return restore(np.ascontiguousarray(values), x), restore(scale, x)
+    return _given_back(values, scale, x)
 
 
 def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) -> tuple[Any, Any]:
@@ -182,7 +202,7 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) ->
     others = tuple(i for i in range(floats.ndim) if i not in kept)
     largest = np.abs(floats).max(axis=others, keepdims=True, initial=0)
     scale = _scale(largest, dtypes.E4M3_MAX, use_ue8m0)
-    return restore(_quantize(floats, scale), x), restore(scale.squeeze(), x)
+    return restore(_quantize(floats, scale), x), restore(np.asarray(scale.squeeze(), order="C"), x)
 
 
 def per_token_cast_to_fp4(
@@ -210,8 +230,8 @@ def per_token_cast_to_fp4(
     if pack:
         full = np.ones((m, align(scale.shape[1], 4)), np.float32)
         full[:, : scale.shape[1]] = scale
-        return restore(packed, x), restore(dtypes.pack_ue8m0(full, where), x)
-    return restore(packed, x), restore(scale, x)
+        return _given_back(packed, dtypes.pack_ue8m0(full, where), x)
+    return _given_back(packed, scale, x)
 
 
 def _codes(where: str, packed: Any) -> npt.NDArray[np.uint8]:

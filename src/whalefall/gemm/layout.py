@@ -16,7 +16,7 @@ import numpy.typing as npt
 from whalefall.arguments import flag, whole, wholes
 from whalefall.dtypes import as_numpy, float_to_ue8m0, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
-from whalefall.gemm.casts import align, ceil_div
+from whalefall.gemm.casts import align, ceil_div, item
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 
 __all__ = [
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 
-def get_tma_aligned_size(x: int, element_size: int, /) -> int:
-    """x rounded up to a multiple of 16 bytes' worth of elements.
+def get_tma_aligned_size(x: Any, element_size: Any, /) -> int:
+    """x rounded up to a multiple of 16 bytes' worth of elements; both as in `ceil_div`.
 
     Raises: ConfigError for an x below 0, or elements of which 16 bytes hold no whole number.
     """
-    x = whole("get_tma_aligned_size: x", x, 0)
-    size = whole("get_tma_aligned_size: element_size", element_size, 1)
+    x = whole("get_tma_aligned_size: x", item(x), 0)
+    size = whole("get_tma_aligned_size: element_size", item(element_size), 1)
     if 16 % size:
         raise ConfigError(f"get_tma_aligned_size: element_size is {size}, wanted 1, 2, 4, 8 or 16")
     return align(x, 16 // size)

@@ -259,8 +259,8 @@ def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Wei
     fits = len(s.shape) == 2 and s.shape[1] == blocks[1] and s.shape[0] >= blocks[0]
     if not fits or s.dtype != "float32" or not s.contiguous:
         raise ShapeError(
-            f"{name}: scale is {s.dtype} {list(s.shape)}, wanted contiguous float32 "
-            f"{list(blocks)} = [ceil(N={rows} / 128), ceil(K={cols} / 128)]; "
+            f"{name}: scale is {s.dtype} {list(s.shape)} with strides {list(s.strides)}, wanted "
+            f"contiguous float32 {list(blocks)} = [ceil(N={rows} / 128), ceil(K={cols} / 128)]; "
             "per_block_cast_to_fp8 makes it"
         )
     return Weight(w.address, s.address, rows, cols, blocks[1], first_row, KINDS[w.dtype], 0)
