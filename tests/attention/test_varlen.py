@@ -19,8 +19,10 @@ from whalefall.attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_mla_sparse_fwd,
     merge_partials,
+    varlen,
 )
 from whalefall.attention.reference import attention
+from whalefall.dtypes import NUMPY_DTYPES, as_numpy, empty_like, forget_calls, restore
 from whalefall.errors import ShapeError, UnsupportedError
 
 
@@ -79,6 +81,43 @@ def test_a_sequence_without_keys_is_zero_with_lse_minus_infinity(level: str) -> 
     q, none = np.ones((3, 1, 16), np.float32), np.ones((0, 1, 16), np.float32)
     out, lse = flash_attn_varlen_func(q, none, none, starts([3]), starts([0]), 3, 0)
     assert (out == 0).all() and (lse == -np.inf).all()
+
+
+def used_memory(library: str, size: int) -> None:
+    """Leaves freed memory of that size behind, in which no byte is 0."""
+    held = [np.full(size, 0x55, np.uint8) for _ in range(64)]
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        held += [torch.full((size,), 0x55, dtype=torch.uint8) for _ in range(64)]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("ends", [[0, 4, 9], [0, 0], [0], [0, 10]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_behind_the_last_end_is_zero_with_lse_minus_infinity(
+    level: str, dtype: str, ends: list[int], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(array: Any) -> Any:
+        return restore(array, pytest.importorskip("torch").empty(0)) if library != "numpy" else array
+
+    def soiled(like: Any, shape: Any, dtype: str) -> Any:
+        made = empty_like(like, shape, dtype)
+        made[...] = 7
+        return made
+
+    monkeypatch.setattr(varlen, "empty_like", soiled)
+    forget_calls()
+    rng = np.random.default_rng(7)
+    q = given(rng.standard_normal((10, 4, 128)).astype(NUMPY_DTYPES[dtype]))
+    cu, end = given(np.array(ends, np.int32)), ends[-1]
+    used = flash_attn_varlen_func(q[:end], q[:end], q[:end], cu, cu, 10, 10)
+    for _ in range(3):  # by the second, the call is known
+        used_memory(library, q.nbytes)
+        used_memory(library, 4 * 4 * 10)
+        out, lse = (as_numpy(x) for x in flash_attn_varlen_func(q, q, q, cu, cu, 10, 10))
+        assert (out[end:] == 0).all() and (lse[end:] == -np.inf).all()
+        for whole, part in zip((out, lse), used, strict=True):
+            assert whole[:end].tobytes() == as_numpy(part).tobytes()
 
 
 def values_that_start_with_the_keys(x: Any) -> dict[str, tuple[Any, Any]]:

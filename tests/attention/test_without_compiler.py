@@ -46,6 +46,7 @@ from tests.attention.test_sparse import (  # noqa: F401
 )
 from tests.attention.test_varlen import (  # noqa: F401
     test_a_sequence_without_keys_is_zero_with_lse_minus_infinity,
+    test_a_token_behind_the_last_end_is_zero_with_lse_minus_infinity,
     test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit,
     test_an_infinity_is_appended_as_nan_with_a_scale_of_one,
     test_append_writes_named_slots_and_skips_minus_one,

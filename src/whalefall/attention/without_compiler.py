@@ -27,6 +27,7 @@ from whalefall.attention.structs import (
     PagedArgs,
     SparseArgs,
     VarlenArgs,
+    VarlenCall,
 )
 from whalefall.dtypes import NUMPY_DTYPES, View, over_memory
 
@@ -191,8 +192,9 @@ def _attend(q: Array, k: Array, v: Array | None, call: Any) -> tuple[Doubles, Do
 
 @np.errstate(all="ignore")
 def wf_varlen_attention(kv_type: str, address: int) -> int:
-    """`VarlenArgs`: dense attention over sequences end to end, one kv head after another."""
-    call = VarlenArgs.from_address(address)
+    """`VarlenCall`: dense attention over sequences end to end, one kv head after another."""
+    checked = VarlenCall.from_address(address)
+    call = checked.args
     starts = [_int32(each, call.sequences + 1).tolist() for each in (call.q_starts, call.k_starts)]
     for s in range(call.sequences):
         tokens, keys = (slice(*each[s : s + 2]) for each in starts)
@@ -201,6 +203,10 @@ def wf_varlen_attention(kv_type: str, address: int) -> int:
             k = _part(call, "k", kind, call.width, keys, of_head)[:, 0].astype(np.float64)
             v = _part(call, "v", kind, call.v_width, keys, of_head)[:, 0].astype(np.float64)
             _sequence(call, tokens, head, k, v)
+    nobodys = slice(starts[0][-1], checked.q_tokens)
+    rows = (nobodys.stop - nobodys.start) * call.heads
+    none = np.zeros((rows, call.v_width)), np.full(rows, call.lonely_lse)
+    _write(call, nobodys, slice(0, call.heads), *none)
     return 0
 
 

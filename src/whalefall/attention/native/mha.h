@@ -5,6 +5,7 @@
 // Four query tokens of one head form a group; a sequence's keys are one run, so a token's bits do
 // not depend on how the prompt was cut.
 #pragma once
+#include <cstring>
 #include "cache.h"
 #include "plan.h"
 
@@ -108,8 +109,21 @@ class VarlenWork {
   const VarlenArgs& args_;
 };
 
+// Tokens from `first` on belong to no sequence: they see no key.
+inline void see_nothing(const VarlenArgs& args, int64_t first, int64_t tokens) {
+  const int64_t size = bytes_of(args.out_type);
+  parallel_for(tokens - first, [&](int64_t i, int) {
+    for (int64_t t = first + i, h = 0; h < args.heads; ++h) {
+      char* out = static_cast<char*>(args.out) + (t * args.out_token + h * args.out_head) * size;
+      std::memset(out, 0, size_t(args.v_width * size));
+      if (args.lse) args.lse[t * args.lse_token + h * args.lse_head] = args.lonely_lse;
+    }
+  });
+}
+
 template <class Row>
-void varlen_attention(const VarlenArgs& args) {
+void varlen_attention(const VarlenArgs& args, int64_t tokens) {
   Runner(VarlenWork<Row>(args)).run();
+  see_nothing(args, args.q_starts[args.sequences], tokens);
 }
 }  // namespace wf::attention

@@ -20,6 +20,6 @@ WF_EXPORT int32_t wf_varlen_attention(const VarlenCall* call) {
   if (!are_starts(args.q_starts, args.sequences, call->q_tokens) ||
       !are_starts(args.k_starts, args.sequences, call->k_tokens))
     return 1;
-  wf::attention::varlen_attention<wf::attention::WF_ROW>(args);
+  wf::attention::varlen_attention<wf::attention::WF_ROW>(args, call->q_tokens);
   return 0;
 }
