@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from tests.attention.closeness import assert_close
 from tests.attention.problems import BF16
@@ -85,9 +86,8 @@ def test_a_sequence_without_keys_is_zero_with_lse_minus_infinity(level: str) -> 
 
 def used_memory(library: str, size: int) -> None:
     """Leaves freed memory of that size behind, in which no byte is 0."""
-    held = [np.full(size, 0x55, np.uint8) for _ in range(64)]
+    held: list[Any] = [np.full(size, 0x55, np.uint8) for _ in range(64)]
     if library == "torch":
-        torch = pytest.importorskip("torch")
         held += [torch.full((size,), 0x55, dtype=torch.uint8) for _ in range(64)]
 
 
@@ -98,7 +98,7 @@ def test_a_token_behind_the_last_end_is_zero_with_lse_minus_infinity(
     level: str, dtype: str, ends: list[int], library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def given(array: Any) -> Any:
-        return restore(array, pytest.importorskip("torch").empty(0)) if library != "numpy" else array
+        return array if library == "numpy" else restore(array, torch.empty(0))
 
     def soiled(like: Any, shape: Any, dtype: str) -> Any:
         made = empty_like(like, shape, dtype)
@@ -263,6 +263,23 @@ def test_append_writes_named_slots_and_skips_minus_one(level: str) -> None:
     assert (near[5, 512:] == rope[0]).all()
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_of_rows_with_one_slot_the_last_is_kept(level: str, fp8: bool) -> None:
+    rng = np.random.default_rng(8)
+    slots = rng.integers(-1, 40, 3000).astype(np.int32)
+    latent = rng.standard_normal((3000, 512)).astype(np.float32)
+    rope = rng.standard_normal((3000, 64)).astype(np.float32)
+    cache, want = (
+        np.zeros((3, 16, 1, 656), np.uint8) if fp8 else np.zeros((3, 16, 1, 576), BF16)
+        for _ in range(2)
+    )
+    last = {int(slot): i for i, slot in enumerate(slots) if slot >= 0}
+    rows = np.array(list(last.values()))
+    append_latent(latent[rows], rope[rows], want, np.array(list(last), np.int32), fp8)
+    append_latent(latent, rope, cache, slots, fp8)
+    assert cache.tobytes() == want.tobytes()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit(
     level: str, dtype: Any
@@ -288,7 +305,6 @@ def test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit(
 
 
 def test_a_gradient_is_refused_where_torch_records_one() -> None:
-    torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(5, 2, 32, requires_grad=True) for _ in range(3))
     starts = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(UnsupportedError, match="gradient"):

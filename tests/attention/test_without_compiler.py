@@ -53,6 +53,7 @@ from tests.attention.test_varlen import (  # noqa: F401
     test_equal_lengths_need_no_starts,
     test_nan_and_infinity_follow_one_convention,
     test_nan_in_a_part_is_in_the_merged_row,
+    test_of_rows_with_one_slot_the_last_is_kept,
     test_one_nan_of_a_part_counts_and_a_lonely_part_does_not,
     test_packed_forms_are_slices,
     test_parts_merge_to_the_whole,

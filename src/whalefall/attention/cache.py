@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from whalefall.arguments import flag
 from whalefall.attention.fp8_rows import LATENT
@@ -34,7 +35,8 @@ def append_latent(
         latent: [T, kv_lora]; rope: [T, rope]; float32, bfloat16 or float16, of one dtype.
         cache: [blocks, page, 1, kv_lora + rope], or [blocks, page, 1, 656] bytes with
             `is_fp8_kvcache` (kv_lora 512, rope 64): codes, a power of two for each 128 columns.
-        slots: [T] int32: block * page + offset of each row; -1 writes nothing.
+        slots: [T] int32: block * page + offset of each row; -1 writes nothing. Of rows with one
+            slot the last is kept.
     Raises: ShapeError, also where the cache's memory overlaps latent or rope; DtypeError,
         ConfigError; UnsupportedError where a gradient would be wanted.
     """
@@ -64,28 +66,26 @@ def append_latent(
         raise ShapeError(
             f"{_HERE}: slots[{wrong}] is {slot[wrong]}, wanted -1 to {rows - 1} = blocks * page - 1"
         )
-    chosen = np.flatnonzero(slot >= 0)
+    _only_the_last(slot)
     # One table that names every block: a slot is then a position in it.
     table = np.arange(pages.blocks, dtype=np.int32)
     tables = np.full(1, table.ctypes.data, np.uint64).repeat(tokens)
-    entry = append_entry()
-    size = 4 if left.dtype == "float32" else 2
-    for start, end in _stretches(chosen):
-        args = AppendArgs(
-            left.address + start * left.strides[0] * size,
-            right.address + start * right.strides[0] * size,
-            *(left.strides[0], left.shape[1], right.strides[0], right.shape[1]),
-            *(TYPES[left.dtype], kind, tables.ctypes.data, slot[start:].ctypes.data),
-            *(end - start, pages),
-        )
-        entry(ctypes.addressof(args))
+    args = AppendArgs(
+        *(left.address, right.address, left.strides[0], left.shape[1]),
+        *(right.strides[0], right.shape[1], TYPES[left.dtype], kind, tables.ctypes.data),
+        *(slot.ctypes.data, tokens, pages),
+    )
+    if tokens:
+        append_entry()(ctypes.addressof(args))
     del parts, kept
 
 
-def _stretches(chosen: Any) -> list[tuple[int, int]]:
-    """Ascending indices as half-open intervals."""
-    if len(chosen) == 0:
-        return []
-    cuts = np.flatnonzero(np.diff(chosen) != 1) + 1
-    parts = np.split(chosen, cuts)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+def _only_the_last(slots: npt.NDArray[np.int32]) -> None:
+    """Makes each slot that is named again further on -1: threads write rows in any order."""
+    ordered = np.sort(slots)
+    if not ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any():
+        return
+    _, from_the_end = np.unique(slots[::-1], return_index=True)
+    earlier = np.ones(len(slots), bool)
+    earlier[len(slots) - 1 - from_the_end] = False
+    slots[earlier] = -1

@@ -58,8 +58,8 @@ def flash_attn_varlen_func(
     Args:
         q: [Tq, h_q, d]; k: [Tk, h_kv, d]; v: [Tk, h_kv, d_v]; bfloat16, float16 or float32, k and v
             of one dtype. Query head i reads kv head i // (h_q / h_kv).
-        cu_seqlens_qo, cu_seqlens_kv: [b + 1] int32: where each sequence starts, and the ends. Tokens
-            of q behind the last end belong to no sequence and see no keys.
+        cu_seqlens_qo, cu_seqlens_kv: [b + 1] int32: where each sequence starts, and the ends.
+            Tokens of q behind the last end belong to no sequence and see no keys.
         max_seqlen_qo, max_seqlen_kv: accepted; no buffer depends on them here.
         dropout_p: must be 0.
         softmax_scale: None: d ** -0.5.

@@ -265,6 +265,8 @@ def wf_cache_append(address: int) -> int:
     tables = _at(call.tables, (call.tokens,), (1,), "int64").tolist()
     positions = _int32(call.positions, call.tokens).tolist()
     for row, table, position in zip(rows, tables, positions, strict=True):
+        if position < 0:
+            continue
         block = int(_int32(table, position // call.cache.page + 1)[-1])
         stored[block, position % call.cache.page, 0] = row
     return 0

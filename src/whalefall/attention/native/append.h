@@ -11,7 +11,7 @@ struct AppendArgs {
   Type type;                                                     // of latent and rope
   Type cache_type;               // fp8: the 656-byte row, latent 512 and rope 64 wide
   const int32_t* const* tables;  // [tokens]: each token's block table
-  const int32_t* positions;      // [tokens]: its place in the sequence
+  const int32_t* positions;      // [tokens]: its place in the sequence; -1 writes nothing
   int64_t tokens;
   Cache cache;  // data is written
 };
@@ -68,6 +68,7 @@ inline void append_fp8(const AppendArgs& args, int64_t token, char* to) {
 
 inline void append_row(const AppendArgs& args, int64_t t) {
   const int64_t position = args.positions[t];
+  if (position < 0) return;
   char* to = const_cast<char*>(
       args.cache.row(args.tables[t][position / args.cache.page], position % args.cache.page, 0));
   if (args.cache_type == Type::fp8) return append_fp8(args, t, to);
@@ -76,6 +77,7 @@ inline void append_row(const AppendArgs& args, int64_t t) {
   append_as_is(args.rope, args.type, t * args.rope_stride, args.rope_width,
                to + args.latent_width * bytes_of(args.cache_type), args.cache_type);
 }
+// No two tokens have one place: rows are written at the same time.
 inline void append(const AppendArgs& args) {
   constexpr int64_t kPiece = 16;  // rows a task
   parallel_for(ceil_div(args.tokens, kPiece), [&](int64_t piece, int) {
