@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import mmap
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks._calls import attention_call_rows
 from whalefall import jit
 from whalefall.attention import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from whalefall.jit import machine
@@ -243,23 +243,6 @@ def memory_row(scale: int) -> Row:
     )  # fmt: skip
 
 
-def call_row() -> Row:
-    p = Problem(1, [1])
-    for _ in range(200):
-        p()
-    samples = []
-    for _ in range(15):
-        start = time.perf_counter()
-        for _ in range(200):
-            p()
-        samples.append((time.perf_counter() - start) / 200 * 1e6)
-    ours = statistics.median(samples)
-    return Row(
-        "a call of flash_mla_with_kvcache, 1 head, 1 key", "–", "<= 5 µs", ours, None, "µs", None,
-        ours <= 5,
-    )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller shapes, 3 rounds")
@@ -270,7 +253,7 @@ def main() -> None:
     rows += compute_rows(rounds, scale)
     rows += torch_rows(rounds, scale)
     rows += shape_rows(rounds, scale)
-    rows.append(call_row())
+    rows += attention_call_rows()
     versions = {"numpy": np.__version__}
     try:
         import torch

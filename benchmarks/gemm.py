@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import mmap
 import os
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from benchmarks._calls import gemm_call_rows, per_call_us
 from benchmarks._experts import choices, experts_of
 from whalefall import gemm, jit
 from whalefall.gemm.linear import expert_structs, weight_struct
@@ -269,26 +269,14 @@ def _bf16(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def overhead_rows() -> list[Row]:
-    """What a call costs beside its work, through the public function and by struct."""
+    """What a call costs beside its work, through the public functions and by struct."""
     w, s = np.zeros((1, 1), E4M3), np.ones((1, 1), np.float32)
     x, y = np.ones((1, 1), np.float32), np.empty((1, 1), np.float32)
     call = linear_call(w, s, x, y)
     address, run = ctypes.addressof(call), library().wf_linear
-
-    def per_call(function: Callable[[], object]) -> float:
-        best = 1e9
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(2000):
-                function()
-            best = min(best, (time.perf_counter() - start) / 2000)
-        return best * 1e6
-
-    public = per_call(lambda: gemm.fp8_linear(x, w, s, "few", out=y))
-    struct = per_call(lambda: run(address))
+    struct = per_call_us(lambda: run(address), tuple)
     return [
-        Row("call of fp8_linear, 1x1x1", "5 us", "<= 5 us", public, 5.0, "us", 5 / public,
-            public <= 5),
+        *gemm_call_rows(),
         Row("call by struct pointer, 1x1x1", "5 us", "<= 5 us", struct, 5.0, "us", 5 / struct,
             struct <= 5),
     ]  # fmt: skip

@@ -298,7 +298,8 @@ def _torch_is_known(loaded: Native, torch: Any, whole: Any) -> bool:
         cut, freed = whole.clone(), whole.clone()[1:]
         cut.untyped_storage().resize_(40)
         freed.untyped_storage().resize_(0)
-        odd = [wanting, negative, cut, freed, whole.to("meta"), whole.to_sparse()]
+        odd = [wanting, negative, cut, freed, whole.to("meta"), whole[:0].to("meta")]
+        odd += [whole.to_sparse()]
         known = all(loaded.read(one) == _expected(one) for one in plain)
         known = known and all(loaded.read(one) is None for one in odd)
         with torch.no_grad():
