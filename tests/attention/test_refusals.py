@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.attention.problems import BF16
 from whalefall import attention
+from whalefall.compat import flash_mla
 from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError, WhalefallError
 
 SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text(encoding="utf-8"))
@@ -33,9 +35,9 @@ def test_the_public_names() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", SIGNATURES["functions"])
+@pytest.mark.parametrize("name", [*SIGNATURES["functions"], *SIGNATURES["classes"]])
 def test_signatures_are_the_originals(name: str) -> None:
-    parameters = inspect.signature(getattr(attention, name)).parameters.values()
+    parameters = inspect.signature(attrgetter(name)(attention)).parameters.values()
     ours = [
         [p.name, p.kind.name.lower(), "required" if p.default is p.empty else p.default]
         for p in parameters
@@ -43,7 +45,12 @@ def test_signatures_are_the_originals(name: str) -> None:
     for parameter in ours:
         if parameter[1].startswith("var_"):
             parameter[2] = "required"
-    assert ours == SIGNATURES["functions"][name]
+    assert ours == {**SIGNATURES["functions"], **SIGNATURES["classes"]}[name]
+
+
+def test_compat_has_the_originals_names() -> None:
+    assert flash_mla.__all__ == SIGNATURES["all"]
+    assert flash_mla.FlashMLASchedMeta is attention.FlashMLASchedMeta
 
 
 def decode(**change: Any) -> Any:

@@ -12,18 +12,34 @@ __all__ = ["FlashMLASchedMeta", "check_metadata", "get_mla_metadata"]
 
 @dataclass
 class FlashMLASchedMeta:
-    """Stands for the schedule that a GPU kernel would keep between calls.
+    """Stands for the schedule that a GPU kernel would keep between calls; its fields stay as made.
+
+    Work is shared out anew in each call, in cuts that are fixed for each request.
 
     Attributes:
-        tile_scheduler_metadata: always None here: work is shared out anew in each call, in cuts
-            that are fixed for each request.
-        num_splits: always None.
+        have_initialized: False.
+        config, tile_scheduler_metadata, num_splits: None.
     """
 
+    @dataclass
+    class Config:
+        """The sizes that the original's schedule is made for."""
+
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: int | None
+        extra_page_block_size: int | None
+        extra_topk: int | None
+
+    have_initialized: bool = False
+    config: Config | None = None
     tile_scheduler_metadata: Any = None
     num_splits: Any = None
-    config: Any = None
-    have_initialized: bool = False
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:

@@ -1,7 +1,7 @@
 """Stands in for `flash_mla` and `flash_mla.flash_mla_interface`, on whalefall's attention room."""
 
+from whalefall.attention import FlashMLASchedMeta as FlashMLASchedMeta
 from whalefall.attention import (
-    FlashMLASchedMeta,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
@@ -12,8 +12,7 @@ from whalefall.attention import (
 from whalefall.compat.absent import absent
 
 __version__ = "1.0.0"  # of the interface it follows
-__all__ = [
-    "FlashMLASchedMeta",
+__all__ = [  # as the original's; `FlashMLASchedMeta` is in its `flash_mla_interface`
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
