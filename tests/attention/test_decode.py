@@ -70,6 +70,32 @@ def test_other_dtypes_heads_and_pages(level: str, dtype: Any, d: int, d_v: int, 
                  dense_expected(p, d_v, 0.1, False)[1])  # fmt: skip
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_sink_takes_its_weight_of_dense_rows(
+    level: str, causal: bool, s_q: int, library: str
+) -> None:
+    """Values keep 1 / (1 + e^(sink - lse)); lse and rows without keys know nothing of it."""
+    p = dense(4, s_q, 100, 4, 2, True, 288, 16, np.float32, empty=True)
+    sink = np.array([4.5, -np.inf, np.inf, -1], np.float32)
+    want, want_lse = dense_expected(p, 256, 0.1, causal)
+    keys = np.isfinite(want_lse)
+    share = 1 / (1 + np.exp(sink[:, None].astype(np.float64) - np.where(keys, want_lse, 0)))
+    given, weight = [*p], sink
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        given, weight = [torch.from_numpy(x) for x in p], torch.from_numpy(sink)
+    out, lse = (
+        np.asarray(x) for x in call(Dense(*given), causal, 256, softmax_scale=0.1, attn_sink=weight)
+    )
+    close_decode(out, want * share.swapaxes(1, 2)[..., None], lse, want_lse)
+    for i in range(4):  # the batch has no say
+        alone = Dense(p.q[i : i + 1], p.cache, p.table[i : i + 1], p.lengths[i : i + 1])
+        one, _ = call(alone, causal, 256, softmax_scale=0.1, attn_sink=sink)
+        assert one[0].tobytes() == out[i].tobytes()
+
+
 @pytest.mark.parametrize("as_dtype", ["float8", "uint8"])
 def test_dense_over_the_fp8_cache(level: str, as_dtype: str) -> None:
     p = dense(2, 1, 150, 4, 1, False)

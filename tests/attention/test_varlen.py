@@ -304,6 +304,23 @@ def test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit(
     assert rows[2, 5] == 0x7F and rows[2, 6] == 0xFF
 
 
+def test_appended_scales_and_codes_from_1e_6_to_1e4_are_as_defined(level: str) -> None:
+    """scale = 2^ceil(log2(max(amax / 448, 1e-4))), code = e4m3(x fp32 / scale)."""
+    rng = np.random.default_rng(9)
+    most = np.geomspace(1e-6, 1e4, 800).astype(np.float32)
+    latent = rng.uniform(-1, 1, (800, 128)).astype(np.float32) * most[:, None]
+    latent[np.arange(800), rng.integers(0, 128, 800)] = most
+    floored = np.maximum(most / np.float32(448), np.float32(1e-4)).astype(np.float64)
+    scale = np.exp2(np.ceil(np.log2(floored))).astype(np.float32)
+    codes = (latent / scale[:, None]).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    cache = np.zeros((1, 200, 1, 656), np.uint8)
+    slots, rope = np.arange(200, dtype=np.int32), np.zeros((200, 64), np.float32)
+    append_latent(latent.reshape(200, 512), rope, cache, slots, is_fp8_kvcache=True)
+    rows = np.ascontiguousarray(cache[0, :, 0])
+    assert rows[:, 512:528].tobytes() == scale.tobytes()
+    assert rows[:, :512].tobytes() == codes.tobytes() and not ((codes & 0x7F) == 0x7F).any()
+
+
 def test_a_gradient_is_refused_where_torch_records_one() -> None:
     q, k, v = (torch.randn(5, 2, 32, requires_grad=True) for _ in range(3))
     starts = torch.tensor([0, 5], dtype=torch.int32)

@@ -17,6 +17,7 @@ from tests.attention.problems import BF16, dense, dense_expected
 from tests.attention.test_decode import (  # noqa: F401
     call,
     test_a_sample_of_the_original_grid,
+    test_a_sink_takes_its_weight_of_dense_rows,
     test_causal_tokens_before_the_first_key_are_lonely,
     test_dense_over_the_fp8_cache,
     test_half_of_the_requests_may_be_empty,
@@ -50,6 +51,7 @@ from tests.attention.test_varlen import (  # noqa: F401
     test_an_appended_row_has_the_published_scales_and_codes_bit_for_bit,
     test_an_infinity_is_appended_as_nan_with_a_scale_of_one,
     test_append_writes_named_slots_and_skips_minus_one,
+    test_appended_scales_and_codes_from_1e_6_to_1e4_are_as_defined,
     test_equal_lengths_need_no_starts,
     test_nan_and_infinity_follow_one_convention,
     test_nan_in_a_part_is_in_the_merged_row,
