@@ -15,6 +15,7 @@ import pytest
 from tests.attention.problems import BF16
 from whalefall import attention
 from whalefall.compat import flash_mla
+from whalefall.dtypes import NUMPY_DTYPES
 from whalefall.errors import ConfigError, DtypeError, ShapeError, UnsupportedError, WhalefallError
 
 SIGNATURES = json.loads((Path(__file__).parent / "signatures.json").read_text(encoding="utf-8"))
@@ -280,20 +281,36 @@ def test_flags_are_truth_values(wrong: Any) -> None:
             attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, **{name: wrong})
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "float8_e4m3fn"])
+def test_rows_of_a_cache_mean_the_same_in_numpy_and_torch(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    rows = (np.arange(3 * 2 * 656) % 100).astype(np.uint8).reshape(3, 2, 656)
+    plain = attention.dequantize_kv_cache(rows.view(NUMPY_DTYPES[dtype]))
+    assert plain.dtype == BF16 and plain.shape == (3, 2, 576)
+    got = attention.dequantize_kv_cache(torch.from_numpy(rows).view(getattr(torch, dtype)))
+    assert got.dtype == torch.bfloat16 and got.shape == (3, 2, 576)
+    assert got.view(torch.int16).numpy().tobytes() == plain.tobytes()
+    turned = torch.from_numpy(rows).transpose(0, 1)
+    assert torch.equal(attention.dequantize_kv_cache(turned), got.transpose(0, 1))
+
+
 def test_rows_of_a_cache_are_an_array_of_656_bytes() -> None:
     torch = pytest.importorskip("torch")
-    rows = np.arange(2 * 656, dtype=np.uint8).reshape(2, 656) % 100
-    plain = attention.dequantize_kv_cache(rows)
-    given = torch.from_numpy(rows)
-    assert attention.dequantize_kv_cache(given).tobytes() == plain.tobytes()
-    fp8 = given.view(torch.float8_e4m3fn)
-    assert attention.dequantize_kv_cache(fp8).tobytes() == plain.tobytes()
-    for wrong in (None, "rows", [1, 2], given.to_sparse(), given.to("meta"), rows.astype(object)):
+    given = torch.zeros(2, 656, dtype=torch.uint8)
+    odd = np.zeros((2, 656), object)
+    for wrong in (None, "rows", [1, 2], given.to_sparse(), given.to("meta"), odd):
         with pytest.raises(WhalefallError, match=r"^dequantize_kv_cache: rows: .*, wanted") as no:
             attention.dequantize_kv_cache(wrong)
         assert "\n" not in str(no.value)
+    for dtype, width in (("float32", 164), ("int16", 328), ("float32", 656), ("bool", 656)):
+        words = (
+            rf"^dequantize_kv_cache: rows is {dtype}, wanted one of float8_e4m3fn, uint8, int8; "
+        )
+        for array in (np.zeros((2, width), dtype), torch.zeros(2, width).to(getattr(torch, dtype))):
+            with pytest.raises(DtypeError, match=words):
+                attention.dequantize_kv_cache(array)
     for shape in ((656, 2), (), (2, 655)):
-        with pytest.raises(ShapeError, match=r"^dequantize_kv_cache: rows of .* bytes, wanted 656"):
+        with pytest.raises(ShapeError, match=r"^dequantize_kv_cache: rows has shape .*, wanted \["):
             attention.dequantize_kv_cache(np.zeros(shape, np.uint8))
 
 

@@ -12,28 +12,53 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from whalefall.attention.structs import FP8_ROW_BYTES
-from whalefall.dtypes import E4M3_MAX, as_numpy, ceil_to_ue8m0, e4m3_to_float, float_to_e4m3, view
-from whalefall.errors import ShapeError
+from whalefall.attention.structs import FP8_DTYPES, FP8_ROW_BYTES
+from whalefall.dtypes import (
+    E4M3_MAX,
+    as_numpy,
+    ceil_to_ue8m0,
+    e4m3_to_float,
+    float_to_e4m3,
+    refuse_gradient,
+    restore,
+    view,
+)
+from whalefall.errors import DtypeError, ShapeError
 
 __all__ = ["LATENT", "dequantize_kv_cache", "quantize_kv_rows"]
 
+_HERE = "dequantize_kv_cache"
 LATENT, TILE = 512, 128
 LEAST_SCALE = 1e-4  # before it is rounded up to a power of two
 
 
 def dequantize_kv_cache(rows: Any) -> Any:
-    """What rows of 656 bytes mean: [..., 656] uint8 → [..., 576] bfloat16 (products in fp32).
+    """What rows of 656 bytes mean: [..., 656] bytes → [..., 576] bfloat16 (products in fp32).
 
-    Raises: ShapeError; DtypeError, UnsupportedError for what is no array in the CPU's memory.
+    Args:
+        rows: uint8, int8 or float8_e4m3fn.
+    Returns: an array of the caller's library.
+    Raises: ShapeError; DtypeError for another dtype or what is no array; UnsupportedError for
+        memory that is not the CPU's, and where a gradient would be wanted.
     Source: FlashMLA, the V3.2 layout.
     """
-    view(rows, "dequantize_kv_cache: rows")
-    data = np.ascontiguousarray(as_numpy(rows)).view(np.uint8)
-    if data.shape[-1] != FP8_ROW_BYTES:
-        raise ShapeError(
-            f"dequantize_kv_cache: rows of {data.shape[-1]} bytes, wanted {FP8_ROW_BYTES}"
+    refuse_gradient(_HERE, (rows,))
+    seen = view(rows, f"{_HERE}: rows")
+    if seen.dtype not in FP8_DTYPES:
+        raise DtypeError(
+            f"{_HERE}: rows is {seen.dtype}, wanted one of {', '.join(FP8_DTYPES)}; pass the bytes "
+            "of an FP8 cache"
         )
+    if seen.shape[-1:] != (FP8_ROW_BYTES,):
+        raise ShapeError(
+            f"{_HERE}: rows has shape {list(seen.shape)}, wanted [..., {FP8_ROW_BYTES}]; pass "
+            "whole rows of an FP8 cache"
+        )
+    return restore(_meaning(as_numpy(rows)), rows)
+
+
+def _meaning(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    data = np.ascontiguousarray(rows).view(np.uint8)
     end = LATENT + 4 * LATENT // TILE
     scale = np.ascontiguousarray(data[..., LATENT:end]).view(np.float32)
     values = e4m3_to_float(data[..., :LATENT]) * np.repeat(scale, TILE, axis=-1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from whalefall.arguments import shown, whole
-from whalefall.attention.structs import FP8_ROW_BYTES, TYPES, Cache
+from whalefall.attention.structs import FP8_DTYPES, FP8_ROW_BYTES, TYPES, Cache
 from whalefall.dtypes import View, as_numpy, restore, view
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 
@@ -27,7 +27,6 @@ __all__ = [
     "width_of_values",
 ]
 
-_FP8 = ("float8_e4m3fn", "uint8", "int8")
 FLOAT_MAX = float(np.finfo(np.float32).max)
 _LARGEST_SCALE = FLOAT_MAX * math.log(2)  # kernels divide it by ln 2, in fp32
 FP8_WIDTH = 576  # columns of a 656-byte row
@@ -136,10 +135,10 @@ def check_cache(where: str, name: str, seen: View, fp8: bool, width: int) -> Non
             f"{where}: {name} has shape {list(seen.shape)}, wanted [blocks, page, kv heads, width]"
         )
     blocks, page, kv_heads, last = seen.shape
-    if fp8 != (seen.dtype in _FP8):
+    if fp8 != (seen.dtype in FP8_DTYPES):
         raise DtypeError(
             f"{where}: {name} is {seen.dtype} and is_fp8_kvcache is {fp8}; wanted "
-            + (f"one of {', '.join(_FP8)}" if fp8 else "bfloat16, float16 or float32")
+            + (f"one of {', '.join(FP8_DTYPES)}" if fp8 else "bfloat16, float16 or float32")
         )
     if not fp8 and seen.dtype not in TYPES:
         raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")

@@ -9,6 +9,7 @@ import ctypes
 from typing import Any
 
 __all__ = [
+    "FP8_DTYPES",
     "FP8_ROW_BYTES",
     "TYPES",
     "AppendArgs",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 FP8_ROW_BYTES = 656
+FP8_DTYPES = ("float8_e4m3fn", "uint8", "int8")  # of the bytes of such a row
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "fp8": 3}
 
 
