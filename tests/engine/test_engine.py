@@ -100,6 +100,17 @@ def test_text_equals_decoding_all_tokens(llm: LLM) -> None:
     assert out.text == llm.tokenizer.decode(out.token_ids)
 
 
+def test_prompts_may_have_params_of_their_own(llm: LLM) -> None:
+    short, long = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 9))
+    both = llm.generate([PROMPT, PROMPT], [short, long])
+    assert [out.token_ids for out in both] == [
+        llm.generate([PROMPT], one)[0].token_ids for one in (short, long)
+    ]
+    for wrong in ([short], [short, 3], 0.5):
+        with pytest.raises(ConfigError, match=r"generate: .*; pass one, or one a prompt"):
+            llm.generate([PROMPT, PROMPT], wrong)  # type: ignore[arg-type]
+
+
 def test_the_context_ends_an_answer(folder: Path) -> None:
     llm = LLM(folder, num_blocks=64, max_model_len=80)
     out = llm.generate([PROMPT], SamplingParams(max_tokens=None, ignore_eos=True))[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from whalefall.arguments import shown
 from whalefall.engine.config import EngineConfig
 from whalefall.engine.core import Scheduled, Sequence
 from whalefall.engine.core.sequence import BLOCK_SIZE
@@ -40,23 +41,24 @@ class LLM:
     def generate(
         self,
         prompts: str | Items[str] | Items[Items[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Items[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts, all at once.
 
         Args:
             prompts: texts, or lists of token ids.
-            params: for all of them.
+            params: for all of them, or one for each.
         Returns: one output a prompt, in order.
+        Raises: ConfigError where prompts and params are of different numbers.
         """
         items: Items[Any] = [prompts] if isinstance(prompts, str) else prompts
-        params = params or SamplingParams()
-        outputs = [self._output(index, item, params) for index, item in enumerate(items)]
+        each = _one_each(params, len(items))
+        outputs = [self._output(i, *pair) for i, pair in enumerate(zip(items, each, strict=True))]
         by_id = {output.request_id: output for output in outputs}
         added: list[str] = []
         try:
-            for output in outputs:
-                self.engine.add(output.request_id, output.prompt_token_ids, params)
+            for output, wanted in zip(outputs, each, strict=True):
+                self.engine.add(output.request_id, output.prompt_token_ids, wanted)
                 added.append(output.request_id)
             while self.engine.has_work():
                 for delta in self.engine.step():
@@ -111,6 +113,20 @@ class LLM:
                 engine.runner.step(step_batch([item], True, np.arange(count)), cache.array)
             )
         return np.concatenate(parts)
+
+
+def _one_each(given: Any, count: int) -> Items[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    if not isinstance(given, Items) or not all(isinstance(one, SamplingParams) for one in given):
+        raise ConfigError(
+            f"generate: params is {shown(given)}, wanted SamplingParams; pass one, or one a prompt"
+        )
+    if len(given) != count:
+        raise ConfigError(
+            f"generate: {len(given)} params for {count} prompts; pass one, or one a prompt"
+        )
+    return given
 
 
 def _take(output: RequestOutput, delta: Delta) -> None:
