@@ -25,6 +25,17 @@ def test_a_view_is_address_shape_strides_and_name() -> None:
     assert dtypes.view(np.zeros((2, 3))).contiguous
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", sorted(dtypes.NUMPY_DTYPES))
+def test_an_address_is_what_numpy_says(
+    name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whalefall.dtypes.arrays._ADDRESS_IS_FIRST", known)
+    whole = np.zeros((4, 6), dtypes.NUMPY_DTYPES[name])
+    for array in (whole, whole[1:, ::-2], whole.T[2], whole[0, 0, ...], np.zeros((0, 3))):
+        assert dtypes.view(array).address == array.ctypes.data
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int64", "uint8"])
 def test_torch_memory_is_shared_both_ways(dtype: str) -> None:
     torch = pytest.importorskip("torch")

