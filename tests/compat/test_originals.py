@@ -49,9 +49,12 @@ GENERATORS = """
 def enumerate_sf_layout():
     for mn in range(40):
         yield 8 * mn, 1024, False
+
+def generate_normal():
+    pass
 """
 SCRIPT = """
-from generators import enumerate_sf_layout
+from generators import enumerate_sf_layout, generate_normal
 
 def test_sf_layout_kernels():
     cases = list(enumerate_sf_layout())
@@ -60,7 +63,9 @@ def test_sf_layout_kernels():
 def test_k_grouped_sf_layout_kernels():
     pass
 
-test_k_grouped_psum_sf_layout_kernels = test_k_grouped_sf_layout_kernels
+def test_k_grouped_psum_sf_layout_kernels():
+    generate_normal()
+    generate_normal()
 """
 
 
@@ -73,10 +78,11 @@ def test_each_script_gets_the_enumerations_cut_once(tmp_path: Path) -> None:
     command = [sys.executable, "tests/compat/originals.py", str(tmp_path), *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    first = [row.removeprefix("ROW test_layout.py ") for row in rows[:2]]
+    first = [row.removeprefix("ROW test_layout.py ") for row in rows[:3]]
     assert first == [
         "test_sf_layout_kernels | 8 | passed",
         "test_k_grouped_sf_layout_kernels | 0 | no case",
+        "test_k_grouped_psum_sf_layout_kernels | 2 | passed",
     ], done.stderr
     assert rows[3] == "ROW test_lazy_init.py | – | passed"
     assert rows[4:] == rows[:3]
