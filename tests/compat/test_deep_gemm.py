@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -87,3 +91,61 @@ def test_a_bad_command_line_gets_one_line_and_exit_code_2(
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# module and what is there; signatures as recorded of DeepGEMM 54e2261
+RECORDED = """
+testing.bench: bench(fn, num_warmups=5, num_tests=10, high_precision=False)
+testing.bench: bench_kineto(fn, kernel_names, num_tests=30, suppress_kineto_output=False, \
+trace_path=None, flush_l2=True, with_multiple_kernels=False, barrier=None)
+testing.bench: class empty_suppress()
+testing.bench: class suppress_stdout_stderr()
+testing.numeric: assert_bitwise_equal(x, y, label='')
+testing.numeric: calc_diff(x, y)
+testing.numeric: count_bytes(*tensors)
+testing.utils: get_arch_major()
+testing.utils: ignore_env(name, condition)
+testing.utils: test_filter(condition)
+layout: get_tma_aligned_size(x, element_size, /)
+utils.layout: get_tma_aligned_size(x, element_size, /)
+math: align(x, y)
+utils.math: per_block_cast_to_fp8(x, use_ue8m0, gran_k=128)
+"""
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    compat.install()
+    yield
+    compat.uninstall()
+
+
+@pytest.mark.parametrize("line", RECORDED.strip().splitlines())
+def test_submodules_have_the_recorded_functions_and_classes(installed: None, line: str) -> None:
+    module, _, signature = line.partition(": ")
+    is_class = signature.startswith("class ")
+    signature = signature.removeprefix("class ")
+    name = signature.split("(")[0]
+    package = importlib.import_module("deep_gemm." + module.split(".")[0])
+    found = getattr(importlib.import_module(f"deep_gemm.{module}"), name)
+    assert found is getattr(package, name)
+    assert isinstance(found, type if is_class else FunctionType)
+    ours = inspect.signature(found)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in ours.parameters.values()]
+    assert name + str(inspect.Signature(bare)) == signature
+
+
+@pytest.mark.parametrize("name", ["empty_suppress", "suppress_stdout_stderr"])
+def test_blocks_that_suppress_let_errors_out(installed: None, name: str) -> None:
+    suppress = getattr(importlib.import_module("deep_gemm.testing"), name)
+    with suppress() as block:
+        assert isinstance(block, suppress)
+    with pytest.raises(KeyError), suppress():
+        raise KeyError
+
+
+def test_the_function_bench_hides_the_module_of_its_name(installed: None) -> None:
+    import deep_gemm.testing.bench
+    from deep_gemm.testing import bench  # type: ignore[import-not-found]
+
+    assert isinstance(deep_gemm.testing.bench, FunctionType) and deep_gemm.testing.bench is bench

@@ -23,6 +23,7 @@ MODULES = {
     "deep_gemm.layout": "whalefall.compat.deep_gemm.layout",
     "deep_gemm.math": "whalefall.gemm.casts",
     "deep_gemm.testing": "whalefall.compat.deep_gemm.testing",
+    "deep_gemm.testing.bench": "whalefall.compat.deep_gemm.testing",
     "deep_gemm.testing.numeric": "whalefall.compat.deep_gemm.testing",
     "deep_gemm.testing.utils": "whalefall.compat.deep_gemm.testing",
     "deep_gemm.utils": "whalefall.compat.deep_gemm.utils",
@@ -73,8 +74,8 @@ MODULES = {
 class _StandIn(Loader):
     """Loads the module that stands in for an original's."""
 
-    def __init__(self, target: str) -> None:
-        self._target = target
+    def __init__(self, name: str, target: str) -> None:
+        self._name, self._target = name, target
         self._own_spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -85,6 +86,13 @@ class _StandIn(Loader):
     def exec_module(self, module: ModuleType) -> None:
         # the import system has just written the original's name into it
         module.__spec__ = self._own_spec
+        # A submodule behind another thing of its name, as the function deep_gemm.testing.bench is:
+        # imported now, as in the original, since a later import would put it in that thing's place.
+        for name, target in MODULES.items():
+            package, _, last = name.rpartition(".")
+            hidden = package == self._name and hasattr(module, last)
+            if hidden and not isinstance(getattr(module, last), ModuleType):
+                sys.modules[name] = importlib.import_module(target)
 
 
 class _Finder(MetaPathFinder):
@@ -97,7 +105,7 @@ class _Finder(MetaPathFinder):
             refuse_import(name.removeprefix(f"{__name__}."))  # `from` asks by the stand-in's name
             return None
         is_package = any(other.startswith(name + ".") for other in MODULES)
-        return ModuleSpec(name, _StandIn(MODULES[name]), is_package=is_package)
+        return ModuleSpec(name, _StandIn(name, MODULES[name]), is_package=is_package)
 
 
 _FINDER = _Finder()
