@@ -133,7 +133,8 @@ def check_refusals(device: str) -> None:
 
     masked, rows = kernels.m_grouped_fp8_gemm_nt_masked, kernels.m_grouped_fp8_gemm_nt_contiguous
     dense, cast = kernels.fp8_gemm_nt, kernels.per_token_cast_to_fp8
-    a, b = fp8(8, 256), weights(64, 256)
+    a, b, over = fp8(8, 256), weights(64, 256), d(512 + 15)
+    dense(a, b, over[:512].view(8, 64))  # beside what follows
     for call, *given in (
         (masked, fp8(3, 8, 256), weights(1, 64, 256), d(1, 8, 64), counts(3), 5),
         (masked, fp8(3, 8, 256), weights(3, 64, 256), d(1, 8, 64), counts(3), 5),
@@ -150,6 +151,19 @@ def check_refusals(device: str) -> None:
         (dense, a, b, d(8, 64).half()),
         (dense, a[0], b, d(8, 64)),
         (dense, a, b, torch.zeros(8, 64, device="meta")),
+        (dense, a, b, None),
+        (dense, a, b, torch.empty(1, 64, device=device).expand(8, 64)),
+        (dense, (a[0], None), b, d(8, 64)),
+        (dense, a, (b[0], [1.0]), d(8, 64)),
+        (dense, a, (b[0], b[1].clone().requires_grad_()), d(8, 64)),
+        (dense, (a[0], over[:16].view(8, 2)), b, over[15 : 15 + 512].view(8, 64)),
+        (rows, a, weights(2, 64, 256), d(8, 64), None),
+        (rows, a, weights(2, 64, 256), d(8, 64), [0] * 8),
+        (rows, a, weights(2, 64, 256), over[:512].view(8, 64), over[:8].view(torch.int32)),
+        (masked, fp8(3, 8, 256), weights(3, 64, 256), d(3, 8, 64), None, 5),
+        (masked, fp8(3, 8, 256), weights(3, 64, 256), d(3, 8, 64), counts(3), "x"),
+        (cast, None, False),
+        (cast, np.zeros((3, 4), np.float32), False),
         (cast, torch.zeros(3, device=device), False),
         (cast, torch.zeros(3, 4, device=device).int(), False),
         (cast, torch.zeros(3, 4, device=device), False, 0),
@@ -158,7 +172,9 @@ def check_refusals(device: str) -> None:
         try:
             call(*given)
         except WhalefallError as error:
-            assert str(error).count("\n") == 0, error  # noqa: PT017
+            text = str(error)
+            assert text.startswith(f"{call.__name__}: "), text
+            assert text.partition("; ")[2] and "\n" not in text, text
         else:
             raise AssertionError([getattr(each, "shape", each) for each in given])
 

@@ -9,7 +9,7 @@ import numpy as np
 from whalefall.dtypes.arrays import NUMPY_DTYPES, View, over_memory, view
 from whalefall.errors import ShapeError
 
-__all__ = ["refuse_overlap", "written"]
+__all__ = ["refuse_overlap", "refuse_shared", "written"]
 
 _MOST_WORK = 10_000  # candidates that numpy looks at, within a millisecond; matrices need a few
 
@@ -24,6 +24,12 @@ def written(array: Any, name: str) -> View:
     seen = view(array, name)
     if isinstance(array, np.ndarray) and not array.flags.writeable:  # torch knows no such tensors
         raise ShapeError(f"{name} is read-only, wanted an array that may be written; copy it")
+    refuse_shared(seen, name)
+    return seen
+
+
+def refuse_shared(seen: View, name: str) -> None:
+    """ShapeError where elements of a result share memory."""
     reach = 0  # of the axes with smaller strides: the next one must step over it
     spans = zip(seen.strides, seen.shape, strict=True)
     for stride, length in sorted((abs(s), n) for s, n in spans if n > 1):
@@ -33,7 +39,6 @@ def written(array: Any, name: str) -> View:
                 "share memory, wanted each in its own; copy it"
             )
         reach += stride * (length - 1)
-    return seen
 
 
 def refuse_overlap(

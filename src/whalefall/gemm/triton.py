@@ -18,7 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from whalefall.arguments import flag, whole
+from whalefall.arguments import flag, shown, whole
+from whalefall.dtypes import View, refuse_gradient
+from whalefall.dtypes.written import refuse_overlap, refuse_shared
 from whalefall.errors import DtypeError, ShapeError, UnsupportedError
 from whalefall.gemm.operands import value_pair
 
@@ -34,6 +36,12 @@ __all__ = [
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 128
 DENSE, CONTIGUOUS, MASKED = 0, 1, 2
+_GROUPS = {CONTIGUOUS: "grouped_layout", MASKED: "masked_m"}
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    **dict.fromkeys(("a", "b"), (torch.float8_e4m3fn,)),
+    **dict.fromkeys(("scale of a", "scale of b"), (torch.float32,)),
+    "d": (torch.float32, torch.bfloat16),
+}
 
 
 @triton.jit
@@ -143,33 +151,51 @@ def _check(where: str, given: dict[str, Any], kind: int) -> None:
     """DtypeError, ShapeError or UnsupportedError for operands that don't fit each other.
 
     Args:
-        given: by name, the values and scales of a and b, d, and groups or None.
+        given: by name, the values and scales of a and b, d, and what says whose rows are whose.
     """
-    av, sa, bv, sb, d, groups = given.values()
-    for name, tensor, dtypes in (
-        *(("a", av, (torch.float8_e4m3fn,)), ("scale of a", sa, (torch.float32,))),
-        *(("b", bv, (torch.float8_e4m3fn,)), ("scale of b", sb, (torch.float32,))),
-        *(("d", d, (torch.float32, torch.bfloat16)), ("groups", groups, (torch.int32,))),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype not in dtypes:
-            wanted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
-            raise DtypeError(f"{where}: {name} is {tensor.dtype}, wanted {wanted}")
-        if tensor.device != d.device:
+    for name, tensor in given.items():
+        _check_tensor(f"{where}: {name}", tensor, _DTYPES.get(name, (torch.int32,)))
+    for name, tensor in given.items():
+        if tensor.device != given["d"].device:
             raise UnsupportedError(
-                f"{where}: {name} is on {tensor.device} and d on {d.device}; wanted one device, "
-                "move it with .to(d.device)"
+                f"{where}: {name} is on {tensor.device}, wanted {given['d'].device} as d is; move "
+                "it with .to(d.device)"
             )
+    refuse_gradient(where, list(given.values()), names=list(given))
+    _check_shapes(where, given, kind)
+    views = {name: _view(tensor) for name, tensor in given.items()}
+    result = views.pop("d")
+    refuse_shared(result, f"{where}: d")
+    refuse_overlap(where, "d", result, tuple(views.values()))
+
+
+def _check_tensor(what: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise DtypeError(f"{what} is {shown(tensor)}, wanted a tensor; torch.as_tensor makes one")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+        raise DtypeError(f"{what} is {tensor.dtype}, wanted {wanted}; convert it")
+
+
+def _view(tensor: torch.Tensor) -> View:
+    """Where a tensor lies, on any device: for comparisons of addresses only."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return View(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
+
+
+def _check_shapes(where: str, given: dict[str, Any], kind: int) -> None:
+    av, sa, bv, sb, d, *groups = given.values()
     axes = {DENSE: "222", CONTIGUOUS: "232", MASKED: "333"}[kind]  # of a, b, d
     for name, tensor, scale, count in (("a", av, sa, axes[0]), ("b", bv, sb, axes[1])):
         if {tensor.dim(), scale.dim()} != {int(count)} or tensor.shape[:-2] != scale.shape[:-2]:
             raise ShapeError(
                 f"{where}: {name} is {list(tensor.shape)} with scales {list(scale.shape)}, wanted "
-                f"{count} axes and as many groups in both"
+                f"{count} axes and as many groups in both; reshape it"
             )
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ShapeError(f"{where}: {name} has strides {tensor.stride()}, wanted K-major")
+            raise ShapeError(
+                f"{where}: {name} has strides {tensor.stride()}, wanted K-major; call .contiguous()"
+            )
     m, k = av.shape[-2:]
     n, blocks = bv.shape[-2], triton.cdiv(k, 128)
     lead = tuple(bv.shape[:1]) if kind == MASKED else ()
@@ -178,21 +204,32 @@ def _check(where: str, given: dict[str, Any], kind: int) -> None:
         or (n > 1 and d.stride(-1) != 1)
     ):  # fmt: skip
         raise ShapeError(
-            f"{where}: a {list(av.shape)}, b {list(bv.shape)}, d {list(d.shape)}; wanted "
-            f"{[*lead, 'M', 'K']}, [.., N, K], {[*lead, 'M', 'N']} with stride 1 along N"
+            f"{where}: a {list(av.shape)}, b {list(bv.shape)}, d {list(d.shape)}, wanted "
+            f"{[*lead, 'M', 'K']}, [.., N, K], {[*lead, 'M', 'N']} with stride 1 along N; make d "
+            "by torch.empty"
         )
     if sa.shape[-2:] != (m, blocks) or sb.shape[-2:] != (triton.cdiv(n, 128), blocks):
         raise ShapeError(
-            f"{where}: scales {list(sa.shape)} and {list(sb.shape)}, wanted [.., {m}, {blocks}] "
-            f"and [.., {triton.cdiv(n, 128)}, {blocks}]"
+            f"{where}: scales of a {list(sa.shape)} and of b {list(sb.shape)}, wanted [.., {m}, "
+            f"{blocks}] and [.., {triton.cdiv(n, 128)}, {blocks}]; per_token_cast_to_fp8 and "
+            "per_block_cast_to_fp8 make them"
         )
+    for tensor in groups:
+        if tensor.shape != av.shape[:1]:
+            raise ShapeError(
+                f"{where}: {_GROUPS[kind]} has shape {list(tensor.shape)}, wanted "
+                f"{list(av.shape[:1])}; give one number for each "
+                f"{'row of a' if kind == CONTIGUOUS else 'group'}"
+            )
 
 
 def _launch(
     where: str, a: Any, b: Any, d: torch.Tensor, groups: torch.Tensor | None, kind: int
 ) -> None:
     (av, sa), (bv, sb) = value_pair(where, "a", a), value_pair(where, "b", b)
-    operands = {"a": av, "scale of a": sa, "b": bv, "scale of b": sb, "d": d, "groups": groups}
+    operands = {"a": av, "scale of a": sa, "b": bv, "scale of b": sb, "d": d}
+    if kind != DENSE:
+        operands[_GROUPS[kind]] = groups
     _check(where, operands, kind)
     m, k = av.shape[-2:]
     n = bv.shape[-2]
@@ -234,7 +271,6 @@ def m_grouped_fp8_gemm_nt_contiguous(
     Raises: ShapeError, DtypeError, UnsupportedError.
     """
     where = "m_grouped_fp8_gemm_nt_contiguous"
-    _check_groups(where, "grouped_layout", grouped_layout, a)
     _launch(where, a, b, d, grouped_layout, CONTIGUOUS)
 
 
@@ -246,16 +282,8 @@ def m_grouped_fp8_gemm_nt_masked(
     Raises: ShapeError, DtypeError, UnsupportedError.
     """
     where = "m_grouped_fp8_gemm_nt_masked"
-    _check_groups(where, "masked_m", masked_m, a)
+    whole(f"{where}: expected_m", expected_m, 1)
     _launch(where, a, b, d, masked_m, MASKED)
-
-
-def _check_groups(where: str, name: str, groups: torch.Tensor, a: Any) -> None:
-    rows = value_pair(where, "a", a)[0].shape[0]
-    if groups.dtype != torch.int32 or groups.shape != (rows,):
-        raise ShapeError(
-            f"{where}: {name} is {groups.dtype} {list(groups.shape)}, wanted int32 [{rows}]"
-        )
 
 
 def per_token_cast_to_fp8(
@@ -268,10 +296,9 @@ def per_token_cast_to_fp8(
     where = "per_token_cast_to_fp8"
     gran_k = whole(f"{where}: gran_k", gran_k, 1, 1 << 16)
     use_ue8m0 = flag(f"{where}: use_ue8m0", use_ue8m0)
+    _check_tensor(f"{where}: x", x, (torch.float32, torch.bfloat16, torch.float16))
     if x.dim() != 2:
-        raise ShapeError(f"{where}: x has shape {list(x.shape)}, wanted 2 axes")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DtypeError(f"{where}: x is {x.dtype}, wanted float32, bfloat16 or float16")
+        raise ShapeError(f"{where}: x has shape {list(x.shape)}, wanted 2 axes; reshape it")
     x = x.contiguous()
     m, n = x.shape
     blocks = triton.cdiv(n, gran_k)
