@@ -180,6 +180,25 @@ def test_values_and_scales_are_row_major_whatever_the_strides_of_x(
     assert gemm.per_custom_dims_cast_to_fp8(plain, (), use_ue8m0)[1].shape == ()
 
 
+def test_a_cast_of_a_turned_weight_is_a_weight() -> None:
+    torch = pytest.importorskip("torch")
+    plain = torch.randn(256, 512).t()
+    x = torch.randn(3, 256)
+    y = gemm.fp8_linear(x, *gemm.per_block_cast_to_fp8(plain, False))
+    wanted = gemm.fp8_linear(x, *gemm.per_block_cast_to_fp8(plain.contiguous(), False))
+    assert torch.equal(y, wanted)
+
+
+def test_a_recipe_of_three_gives_b_its_own_rows() -> None:
+    call, recipe = gemm.transform_sf_into_required_layout, (1, 128, 128)
+    of_a, of_b = np.ones((256, 3), np.float32), np.ones((2, 3), np.float32)
+    assert call(of_b, 256, 384, recipe, is_sfa=False) is of_b
+    assert call(of_a, 256, 384, recipe, is_sfa=True).strides == (4, 1024)
+    for scales, is_sfa in ((of_a, False), (of_b, True)):
+        with pytest.raises(ShapeError, match=r"sf is float32 \[\d+, 3\], wanted float32"):
+            call(scales, 256, 384, recipe, is_sfa=is_sfa)
+
+
 def test_torch_tensors_get_torch_results() -> None:
     torch = pytest.importorskip("torch")
     x = torch.randn(7, 300, dtype=torch.bfloat16)
