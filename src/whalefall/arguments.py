@@ -1,7 +1,8 @@
 """Plain arguments, checked once for all rooms: whole numbers, flags, finite numbers.
 
 In: `what` ("function: argument") and the value as given. Out: the value as Python's own type, or a
-refusal in one line: what, got, wanted. Arrays have checks of their own, in `dtypes` and the rooms.
+refusal in one line: what, got, wanted, what to pass. Arrays have checks of their own, in `dtypes`
+and the rooms.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def whole(
     limits = "" if least is None else f" >= {least}"
     if most is not None:
         limits = f" <= {most}" if least is None else f" from {least} to {most}"
-    raise error(f"{what} is {shown(value)}, wanted a whole number{limits}")
+    raise error(f"{what} is {shown(value)}, wanted a whole number{limits}; pass such an int")
 
 
 def wholes(what: str, values: Any, least: int | None = None) -> list[int]:
@@ -54,7 +55,9 @@ def wholes(what: str, values: Any, least: int | None = None) -> list[int]:
     try:
         given = list(values.tolist() if hasattr(values, "tolist") else values)
     except (TypeError, RuntimeError):  # the latter: of a tensor without memory
-        raise ConfigError(f"{what} is {shown(values)}, wanted whole numbers") from None
+        raise ConfigError(
+            f"{what} is {shown(values)}, wanted whole numbers; pass a list of ints"
+        ) from None
     return [whole(f"{what}[{i}]", item, least) for i, item in enumerate(given)]
 
 
@@ -69,7 +72,7 @@ def flag(what: str, value: Any) -> bool:
     if truth or value is None or isinstance(value, Integral):
         with contextlib.suppress(ValueError, RuntimeError):  # of several, or without memory
             return bool(value)
-    raise ConfigError(f"{what} is {shown(value)}, wanted True or False")
+    raise ConfigError(f"{what} is {shown(value)}, wanted True or False; pass a bool")
 
 
 def finite(

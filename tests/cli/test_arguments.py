@@ -43,7 +43,9 @@ def test_a_whole_number_is_an_int_of_python(given: Any) -> None:
     ],
 )
 def test_what_is_no_whole_number_is_refused(given: Any) -> None:
-    assert refusal(whole, given) == f"f: x is {shown(given)}, wanted a whole number"
+    assert (
+        refusal(whole, given) == f"f: x is {shown(given)}, wanted a whole number; pass such an int"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,11 +60,11 @@ def test_what_is_no_whole_number_is_refused(given: Any) -> None:
 def test_a_whole_number_out_of_its_limits_is_told_them(
     limits: tuple[Any, ...], wanted: str
 ) -> None:
-    assert refusal(whole, 3, *limits) == f"f: x is 3, wanted {wanted}"
+    assert refusal(whole, 3, *limits) == f"f: x is 3, wanted {wanted}; pass such an int"
 
 
 def test_a_room_says_which_error_it_wants() -> None:
-    with pytest.raises(DtypeError, match=r"^f: x is '3', wanted a whole number$"):
+    with pytest.raises(DtypeError, match=r"^f: x is '3', wanted a whole number; pass such an int$"):
         whole("f: x", "3", error=DtypeError)
 
 
@@ -76,7 +78,10 @@ def test_several_whole_numbers_come_in_any_sequence(given: Any) -> None:
 
 @pytest.mark.parametrize("given", [3, None, np.array(3), torch.empty(2, device="meta"), object()])
 def test_what_is_no_sequence_of_whole_numbers_is_refused(given: Any) -> None:
-    assert refusal(wholes, given) == f"f: x is {shown(given)}, wanted whole numbers"
+    assert (
+        refusal(wholes, given)
+        == f"f: x is {shown(given)}, wanted whole numbers; pass a list of ints"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_a_flag_is_what_has_one_truth_value(given: Any, meant: bool) -> None:
     ],
 )
 def test_what_has_no_one_truth_value_is_no_flag(given: Any) -> None:
-    assert refusal(flag, given) == f"f: x is {shown(given)}, wanted True or False"
+    assert refusal(flag, given) == f"f: x is {shown(given)}, wanted True or False; pass a bool"
 
 
 @pytest.mark.parametrize("given", [2, 2.0, np.float32(2), np.int64(2)])

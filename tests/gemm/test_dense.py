@@ -57,8 +57,13 @@ def test_accumulation_adds_once_in_fp32(level: str, dtype: Any) -> None:
     assert (c == wanted).all()
     wide = np.zeros((33, 100), dtype)
     gemm.fp8_gemm_nt(a, b, wide[:, 10:75], c=d)
+    assert (wide[:, 10:75] == (d.astype(np.float32) + product).astype(dtype)).all()
     assert (wide[:, :10] == 0).all()
     assert (wide[:, 75:] == 0).all()
+    apart = np.zeros((33, 90), dtype)[:, 5:70]
+    apart[:] = d
+    gemm.fp8_gemm_nt(a, b, c, c=apart)
+    assert (c == wide[:, 10:75]).all()
 
 
 @pytest.mark.parametrize("gran_k", [32, 128])
@@ -192,8 +197,12 @@ def test_torch_tensors_give_the_same_bits() -> None:
         (lambda v: {"a": v["a"][0]}, DtypeError, "wanted a pair"),
         (lambda v: {"a": (v["a"][0], v["a"][1][:, :1])}, ShapeError, r"scale of a is \[4, 1\]"),
         (lambda v: {"a": (v["a"][0][:, ::2], v["a"][1])}, ShapeError, "strides"),
-        (lambda v: {"b": (v["b"][0][:, :255], v["b"][1])}, ShapeError, "K is 256 in a and 255"),
-        (lambda v: {"c": v["d"].astype(BF16)}, DtypeError, "c is bfloat16 and d float32"),
+        (
+            lambda v: {"b": (v["b"][0][:, :255], v["b"][1])},
+            ShapeError,
+            "b has K=255, wanted K=256 as",
+        ),
+        (lambda v: {"c": v["d"].astype(BF16)}, DtypeError, "c is bfloat16, wanted d's float32"),
         (lambda v: {"recipe": (1, 64, 128)}, ConfigError, "wanted rows 1 or 128"),
         (lambda v: {"recipe_a": (1, 128)}, ConfigError, "recipe_a and recipe_b together"),
         (lambda v: {"compiled_dims": "xy"}, ConfigError, "wanted letters of 'mnk'"),

@@ -133,6 +133,25 @@ def test_masked_rows_are_left_alone(level: str) -> None:
         assert wanted < EXACT
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_groups_of_a_result_may_lie_apart(level: str, kind: str) -> None:
+    rng = np.random.default_rng(14)
+    groups, m, n, k, counts = 3, 5, 24, 128, np.array([5, 0, 4], np.int32)
+    a, exact_a = fp8(rng, (groups, m, k))
+    b, exact_b = fp8(rng, (groups, n, k), (128, 128))
+    if kind == "bf16":
+        a, b = bf16(rng, (groups, m, k)), bf16(rng, (groups, n, k))
+        exact_a, exact_b = a.astype(np.float64), b.astype(np.float64)
+    buffer = np.full((groups, m + 4, n + 8), 7, np.float32)
+    d = buffer[:, :m, 3 : n + 3]
+    for _ in range(2):  # the second is a known call
+        getattr(gemm, f"m_grouped_{kind}_gemm_nt_masked")(a, b, d, counts, 4)
+        for g, count in enumerate(counts):
+            assert error(d[g, :count], exact_a[g, :count], exact_b[g]) < EXACT
+            d[g, :count] = 7
+        assert (buffer == 7).all()
+
+
 @pytest.mark.parametrize("gran_k", [32, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_k_grouped_adds_each_group_to_c(level: str, gran_k: int, packed: bool) -> None:
@@ -180,10 +199,17 @@ def test_k_grouped_flat_and_bf16_forms(level: str) -> None:
         flat = np.concatenate([g[0][0].reshape(-1) for g in groups])
         scale = np.concatenate([g[0][1] for g in groups], axis=1)
         pairs[name], exact[name] = (flat, scale), [g[1] for g in groups]
-    d = np.zeros((2, m, n), np.float32)
-    gemm.k_grouped_fp8_gemm_nt_contiguous(pairs["a"], pairs["b"], d, sizes, None, c=d)
-    for g in range(2):
-        assert error(d[g], exact["a"][g], exact["b"][g]) < EXACT
+    for turned in ("", "a", "b", "ab"):  # [M or N, K / 128] with stride 1 along the rows
+        given = [
+            (flat, scale.T.copy().T if name in turned else scale)
+            for name, (flat, scale) in pairs.items()
+        ]
+        buffer = np.zeros((2, m + 3, n), np.float32)
+        d = buffer[:, :m]
+        gemm.k_grouped_fp8_gemm_nt_contiguous(*given, d, sizes, None, c=d)
+        for g in range(2):
+            assert error(d[g], exact["a"][g], exact["b"][g]) < EXACT, turned
+        assert (buffer[:, m:] == 0).all()
     a, b = bf16(rng, (512, m)), bf16(rng, (512, n))
     gemm.k_grouped_bf16_gemm_tn_contiguous(a, b, d, sizes, np.array(sizes, np.int32))
     assert error(d[1], a[128:].T.astype(np.float64), b[128:].T.astype(np.float64)) < EXACT
@@ -216,7 +242,7 @@ def test_refusals_say_what_is_wrong() -> None:
     with pytest.raises(ShapeError, match=r"grouped_layout has shape \[3\], wanted \[M=4\]"):
         call(a, b, d, np.zeros(3, np.int32))
     for ends, words in (([2, 9], "group 1 ends at row 9"), ([5, 5], "group 0 ends at row 5")):
-        with pytest.raises(ShapeError, match=f"{words}, a has 4"):
+        with pytest.raises(ShapeError, match=f"grouped_layout: {words}, wanted at most a's 4"):
             call(a, b, d, np.array(ends, np.int32), use_psum_layout=True)
     with pytest.raises(ConfigError, match="without use_psum_layout"):
         call(a, b, d, np.zeros(4, np.int32), expected_m_for_psum_layout=2)

@@ -78,7 +78,7 @@ def test_recipes_and_letters_are_refused_in_one_line(wrong: Any) -> None:
     one_line(partial(by_k, wrong, None), ConfigError, "ks_cpu=.*wanted")
     one_line(partial(by_k, [128], None, recipe=wrong), ConfigError, "recipe=.*wanted .1, 1, 32")
     flat = partial(gemm.k_grouped_fp8_gemm_nt_contiguous, values, values, d[None], [128], None)
-    one_line(partial(flat, recipe=wrong), ConfigError, "recipe=.*wanted .1, 1, 128.$")
+    one_line(partial(flat, recipe=wrong), ConfigError, "recipe=.*wanted .1, 1, 128.; name")
 
 
 def test_the_dtype_of_a_result_is_checked_where_one_is_given_too() -> None:
@@ -95,7 +95,7 @@ def test_the_dtype_of_a_result_is_checked_where_one_is_given_too() -> None:
         for wrong in ("float16", 3, np.ones((2, 2)), [None]):
             for to in (None, given):
                 one_line(partial(call, out=to, out_dtype=wrong), DtypeError, "out_dtype is .*want")
-        words = "out_dtype is 'bfloat16' and out float32; leave"
+        words = "out_dtype is 'bfloat16', wanted out's float32; leave"
         one_line(partial(call, out=given, out_dtype="bfloat16"), DtypeError, words)
         one_line(partial(call, form=np.ones((2, 2))), ConfigError, "form is .*, wanted 'few'")
 

@@ -81,7 +81,7 @@ def view(array: Any, name: str = "array") -> View:
     if isinstance(array, np.ndarray):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
-            raise DtypeError(f"{name}: dtype {array.dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
+            raise DtypeError(f"{name}: dtype {array.dtype}, wanted {_REAL}; convert it")
         size = array.itemsize
         strides = tuple([s // size for s in array.strides])
         if size > 1 and any(s % size for s in array.strides):
@@ -102,7 +102,7 @@ def view(array: Any, name: str = "array") -> View:
             )
         return View(*_memory_of(array, name), _torch_name(array.dtype, name))
     raise DtypeError(
-        f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor"
+        f"{name}: a {type(array).__name__}, wanted a numpy array or a CPU torch tensor; convert it"
     )
 
 
@@ -166,7 +166,8 @@ def _whole_strides(array: np.ndarray[Any, Any], name: str) -> tuple[int, ...]:
     return tuple(s // array.itemsize for s in steps)
 
 
-_NAMES_TEXT = tuple(NUMPY_DTYPES)
+# Not their names: each argument takes some of them only.
+_REAL = "real numbers in this machine's byte order"
 
 
 def _torch_name(dtype: Any, of: str) -> str:
@@ -174,7 +175,7 @@ def _torch_name(dtype: Any, of: str) -> str:
     if name is None:
         name = str(dtype).removeprefix("torch.")
         if name not in NUMPY_DTYPES:
-            raise DtypeError(f"{of}: dtype {dtype}, wanted one of {', '.join(_NAMES_TEXT)}")
+            raise DtypeError(f"{of}: dtype {dtype}, wanted {_REAL}; convert it")
         _TORCH_NAMES[dtype] = name
     return name
 
@@ -184,16 +185,20 @@ def is_torch(array: Any) -> bool:
     return not isinstance(array, np.ndarray) and hasattr(array, "data_ptr")
 
 
-def refuse_gradient(where: str, arrays: Sequence[Any], instead: str = "") -> None:
+def refuse_gradient(
+    where: str, arrays: Sequence[Any], instead: str = "", names: Sequence[str] = ()
+) -> None:
     """UnsupportedError where torch records and one of `arrays` needs a gradient: results have none.
 
     Args:
         where: the function; `instead` is what to use where the gradient is wanted.
+        names: what the arrays are called.
     """
-    for array in arrays:
+    for i, array in enumerate(arrays):
         if getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
             raise UnsupportedError(
-                f"{where}: an input needs a gradient; call it under torch.no_grad(){instead}"
+                f"{where}: {names[i] if names else 'an input'} needs a gradient; call it under "
+                f"torch.no_grad(){instead}"
             )
 
 

@@ -41,7 +41,9 @@ _E2M1_STEPS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 def e4m3_to_float(codes: npt.NDArray[Any]) -> Floats:
     """Values of E4M3 codes (uint8, int8 or float8_e4m3fn), exact, NaN included."""
     if codes.dtype.itemsize != 1:
-        raise DtypeError(f"e4m3_to_float: dtype {codes.dtype}, wanted one byte a value")
+        raise DtypeError(
+            f"e4m3_to_float: dtype {codes.dtype}, wanted one byte a value; view it as uint8"
+        )
     return _E4M3[codes.view(np.uint8)]
 
 
@@ -74,7 +76,7 @@ def float_to_ue8m0(
     wrong = ((bits & 0x807FFFFF) != 0) & ~np.isnan(x)
     if wrong.any():
         raise ShapeError(
-            f"{where}: scale {x[wrong][0]} is no power of two; ceil_to_ue8m0 makes it one"
+            f"{where}: scale {x[wrong][0]} is no power of two, wanted one; ceil_to_ue8m0 makes it"
         )
     return np.where(np.isnan(x), 255, bits >> 23).astype(np.uint8)
 
@@ -89,7 +91,8 @@ def pack_ue8m0(values: npt.NDArray[Any], where: str = "pack_ue8m0") -> npt.NDArr
     """Four fp32 powers of two of the last axis in one int32, the first in the lowest byte."""
     if values.ndim == 0 or values.shape[-1] % 4:
         raise ShapeError(
-            f"{where}: scales {list(values.shape)}, wanted a last axis that is a multiple of 4"
+            f"{where}: scales {list(values.shape)}, wanted a last axis that is a multiple of 4; "
+            "append 1.0"
         )
     codes = np.ascontiguousarray(float_to_ue8m0(values, where))
     return codes.view("<i4").astype(np.int32, copy=False)
@@ -98,7 +101,9 @@ def pack_ue8m0(values: npt.NDArray[Any], where: str = "pack_ue8m0") -> npt.NDArr
 def unpack_ue8m0(packed: npt.NDArray[Any], where: str = "unpack_ue8m0") -> Floats:
     """The four scales of each int32, lowest byte first: the last axis grows fourfold."""
     if packed.dtype.itemsize != 4:
-        raise DtypeError(f"{where}: packed scales are {packed.dtype}, wanted int32")
+        raise DtypeError(
+            f"{where}: packed scales are {packed.dtype}, wanted int32; pack_ue8m0_to_int makes them"
+        )
     return ue8m0_to_float(np.ascontiguousarray(packed).view(np.uint8))
 
 

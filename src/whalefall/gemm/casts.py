@@ -84,9 +84,11 @@ def unpack_ue8m0_from_int(packed_sf: Any) -> Any:
 def _floats(where: str, x: Any, axes: int | None = None) -> Floats:
     values = as_numpy(x, f"{where}: x")
     if axes is not None and values.ndim != axes:
-        raise ShapeError(f"{where}: x has shape {list(values.shape)}, wanted {axes} axes")
+        raise ShapeError(
+            f"{where}: x has shape {list(values.shape)}, wanted {axes} axes; reshape it"
+        )
     if values.dtype.name not in ("float32", "bfloat16", "float16", "float64"):
-        raise DtypeError(f"{where}: x is {values.dtype}, wanted a floating-point array")
+        raise DtypeError(f"{where}: x is {values.dtype}, wanted a floating-point array; convert it")
     return np.asarray(values, np.float32)
 
 
@@ -166,7 +168,7 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool, gran_k: int = 128) -> tuple
     use_ue8m0, gran_k = flag(f"{where}: use_ue8m0", use_ue8m0), whole(f"{where}: gran_k", gran_k, 1)
     m, n = floats.shape
     if m % gran_k:
-        raise ShapeError(f"{where}: {m} rows, wanted a multiple of {gran_k}")
+        raise ShapeError(f"{where}: x has {m} rows, wanted a multiple of {gran_k}; append zeros")
     blocks = floats.reshape(m // gran_k, gran_k, n)
     scale = _scale(_largest(blocks, 1), dtypes.E4M3_MAX, use_ue8m0)
     return _given_back(_quantize(blocks, scale[:, None, :]).reshape(m, n), scale, x)
@@ -198,7 +200,9 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool) ->
     floats = _floats(where, x)
     kept, use_ue8m0 = wholes(f"{where}: dims", dims, 0), flag(f"{where}: use_ue8m0", use_ue8m0)
     if any(d >= floats.ndim for d in kept):
-        raise ShapeError(f"{where}: dims={tuple(kept)}, wanted axes 0 to {floats.ndim - 1}")
+        raise ShapeError(
+            f"{where}: dims={tuple(kept)}, wanted axes 0 to {floats.ndim - 1}; name axes that x has"
+        )
     others = tuple(i for i in range(floats.ndim) if i not in kept)
     largest = np.abs(floats).max(axis=others, keepdims=True, initial=0)
     scale = _scale(largest, dtypes.E4M3_MAX, use_ue8m0)
@@ -220,7 +224,7 @@ def per_token_cast_to_fp4(
     use_ue8m0, pack = _flags(where, use_ue8m0, use_packed_ue8m0)
     m, n = floats.shape
     if n % 2:
-        raise ShapeError(f"{where}: {n} columns, wanted an even number")
+        raise ShapeError(f"{where}: x has {n} columns, wanted an even number; append zeros")
     blocks = _blocks_of_rows(where, floats, gran_k)
     scale = _scale(_largest(blocks, 2), dtypes.FP4_MAX, use_ue8m0)
     with np.errstate(invalid="ignore"):
@@ -238,7 +242,8 @@ def _codes(where: str, packed: Any) -> npt.NDArray[np.uint8]:
     pairs = as_numpy(packed, where)
     if pairs.dtype.itemsize != 1 or pairs.ndim != 2:
         raise ShapeError(
-            f"{where}: a {pairs.dtype} array {list(pairs.shape)}, wanted int8 [m, n / 2]"
+            f"{where}: a {pairs.dtype} array {list(pairs.shape)}, wanted int8 [m, n / 2]; "
+            "per_token_cast_to_fp4 makes it"
         )
     pairs = np.ascontiguousarray(pairs).view(np.uint8)
     codes = np.empty((pairs.shape[0], pairs.shape[1] * 2), np.uint8)
@@ -251,7 +256,9 @@ def transpose_packed_fp4(a: Any) -> Any:
     """[m, n / 2] of two codes a byte becomes [n, m / 2]; m must be even."""
     codes = _codes("transpose_packed_fp4: a", a).T
     if codes.shape[1] % 2:
-        raise ShapeError(f"transpose_packed_fp4: {codes.shape[1]} rows, wanted an even number")
+        raise ShapeError(
+            f"transpose_packed_fp4: a has {codes.shape[1]} rows, wanted an even number; add zeros"
+        )
     pairs = np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4))
     return restore(pairs.view(np.int8), a)
 
@@ -268,7 +275,8 @@ def cast_back_from_fp4(
     n = codes.shape[1]
     if (scale.ndim, scale.shape[:1]) != (2, codes.shape[:1]) or scale.shape[1] * gran_k < n:
         raise ShapeError(
-            f"{where}: scales {list(scale.shape)}, wanted {[len(codes), ceil_div(n, gran_k)]}"
+            f"{where}: sf holds scales {list(scale.shape)}, wanted "
+            f"{[len(codes), ceil_div(n, gran_k)]}; per_token_cast_to_fp4 makes them"
         )
     wide = np.repeat(scale, min(gran_k, n), axis=1)[:, :n]
     return restore((dtypes.e2m1_to_float(codes) * wide).astype(np.float32), packed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from whalefall import jit
-from whalefall.arguments import shown, whole
+from whalefall.arguments import flag, shown, whole
 from whalefall.errors import ConfigError
 
 __all__ = [
@@ -56,6 +56,8 @@ get_k_alignment_for_contiguous_layout = get_mk_alignment_for_contiguous_layout
 
 def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
     """128, as on the original's SM90 path; `expected_m` changes nothing there either."""
+    if expected_m is not None:
+        whole("get_theoretical_mk_alignment_for_contiguous_layout: expected_m", expected_m, 0)
     return 128
 
 
@@ -84,7 +86,7 @@ def get_tc_util() -> int:
 
 def set_pdl(new_enable_pdl: bool, /) -> None:
     """Remember whether dependent launches are wanted; a CPU has none."""
-    _settings.pdl = bool(new_enable_pdl)
+    _settings.pdl = flag("set_pdl: new_enable_pdl", new_enable_pdl)
 
 
 def get_pdl() -> bool:
@@ -94,7 +96,7 @@ def get_pdl() -> bool:
 
 def set_ignore_compile_dims(new_value: bool, /) -> None:
     """Accepted: no dimension is ever compiled in here."""
-    _settings.ignore_compile_dims = bool(new_value)
+    _settings.ignore_compile_dims = flag("set_ignore_compile_dims: new_value", new_value)
 
 
 def set_block_size_multiple_of(new_value: int | tuple[int, int], /) -> None:
@@ -102,7 +104,8 @@ def set_block_size_multiple_of(new_value: int | tuple[int, int], /) -> None:
     pair = new_value if isinstance(new_value, tuple) else (new_value, new_value)
     if len(pair) != 2:
         raise ConfigError(
-            f"set_block_size_multiple_of: new_value is {shown(new_value)}, wanted one or two"
+            f"set_block_size_multiple_of: new_value is {shown(new_value)}, wanted one number "
+            "or two; pass (m, n)"
         )
     m, n = (whole("set_block_size_multiple_of: new_value", size, 1) for size in pair)
     _settings.block_size_multiple_of = m, n

@@ -65,13 +65,18 @@ def check_dims(where: str, compiled_dims: str, disable_ue8m0_cast: bool = False)
     """ConfigError for what changes no result: letters outside "mnk", and a flag that is none."""
     flag(f"{where}: disable_ue8m0_cast", disable_ue8m0_cast)
     if not isinstance(compiled_dims, str) or not set(compiled_dims) <= set("mnk"):
-        raise ConfigError(f"{where}: compiled_dims={shown(compiled_dims)}, wanted letters of 'mnk'")
+        raise ConfigError(
+            f"{where}: compiled_dims={shown(compiled_dims)}, wanted letters of 'mnk'; leave it out"
+        )
 
 
 def check_k(where: str, a: Operand, b: Operand) -> None:
     """ShapeError where the operands' K differ."""
     if a.k != b.k:
-        raise ShapeError(f"{where}: K is {a.k} in a and {b.k} in b, wanted the same")
+        raise ShapeError(
+            f"{where}: b has K={b.k}, wanted K={a.k} as a has; give both the same K, or call the "
+            "form (nt, nn, tn, tt) whose layout they have"
+        )
 
 
 def product_of(a: Operand, b: Operand, to: Target, add: Target | None = None) -> Product:
@@ -234,11 +239,17 @@ def fp8_gemm_nt_skip_head_mid(
     left_operand = fp8_operand(where, "a", a, of_a)
     right_operand = fp8_operand(where, "b", b, of_b)
     if not all_whole(head_splits, 3):
-        raise ConfigError(f"{where}: head_splits={shown(head_splits)}, wanted (left, mid, right)")
+        raise ConfigError(
+            f"{where}: head_splits={shown(head_splits)}, wanted (left, mid, right); pass three "
+            "whole numbers"
+        )
     left, mid, right = head_splits
     n = right_operand.rows
     if min(head_splits) < 0 or left + right < 1 or n % (left + right):
-        raise ShapeError(f"{where}: head_splits={head_splits}, wanted N={n} % (left + right) == 0")
+        raise ShapeError(
+            f"{where}: head_splits={head_splits}, wanted N={n} % (left + right) == 0; left + right "
+            "is the width of a head of b"
+        )
     wide = (left_operand.rows, n + n // (left + right) * mid)
     to = target(where, "d", d, wide)
     refuse_overlap(where, to.seen, left_operand.views + right_operand.views)
@@ -267,7 +278,8 @@ def _bf16(
     right = bf16_operand(where, "b", b, swap=layout[1] == "n", plain_fp8=plain_fp8)
     if left.layout.kind != right.layout.kind:
         raise DtypeError(
-            f"{where}: a is {left.views[0].dtype} and b {right.views[0].dtype}, wanted one dtype"
+            f"{where}: a is {left.views[0].dtype} and b {right.views[0].dtype}, wanted one "
+            "dtype; convert one of them"
         )
     done = multiply(where, left, right, d, c)
     if done:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from whalefall.arguments import flag, whole
 from whalefall.dtypes import KnownCalls, Places, View, as_numpy, view
-from whalefall.errors import ConfigError, DtypeError, ShapeError
+from whalefall.errors import ConfigError, ShapeError
 from whalefall.gemm.calls import run
 from whalefall.gemm.config import get_mk_alignment_for_contiguous_layout
 from whalefall.gemm.dense import check_dims, check_k, product_of, scale_dtype
@@ -29,6 +29,7 @@ from whalefall.gemm.operands import (
     bf16_operand,
     empty_segments,
     fp8_operand,
+    int32_array,
     recipes,
     refuse_overlap,
     target,
@@ -64,13 +65,16 @@ def index_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> 
     """The stretches of equal group in an index layout [M]; group -1: rows to be zeroed."""
     if layout.shape != (rows,):
         raise ShapeError(
-            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted [M={rows}]"
+            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted [M={rows}]; give each "
+            "row of a its group, or use_psum_layout"
         )
     if rows == 0:
         return []
     if layout.max() >= groups or layout.min() < -1:
         wrong = int(layout.max()) if layout.max() >= groups else int(layout.min())
-        raise ShapeError(f"{where}: grouped_layout holds {wrong}, wanted -1 to {groups - 1}")
+        raise ShapeError(
+            f"{where}: grouped_layout holds {wrong}, wanted -1 to {groups - 1}; -1 is no group"
+        )
     starts = np.flatnonzero(np.concatenate([[True], layout[1:] != layout[:-1]]))
     ends = np.append(starts[1:], rows)
     return [(int(layout[s]), int(s), int(e)) for s, e in zip(starts, ends, strict=True)]
@@ -80,24 +84,20 @@ def psum_runs(where: str, layout: npt.NDArray[Any], groups: int, rows: int) -> l
     """The stretches of a layout of ends [G]: each starts at the aligned end before it."""
     if layout.shape != (groups,):
         raise ShapeError(
-            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted the {groups} ends of "
-            "use_psum_layout"
+            f"{where}: grouped_layout has shape {list(layout.shape)}, wanted [{groups}]; with "
+            "use_psum_layout give the end of each group"
         )
     alignment, start, runs = get_mk_alignment_for_contiguous_layout(), 0, []
     for group, end in enumerate(layout.tolist()):
         if end > rows:
-            raise ShapeError(f"{where}: group {group} ends at row {end}, a has {rows}")
+            raise ShapeError(
+                f"{where}: grouped_layout: group {group} ends at row {end}, wanted at most a's "
+                f"{rows}; with use_psum_layout it holds ends, from aligned starts"
+            )
         if end > start:
             runs.append((group, start, end))
         start = -(-max(start, end) // alignment) * alignment
     return runs
-
-
-def int32_array(where: str, name: str, array: Any) -> npt.NDArray[Any]:
-    values = as_numpy(array, f"{where}: {name}")
-    if values.dtype != np.int32:
-        raise DtypeError(f"{where}: {name} is {values.dtype}, wanted int32")
-    return values
 
 
 def _operands(
@@ -112,10 +112,15 @@ def _operands(
 ) -> tuple[Operand, Operand]:
     of_a, of_b = recipes(where, scale_dtype(where, b), recipe, recipe_a, recipe_b)
     if of_a[0] != 1:
-        raise ConfigError(f"{where}: {of_a[0]} rows of a share a scale, wanted 1")
+        raise ConfigError(
+            f"{where}: {of_a[0]} rows of a share a scale, wanted 1; per_token_cast_to_fp8 makes it"
+        )
     left = fp8_operand(where, "a", a, of_a, dims=dims_a)
     if left.layout.packing == 2:
-        raise ShapeError(f"{where}: a packs FP4 pairs along M, wanted along K (stride 1 along K)")
+        raise ShapeError(
+            f"{where}: a packs FP4 pairs along M, wanted along K (stride 1 along K); "
+            "transpose_packed_fp4 turns it"
+        )
     return left, fp8_operand(where, "b", b, of_b, swap=swap, dims=3)
 
 
@@ -205,7 +210,9 @@ def _check_expected(where: str, expected: Any, use_psum_layout: Any) -> None:
         return
     whole(f"{where}: expected_m_for_psum_layout", expected, 0)
     if not flag(f"{where}: use_psum_layout", use_psum_layout):
-        raise ConfigError(f"{where}: expected_m_for_psum_layout without use_psum_layout")
+        raise ConfigError(
+            f"{where}: expected_m_for_psum_layout without use_psum_layout; leave it out"
+        )
 
 
 def _zero_gaps(d: npt.NDArray[Any], runs: list[Run]) -> None:
@@ -316,15 +323,19 @@ def _masked(
 ) -> Known | None:
     check_k(where, a, b)
     if a.groups != b.groups:
-        raise ShapeError(f"{where}: {a.groups} groups in a and {b.groups} in b, wanted the same")
+        raise ShapeError(
+            f"{where}: b has {b.groups} groups, wanted {a.groups} as a has; stack a matrix a group"
+        )
     whole(f"{where}: expected_m", expected_m, 1)
     to = target(where, "d", d, (a.groups, a.rows, b.rows))
     counts = int32_array(where, "masked_m", masked_m)
     if counts.shape != (a.groups,):
-        raise ShapeError(f"{where}: masked_m has shape {list(counts.shape)}, wanted [G={a.groups}]")
+        raise ShapeError(
+            f"{where}: masked_m has shape {list(counts.shape)}, wanted [G={a.groups}]; reshape it"
+        )
     if a.groups and (counts.min() < 0 or counts.max() > a.rows):
         wrong = int(counts.min()) if counts.min() < 0 else int(counts.max())
-        raise ShapeError(f"{where}: masked_m holds {wrong}, wanted 0 to M={a.rows}")
+        raise ShapeError(f"{where}: masked_m holds {wrong}, wanted 0 to M={a.rows}; clamp it")
     refuse_overlap(where, to.seen, (*a.views, *b.views, view(counts)))
     busy = [g for g in range(a.groups) if counts[g] > 0]
     if busy and b.rows:

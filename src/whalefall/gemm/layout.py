@@ -36,7 +36,10 @@ def get_tma_aligned_size(x: Any, element_size: Any, /) -> int:
     x = whole("get_tma_aligned_size: x", item(x), 0)
     size = whole("get_tma_aligned_size: element_size", item(element_size), 1)
     if 16 % size:
-        raise ConfigError(f"get_tma_aligned_size: element_size is {size}, wanted 1, 2, 4, 8 or 16")
+        raise ConfigError(
+            f"get_tma_aligned_size: element_size is {size}, wanted 1, 2, 4, 8 or 16; "
+            "pass the itemsize"
+        )
     return align(x, 16 // size)
 
 
@@ -67,7 +70,7 @@ def get_mn_major_tma_aligned_tensor(sf: Any, /) -> Any:
     if v.dtype != "float32" or len(v.shape) not in (2, 3):
         raise ShapeError(
             f"get_mn_major_tma_aligned_tensor: sf is {v.dtype} {list(v.shape)}, wanted float32 "
-            "with 2 or 3 axes"
+            "with 2 or 3 axes; per_token_cast_to_fp8 makes it"
         )
     mn, k = v.shape[-2:]
     pitch = get_tma_aligned_size(mn, 4)
@@ -108,10 +111,10 @@ def _packed(where: str, sf: Any, like: Any, psum_layout: Any) -> Any:
 def _float_scales(where: str, sf: Any, axes: tuple[int, ...]) -> npt.NDArray[np.float32]:
     values = as_numpy(sf, f"{where}: sf")
     if values.dtype != np.float32:
-        raise DtypeError(f"{where}: sf is {values.dtype}, wanted float32")
+        raise DtypeError(f"{where}: sf is {values.dtype}, wanted float32; convert it")
     if values.ndim not in axes:
         wanted = " or ".join(map(str, axes))
-        raise ShapeError(f"{where}: sf is {list(values.shape)}, wanted {wanted} axes")
+        raise ShapeError(f"{where}: sf is {list(values.shape)}, wanted {wanted} axes; reshape it")
     return values
 
 
@@ -120,7 +123,8 @@ def _ends(name: str, layout: Any) -> list[int]:
     values = as_numpy(layout, name)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ShapeError(
-            f"{name} is {values.dtype} {list(values.shape)}, wanted int32 with one axis"
+            f"{name} is {values.dtype} {list(values.shape)}, wanted int32 with one "
+            "axis; give the end of each group"
         )
     return [int(end) for end in values]
 
@@ -160,7 +164,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
     if sum(counts) > values.shape[0]:
         raise ShapeError(
             f"{where}: sf has {values.shape[0]} rows, wanted {sum(counts)} for K {sizes} in steps "
-            f"of {gran_k}"
+            f"of {gran_k}; per_channel_cast_to_fp8 makes it"
         )
     parts, at = [], 0
     for count in counts:
@@ -216,12 +220,15 @@ def transform_sf_into_required_layout(
     if v.dtype != "float32" or v.shape != wanted:
         raise ShapeError(
             f"{where}: sf is {v.dtype} {list(v.shape)}, wanted float32 {list(wanted)} for {mn} x "
-            f"{k} values and recipe {recipe}"
+            f"{k} values and recipe {recipe}; a cast with that recipe makes it"
         )
     if gran_k == 128:
         return get_mn_major_tma_aligned_tensor(sf) if rows == 1 else sf
     if disable_ue8m0_cast:
-        raise ConfigError(f"{where}: disable_ue8m0_cast with K in steps of {gran_k}, wanted 128")
+        raise ConfigError(
+            f"{where}: disable_ue8m0_cast is True with K in steps of {gran_k}, "
+            "wanted steps of 128; leave it False"
+        )
     wide = np.repeat(as_numpy(sf), min(rows, max(1, mn)), axis=-2)[..., :mn, :]
     return _packed(where, wide, sf, psum_layout)
 
@@ -231,7 +238,8 @@ def _steps(where: str, recipe: Any, is_sfa: bool | None) -> tuple[int, int]:
     steps = wholes(f"{where}: recipe", recipe, 1)
     if (len(steps) == 3) != (is_sfa is not None) or len(steps) not in (2, 3):
         raise ConfigError(
-            f"{where}: recipe={recipe}, is_sfa={is_sfa}; wanted three numbers with is_sfa, or two"
+            f"{where}: recipe={recipe} and is_sfa={is_sfa}, wanted three numbers with is_sfa, or "
+            "two without; pass is_sfa=True for the scales of a"
         )
     first = is_sfa is None or flag(f"{where}: is_sfa", is_sfa)
     return steps[0 if first else 1], steps[-1]

@@ -21,7 +21,7 @@ from whalefall.dtypes import KnownCalls, Places, Result, View, as_numpy, refuse_
 from whalefall.dtypes.written import written
 from whalefall.errors import ConfigError, DtypeError, ShapeError
 from whalefall.gemm.native_calls import library
-from whalefall.gemm.operands import OUT_TYPES, refuse_overlap, result_or_new
+from whalefall.gemm.operands import OUT_TYPES, refuse_dtype, refuse_overlap, result_or_new
 from whalefall.gemm.structs import (
     ACTIVATIONS,
     FORMS,
@@ -136,7 +136,7 @@ def fused_experts(
     quantize_activations = flag("fused_experts: quantize_activations", quantize_activations)
     half_activations = flag("fused_experts: half_activations", half_activations)
     held = isinstance(experts, ctypes.Array) and experts._type_ is Expert
-    refuse_gradient("fused_experts", (x, topk_weights, out), _TRAINED)
+    refuse_gradient("fused_experts", (x, topk_weights, out), _TRAINED, _GIVEN_ROWS)
     structs: Any = experts if held else expert_structs(experts)  # type: ignore[arg-type]
     x_view, idx = view(x, "fused_experts: x"), view(topk_idx, "fused_experts: topk_idx")
     tokens, topk, hidden = _check_selection(structs, x_view, idx, quantize_activations)
@@ -147,7 +147,7 @@ def fused_experts(
     if rows.shape != shape or not rows.contiguous or rows.dtype not in OUT_TYPES:
         raise ShapeError(
             f"fused_experts: out is {rows.dtype} {list(rows.shape)}, wanted contiguous float32 or "
-            f"bfloat16 {[tokens, topk, hidden]}"
+            f"bfloat16 {[tokens, topk, hidden]}; leave it out for a new one"
         )
     if not fresh:
         refuse_overlap("fused_experts", rows, (x_view, idx), "out")
@@ -162,7 +162,7 @@ def fused_experts(
         if factors.shape != (tokens, topk) or factors.dtype != "float32" or not factors.contiguous:
             raise ShapeError(
                 f"fused_experts: topk_weights is {factors.dtype} {list(factors.shape)}, wanted "
-                f"contiguous float32 {[tokens, topk]}"
+                f"contiguous float32 {[tokens, topk]}; convert or copy it"
             )
         refuse_overlap("fused_experts", rows, (factors,), "out")
         call.rows.factor = factors.address
@@ -183,9 +183,11 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
     where, listed = "fused_experts", isinstance(experts, (list, tuple))
     if not listed or not all(isinstance(e, ExpertWeights) for e in experts):
         raise DtypeError(
-            f"{where}: experts is a {type(experts).__name__}, wanted a list of ExpertWeights"
+            f"{where}: experts is a {type(experts).__name__}, wanted a list of ExpertWeights; "
+            "make one for each expert"
         )
-    refuse_gradient(where, [w for e in experts for w in e], _TRAINED)
+    for i, e in enumerate(experts):
+        refuse_gradient(where, e, _TRAINED, [f"expert {i}: {name}" for name in e._fields])
     structs = (Expert * len(experts))()
     for i, e in enumerate(experts):
         structs[i].w1 = weight_struct(e.w1, e.w1_scale, f"{where}: expert {i}: w1")
@@ -194,7 +196,10 @@ def expert_structs(experts: Sequence[ExpertWeights]) -> ctypes.Array[Expert]:
         shapes = [(w.rows, w.cols) for w in (structs[i].w1, structs[i].w3, structs[i].w2)]
         first = (structs[0].w1.rows, structs[0].w1.cols)
         if shapes != (wanted := [first, first, first[::-1]]):
-            raise ShapeError(f"{where}: expert {i}: w1, w3, w2 are {shapes}, wanted {wanted}")
+            raise ShapeError(
+                f"{where}: expert {i}: w1, w3, w2 are {shapes}, wanted {wanted}; "
+                "w2 is [H, I], w1 and w3 [I, H]"
+            )
     refuse_mixed_kinds(where, structs)
     return structs
 
@@ -239,8 +244,7 @@ def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Wei
         first_row: where `weight` starts in that whole matrix.
     """
     w = view(weight, f"{name}: weight")
-    if w.dtype not in KINDS:
-        raise DtypeError(f"{name}: weight is {w.dtype}, wanted one of {', '.join(KINDS)}")
+    refuse_dtype(f"{name}: weight", w, tuple(KINDS))
     if len(w.shape) != 2 or not w.contiguous:
         raise ShapeError(
             f"{name}: weight has shape {list(w.shape)} and strides {list(w.strides)}, wanted "
@@ -249,8 +253,8 @@ def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Wei
     rows, cols = w.shape
     if (w.dtype == "float8_e4m3fn") != (scale is not None):
         raise DtypeError(
-            f"{name}: weight is {w.dtype} and scale is {'missing' if scale is None else 'given'}; "
-            "float8 weights have block scales, others none"
+            f"{name}: weight is {w.dtype} and its scale {'missing' if scale is None else 'given'}; "
+            "float8 weights have block scales, wanted none for others"
         )
     if scale is None:
         return Weight(w.address, None, rows, cols, 0, first_row, KINDS[w.dtype], 0)
@@ -269,6 +273,7 @@ def weight_struct(weight: Any, scale: Any, name: str, first_row: int = 0) -> Wei
 _IN = {"x.data": 0, "weight.data": 1, "weight.scale": 2}
 _GIVEN, _NEW = Places(LinearCall, {**_IN, "y.data": 3}), Places(LinearCall, _IN, {"y.data": 0})
 _CALLS = KnownCalls("aaaasss", written=3, returns=3)
+_GIVEN_ROWS = ("x", "topk_weights", "out")
 _TRAINED = ", or train with whalefall.train, whose layers have one"
 
 
@@ -285,23 +290,22 @@ def _run_linear(
     if (known := _CALLS.find(*args)) is not None:
         return known
     quantize = flag(f"{name}: quantize_activations", quantize)
-    refuse_gradient(name, (x, *weight, out), _TRAINED)
+    refuse_gradient(name, (x, *weight, out), _TRAINED, ("x", "weight", "scale", "out"))
     call = LinearCall(weight_struct(*weight, name))
     seen = view(x, f"{name}: x")
     rows, cols = call.weight.rows, call.weight.cols
     if len(seen.shape) != 2 or seen.shape[1] != cols or _gaps(seen):
         raise ShapeError(
             f"{name}: x has shape {list(seen.shape)} and strides {list(seen.strides)}, wanted "
-            f"[M, K={cols}] with stride 1 along K"
+            f"[M, K={cols}] with stride 1 along K; make it contiguous"
         )
-    if seen.dtype not in OUT_TYPES:
-        raise DtypeError(f"{name}: x is {seen.dtype}, wanted float32 or bfloat16")
+    refuse_dtype(f"{name}: x", seen, OUT_TYPES)
     out = result_or_new(name, x, (seen.shape[0], rows), out, out_dtype, seen.dtype)
     y = written(out, f"{name}: out")
     if y.shape != (seen.shape[0], rows) or y.dtype not in OUT_TYPES or _gaps(y):
         raise ShapeError(
             f"{name}: out is {y.dtype} {list(y.shape)} with strides {list(y.strides)}, wanted "
-            f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N"
+            f"float32 or bfloat16 {[seen.shape[0], rows]} with stride 1 along N; leave it out"
         )
     refuse_overlap(name, y, tuple(view(a) for a in (x, *weight) if a is not None), "out")
     call.x = _input(seen)
@@ -343,10 +347,9 @@ def quantize_rows(x: Any) -> np.ndarray[Any, Any]:
     if len(seen.shape) != 2 or _gaps(seen):
         raise ShapeError(
             f"quantize_rows: x has shape {list(seen.shape)} and strides {list(seen.strides)}, "
-            "wanted [T, H] with stride 1 along H"
+            "wanted [T, H] with stride 1 along H; make it contiguous"
         )
-    if seen.dtype not in OUT_TYPES:
-        raise DtypeError(f"quantize_rows: x is {seen.dtype}, wanted float32 or bfloat16")
+    refuse_dtype("quantize_rows: x", seen, OUT_TYPES)
     rows, hidden = seen.shape
     packed = np.empty((rows, packed_width(hidden)), np.uint8)
     given = _input(seen)
@@ -359,7 +362,7 @@ def _form(form: str | None, rows: float, name: str) -> int:
         tiles = machine.tile_is_fast(jit.best_level())
         return FORMS["many" if rows >= (MANY_ROWS_OF_TILES if tiles else MANY_ROWS) else "few"]
     if not isinstance(form, str) or form not in FORMS:
-        raise ConfigError(f"{name}: form is {shown(form)}, wanted 'few', 'many' or None")
+        raise ConfigError(f"{name}: form is {shown(form)}, wanted 'few', 'many' or None; omit it")
     return FORMS[form]
 
 
@@ -367,23 +370,22 @@ def _check_selection(
     structs: ctypes.Array[Expert], x: View, idx: View, quantize: bool
 ) -> tuple[int, int, int]:
     if len(structs) == 0:
-        raise ShapeError("fused_experts: no experts, wanted at least one")
+        raise ShapeError("fused_experts: experts is empty, wanted at least one; add one")
     hidden = structs[0].w1.cols
     packed = x.dtype == "uint8" and quantize
     width = packed_width(hidden) if packed else hidden
     if len(x.shape) != 2 or x.shape[1] != width or _gaps(x):
         raise ShapeError(
             f"fused_experts: x has shape {list(x.shape)} and strides {list(x.strides)}, wanted "
-            f"[T, {width}] of H={hidden} with stride 1 along H"
+            f"[T, {width}] of H={hidden} with stride 1 along H; make it contiguous"
         )
-    if x.dtype not in OUT_TYPES and not packed:
-        raise DtypeError(f"fused_experts: x is {x.dtype}, wanted float32 or bfloat16")
+    refuse_dtype("fused_experts: x", x, ("uint8",) if packed else OUT_TYPES)
     if len(idx.shape) != 2 or idx.shape[0] != x.shape[0]:
         raise ShapeError(
-            f"fused_experts: topk_idx has shape {list(idx.shape)}, wanted [T={x.shape[0]}, top-k]"
+            f"fused_experts: topk_idx has shape {list(idx.shape)}, wanted [T={x.shape[0]}, "
+            "top-k]; give each row of x its experts"
         )
-    if idx.dtype not in ("int32", "int64"):
-        raise DtypeError(f"fused_experts: topk_idx is {idx.dtype}, wanted int32 or int64")
+    refuse_dtype("fused_experts: topk_idx", idx, ("int32", "int64"))
     return x.shape[0], idx.shape[1], hidden
 
 
@@ -392,7 +394,7 @@ def _numpy_int32(topk_idx: Any, idx: View, num_experts: int) -> np.ndarray[Any, 
     if index.size and int(index.max()) >= num_experts:
         raise ShapeError(
             f"fused_experts: topk_idx holds {int(index.max())}, wanted less than {num_experts} "
-            "experts"
+            "experts; a negative index means none"
         )
     # Any negative index means none: clamped first, because narrowing would wrap -2**32 to 0.
     return np.maximum(index, -1).astype(np.int32, copy=False)

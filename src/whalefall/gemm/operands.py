@@ -28,7 +28,9 @@ __all__ = [
     "all_whole",
     "bf16_operand",
     "fp8_operand",
+    "int32_array",
     "recipes",
+    "refuse_dtype",
     "refuse_overlap",
     "result_or_new",
     "target",
@@ -109,21 +111,29 @@ def recipes(
     if (recipe_a is None) != (recipe_b is None) or (recipe is not None and recipe_a is not None):
         raise ConfigError(
             f"{where}: recipe={shown(recipe)}, recipe_a={shown(recipe_a)}, "
-            f"recipe_b={shown(recipe_b)}; wanted recipe alone, or recipe_a and recipe_b together"
+            f"recipe_b={shown(recipe_b)}, wanted recipe alone, or recipe_a and recipe_b together; "
+            "leave out the rest"
         )
     if recipe_a is None or recipe_b is None:
         if recipe is None:
             recipe = (1, 1, 128) if sfb_dtype == "int32" else (1, 128, 128)
         if not isinstance(recipe, (tuple, list)) or len(recipe) != 3:
-            raise ConfigError(f"{where}: recipe={shown(recipe)}, wanted (rows of a, rows of b, k)")
+            raise ConfigError(
+                f"{where}: recipe={shown(recipe)}, wanted (rows of a, rows of b, k); pass a tuple, "
+                "such as (1, 128, 128)"
+            )
         recipe_a, recipe_b = (recipe[0], recipe[2]), (recipe[1], recipe[2])
     for name, pair in (("a", recipe_a), ("b", recipe_b)):
         if not isinstance(pair, (tuple, list)):
-            raise ConfigError(f"{where}: recipe_{name}={shown(pair)}, wanted (rows, k)")
+            raise ConfigError(
+                f"{where}: recipe_{name}={shown(pair)}, wanted (rows, k); pass a tuple, such as "
+                "(1, 128)"
+            )
         if not all_whole(pair, 2) or pair[0] not in (1, 128) or pair[1] not in (32, 128):
             raise ConfigError(
                 f"{where}: scales of {name} for {shown(tuple(pair))} (rows, k), wanted rows 1 or "
-                "128 and k 32 or 128"
+                "128 and k 32 or 128; name what the cast made, in recipe or "
+                f"recipe_{name}"
             )
     return tuple(recipe_a), tuple(recipe_b)  # type: ignore[return-value]
 
@@ -133,7 +143,7 @@ def all_whole(given: Any, count: int) -> bool:
     return (
         isinstance(given, (tuple, list))
         and len(given) == count
-        and all(isinstance(n, Integral) for n in given)
+        and all(isinstance(n, Integral) and not isinstance(n, bool) for n in given)
     )
 
 
@@ -145,9 +155,11 @@ def transposed(array: Any) -> Any:
 def _axes(where: str, name: str, array: Any, swap: bool, dims: int) -> View:
     """The memory of an array of `dims` axes, the last two swapped where wanted."""
     v = view(array, f"{where}: {name}")
-    refuse_gradient(where, (array,))
+    refuse_gradient(where, (array,), names=(name,))
     if len(v.shape) != dims:
-        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes")
+        raise ShapeError(
+            f"{where}: {name} has shape {list(v.shape)}, wanted {dims} axes; reshape it"
+        )
     if not swap:
         return v
     turned = (*range(dims - 2), dims - 1, dims - 2)
@@ -171,7 +183,8 @@ def fp8_operand(
     s = _axes(where, f"scale of {name}", scales, swap, dims)
     if v.dtype not in ("float8_e4m3fn", "int8"):
         raise DtypeError(
-            f"{where}: {name} is {v.dtype}, wanted float8_e4m3fn, or int8 holding FP4 pairs"
+            f"{where}: {name} is {v.dtype}, wanted float8_e4m3fn, or int8 holding FP4 "
+            "pairs; per_token_cast_to_fp8 or per_token_cast_to_fp4 makes it"
         )
     row_stride, k_stride = _strides(where, name, v)
     rows, k = v.shape[-2:]
@@ -207,7 +220,7 @@ def bf16_operand(
     fp8 = plain_fp8 and v.dtype == "float8_e4m3fn"
     if v.dtype != "bfloat16" and not fp8:
         wanted = "bfloat16 or float8_e4m3fn" if plain_fp8 else "bfloat16"
-        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted {wanted}")
+        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted {wanted}; convert it")
     row_stride, k_stride = _strides(where, name, v)
     layout = Layout(row_stride, k_stride, 0, 0, 1, 128, FP8 if fp8 else BF16, 0)
     groups = v.shape[0] if dims == 3 else 1
@@ -219,17 +232,32 @@ def bf16_operand(
 def target(where: str, name: str, array: Any, shape: tuple[int, ...]) -> Target:
     """A result (or what is added to it) in float32 or bfloat16, stride 1 along its last axis."""
     v = written(array, f"{where}: {name}") if name == "d" else view(array, f"{where}: {name}")
-    refuse_gradient(where, (array,))
+    refuse_gradient(where, (array,), names=(name,))
     if v.shape != shape:
-        raise ShapeError(f"{where}: {name} has shape {list(v.shape)}, wanted {list(shape)}")
-    if v.dtype not in ("float32", "bfloat16"):
-        raise DtypeError(f"{where}: {name} is {v.dtype}, wanted float32 or bfloat16")
+        raise ShapeError(
+            f"{where}: {name} has shape {list(v.shape)}, wanted {list(shape)}; make it by torch or "
+            "numpy.empty of that shape"
+        )
+    refuse_dtype(f"{where}: {name}", v, OUT_TYPES)
     if 0 not in shape and shape[-1] > 1 and v.strides[-1] != 1:
         raise ShapeError(
-            f"{where}: {name} has strides {list(v.strides)}, wanted 1 along the last axis"
+            f"{where}: {name} has strides {list(v.strides)}, wanted 1 along the last "
+            "axis; pass a contiguous one"
         )
     groups = shape[0] if len(shape) == 3 else 1
     return Target(v, shape[-2], shape[-1], groups, v.strides[-2], int(v.dtype != "float32"))
+
+
+def refuse_dtype(what: str, v: View, wanted: tuple[str, ...]) -> None:
+    """DtypeError unless `v` has one of the dtypes `wanted`."""
+    if v.dtype not in wanted:
+        raise DtypeError(f"{what} is {v.dtype}, wanted {' or '.join(wanted)}; convert it")
+
+
+def int32_array(where: str, name: str, array: Any) -> np.ndarray[Any, Any]:
+    """An array of int32, or DtypeError."""
+    refuse_dtype(f"{where}: {name}", view(array, f"{where}: {name}"), ("int32",))
+    return as_numpy(array)
 
 
 def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Target, Target | None]:
@@ -242,7 +270,9 @@ def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Tar
         return to, None
     add = target(where, "c", c, shape)
     if add.kind != to.kind:
-        raise DtypeError(f"{where}: c is {add.seen.dtype} and d {to.seen.dtype}, wanted one dtype")
+        raise DtypeError(
+            f"{where}: c is {add.seen.dtype}, wanted d's {to.seen.dtype}; convert one of them"
+        )
     if 0 in shape:
         return to, add  # no memory to share: torch's addresses of nothing are all 0
     if add.seen.address != to.seen.address:
@@ -253,7 +283,7 @@ def accumulator(where: str, d: Any, c: Any, shape: tuple[int, ...]) -> tuple[Tar
     ):
         raise ShapeError(
             f"{where}: c is d's memory with strides {list(add.seen.strides)}, d's are "
-            f"{list(to.seen.strides)}; wanted the same, or memory of its own"
+            f"{list(to.seen.strides)}, wanted the same; pass d itself, or a copy"
         )
     return to, add
 
@@ -270,11 +300,16 @@ def result_or_new(
     """`out`, or a new array of dtype `given`; DtypeError where that is none, or not `out`'s."""
     dtype = default if given is None else given
     if not isinstance(dtype, str) or dtype not in OUT_TYPES:
-        raise DtypeError(f"{name}: out_dtype is {shown(given)}, wanted 'float32' or 'bfloat16'")
+        raise DtypeError(
+            f"{name}: out_dtype is {shown(given)}, wanted 'float32' or 'bfloat16'; "
+            "cast the result to any other"
+        )
     if out is None:
         return empty_like(x, shape, dtype)
     if given is not None and (made := view(out, f"{name}: out").dtype) != dtype:
-        raise DtypeError(f"{name}: out_dtype is {dtype!r} and out {made}; leave out_dtype out")
+        raise DtypeError(
+            f"{name}: out_dtype is {dtype!r}, wanted out's {made}; leave out_dtype out"
+        )
     return out
 
 
@@ -321,7 +356,8 @@ def _scales(
         if recipe[0] != 1 or s.shape != wanted:
             raise ShapeError(
                 f"{where}: scale of {name} is int32 {list(s.shape)} for {recipe} (rows, k), wanted "
-                f"{list(wanted)} = [rows, ceil(K={k} / {4 * recipe[1]})] with one row a scale"
+                f"{list(wanted)} = [rows, ceil(K={k} / {4 * recipe[1]})] with one row a scale; "
+                "pack_ue8m0_to_int makes it, recipe= names another granularity"
             )
         packed = as_numpy(transposed(scales) if swap else scales)
         unpacked = unpack_ue8m0(packed)
@@ -329,7 +365,8 @@ def _scales(
     wanted = (*lead, -(-rows // recipe[0]), -(-k // recipe[1]))
     if s.dtype != "float32":
         raise DtypeError(
-            f"{where}: scale of {name} is {s.dtype}, wanted float32, or int32 of packed UE8M0"
+            f"{where}: scale of {name} is {s.dtype}, wanted float32, or int32 of packed "
+            "UE8M0; convert it"
         )
     if s.shape != wanted:
         raise ShapeError(

@@ -44,7 +44,7 @@ def _doubles(what: str, array: Any) -> Doubles:
     try:
         return np.asarray(values, np.float64)
     except (ValueError, TypeError):
-        raise DtypeError(f"{what} is {values.dtype}, wanted numbers") from None
+        raise DtypeError(f"{what} is {values.dtype}, wanted numbers; convert it") from None
 
 
 def calc_diff(x: Any, y: Any) -> float:
@@ -57,7 +57,8 @@ def calc_diff(x: Any, y: Any) -> float:
         np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
         raise ShapeError(
-            f"calc_diff: x is {list(a.shape)}, y {list(b.shape)}; wanted the same shape"
+            f"calc_diff: x is {list(a.shape)}, y {list(b.shape)}, wanted the same shape; "
+            "reshape one of them"
         ) from None
     denominator = float((a * a + b * b).sum())
     return 0.0 if denominator == 0 else 1.0 - 2.0 * float((a * b).sum()) / denominator
