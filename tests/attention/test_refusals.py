@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,30 @@ def decode(**change: Any) -> Any:
     return attention.flash_mla_with_kvcache(**{**given, **change})
 
 
+def assert_complete(message: str, function: str, *arguments: str) -> None:
+    """One line: function, argument, what it is, what was wanted; what to do."""
+    form = rf"{function}: \w+(\[.*\])?(:| is| has) .+, wanted .+; .+"
+    assert re.fullmatch(form, message), message  # a dot is no new line
+    assert any(re.search(rf"\b{name}\b", message) for name in arguments), message
+    assert len(message) < 240, message
+
+
 INDEX = np.zeros((2, 1, 4), np.int32)
 REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"q": np.zeros((2, 4, 96), BF16)}, ShapeError, r"q has shape \[2, 4, 96\], wanted \[b, s_q"),
     ({"q": np.zeros((2, 1, 4, 96), np.int32)}, DtypeError, "q is int32, wanted bfloat16"),
     ({"k_cache": np.zeros((8, 16, 1, 95), BF16)}, ShapeError, "rows of 95 and q has 96 columns"),
-    ({"k_cache": np.zeros((8, 16, 3, 96), BF16)}, ShapeError, "4 query heads, wanted a multiple"),
+    (
+        {"k_cache": np.zeros((8, 16, 3, 96), BF16)},
+        ShapeError,
+        "q has 4 query heads, wanted a mul",
+    ),
     ({"k_cache": np.zeros((8, 16, 1, 192), BF16)[..., ::2]}, ShapeError, "stride 2 in a row, wan"),
     ({"k_cache": np.zeros((8, 0, 1, 96), BF16)}, ShapeError, r"\[8, 0, 1, 96\], wanted no axis of"),
     ({"k_cache": np.zeros((8, 16, 0, 96), BF16)}, ShapeError, r"16, 0, 96\], wanted no axis of 0"),
     ({"k_cache": np.zeros((8, 16, 96), BF16)}, ShapeError, r"wanted \[blocks, page, kv heads"),
     ({"k_cache": np.zeros((8, 16, 1, 96), np.uint8)}, DtypeError, "uint8 and is_fp8_kvcache is Fa"),
-    ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True; wanted one of"),
+    ({"is_fp8_kvcache": True}, DtypeError, "bfloat16 and is_fp8_kvcache is True, wanted one of"),
     ({"head_dim_v": 97}, ConfigError, "head_dim_v is 97, wanted a whole number from 1 to 96"),
     ({"head_dim_v": 0}, ConfigError, "head_dim_v is 0"),
     ({"head_dim_v": 64.0}, ConfigError, r"head_dim_v is 64\.0, wanted a whole number"),
@@ -99,13 +112,36 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
     ({"cache_seqlens": np.array([-1, 4], np.int32)}, ShapeError, r"cache_seqlens\[0\] is -1"),
     ({"cache_seqlens": [1, 2]}, DtypeError, "cache_seqlens: a list, wanted a numpy array"),
     ({"attn_sink": np.zeros(3, np.float32)}, ShapeError, r"attn_sink is float32 \[3\], wanted"),
-    ({"tile_scheduler_metadata": "x"}, DtypeError, "is a str and num_splits a NoneType"),
-    ({"topk_length": np.zeros(2, np.int32)}, ConfigError, "topk_length without indices"),
-    ({"indices": INDEX, "causal": True}, ConfigError, "causal with indices"),
+    ({"tile_scheduler_metadata": "x"}, DtypeError, "is 'x' and num_splits is None, wanted an obj"),
+    (
+        {"topk_length": np.zeros(2, np.int32)},
+        ConfigError,
+        r"topk_length is a int32 array \[2\] and indices is None",
+    ),
+    (
+        {"tile_scheduler_metadata": np.zeros((4, 8)), "num_splits": np.zeros(4)},
+        DtypeError,
+        r"metadata is a float64 array \[4, 8\] and num_splits is a float64 array \[4\], wanted an",
+    ),
+    (
+        {"attn_sink": np.zeros(8, np.float32)[::2]},
+        ShapeError,
+        r"\[4\] of strides \[2\], wanted",
+    ),
+    (
+        {"k_cache": np.zeros((0, 16, 1, 96), BF16)},
+        ShapeError,
+        r"block_table\[0, 0\] is 0, wanted none: k_cache has no blocks; ",
+    ),
+    ({"indices": INDEX, "causal": True}, ConfigError, "causal is True with indices, wanted False"),
     ({"indices": INDEX, "block_table": [[0]]}, DtypeError, "block_table: a list, wanted a numpy a"),
     ({"indices": INDEX, "cache_seqlens": (1, 2)}, DtypeError, "cache_seqlens: a tuple, wanted a n"),
     ({"indices": INDEX[:1]}, ShapeError, r"indices has shape \[1, 1, 4\], wanted \[2, 1, 'any'\]"),
-    ({"indices": INDEX, "extra_k_cache": np.zeros((1, 1, 1, 96), BF16)}, ConfigError, "together"),
+    (
+        {"indices": INDEX, "extra_k_cache": np.zeros((1, 1, 1, 96), BF16)},
+        ConfigError,
+        "kvcache is None",
+    ),
     (
         {
             "indices": INDEX,
@@ -113,7 +149,7 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
             "extra_indices_in_kvcache": INDEX,
         },
         ConfigError,
-        "extra_k_cache has another dtype than k_cache",
+        r"extra_k_cache is a float32 array .* and k_cache is a bfloat16 array .*, wanted one dt",
     ),
     ({"causal": np.ones(2)}, ConfigError, r"causal is a float64 array \[2\], wanted True or Fal"),
     ({"is_fp8_kvcache": [1, 0]}, ConfigError, r"is_fp8_kvcache is \[1, 0\], wanted True or Fal"),
@@ -124,8 +160,15 @@ REFUSALS: list[tuple[dict[str, Any], type[WhalefallError], str]] = [
 def test_decode_refuses(change: dict[str, Any], error: type[WhalefallError], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         decode(**change)
-    assert str(caught.value).startswith("flash_mla_with_kvcache: ")
-    assert "\n" not in str(caught.value)
+    assert_complete(str(caught.value), "flash_mla_with_kvcache", *change)
+
+
+def test_a_call_known_with_int32_metadata_still_refuses_floats() -> None:
+    whole = {"tile_scheduler_metadata": np.zeros((4, 8), np.int32), "num_splits": INDEX[:, 0, 0]}
+    for _ in range(3):
+        decode(**whole)
+    with pytest.raises(DtypeError, match="wanted an object and None, or two int32 tensors"):
+        decode(**{name: array.astype(np.float32) for name, array in whole.items()})
 
 
 def test_numbers_may_be_numpys() -> None:
@@ -157,7 +200,7 @@ def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
         attention.flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, softmax_scale=scale)
     for given in (scale, None):
         with pytest.raises(
-            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number$"
+            ConfigError, match=r"^flash_mla_sparse_fwd: sm_scale is .* finite number; pass"
         ):
             attention.flash_mla_sparse_fwd(q, q[:, :1], np.zeros((4, 1, 1), np.int32), given, 16)
     with pytest.raises(

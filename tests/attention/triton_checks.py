@@ -164,7 +164,7 @@ def check_refusals(device: str) -> None:
         assert "answered" not in said[0], said
     for wrong, words in (
         ({"block_table": p.table}, "block_table is a ndarray, wanted a tensor like q"),
-        ({"head_dim_v": 256}, "head_dim_v 256, not 512, on a GPU; move the tensors with .cpu()"),
+        ({"head_dim_v": 256}, "head_dim_v is 256, wanted 512 on a GPU; move the tensors with .c"),
         ({"indices": index, "extra_k_cache": cache, "extra_indices_in_kvcache": index}, "extra_k"),
     ):
         try:

@@ -11,7 +11,12 @@ import numpy.typing as npt
 from whalefall.arguments import flag
 from whalefall.attention.fp8_rows import LATENT
 from whalefall.attention.native_calls import append_entry
-from whalefall.attention.operands import cache_operand, int32_operand, query_operand
+from whalefall.attention.operands import (
+    cache_operand,
+    check_one_head,
+    int32_operand,
+    query_operand,
+)
 from whalefall.attention.structs import TYPES, AppendArgs
 from whalefall.dtypes import refuse_gradient
 from whalefall.dtypes.written import refuse_overlap, written
@@ -50,21 +55,27 @@ def append_latent(
     if right.shape[0] != tokens or left.dtype != right.dtype:
         raise ShapeError(
             f"{_HERE}: latent is {left.dtype} {list(left.shape)} and rope {right.dtype} "
-            f"{list(right.shape)}, wanted as many rows of one dtype"
+            f"{list(right.shape)}, wanted as many rows of one dtype; convert or cut one"
         )
     if is_fp8_kvcache and left.shape[1] != LATENT:
-        raise ShapeError(f"{_HERE}: latent of {left.shape[1]} columns, wanted {LATENT} in FP8")
+        raise ShapeError(
+            f"{_HERE}: latent has {left.shape[1]} columns, wanted {LATENT} for an FP8 row; pad it, "
+            "or pass a cache of floats"
+        )
     refuse_overlap(_HERE, "cache", written(cache, f"{_HERE}: cache"), (left, right))
-    pages, kind, kv_heads = cache_operand(_HERE, "cache", cache, is_fp8_kvcache, width)
-    if kv_heads != 1:
-        raise ShapeError(f"{_HERE}: cache has {kv_heads} kv heads, wanted 1")
+    pages, kind, kv_heads = cache_operand(
+        _HERE, "cache", cache, is_fp8_kvcache, width, "latent and rope have"
+    )
+    check_one_head(_HERE, "cache", kv_heads)
     seen, kept = int32_operand(_HERE, "slots", slots, (tokens,))
     slot = np.ctypeslib.as_array((ctypes.c_int32 * tokens).from_address(seen.address)).copy()
     rows = pages.blocks * pages.page
     if tokens and (slot.max() >= rows or slot.min() < -1):
         wrong = int(np.argmax((slot >= rows) | (slot < -1)))
+        most = f"-1 to {rows - 1} = blocks * page - 1" if rows else "-1: cache has no blocks"
         raise ShapeError(
-            f"{_HERE}: slots[{wrong}] is {slot[wrong]}, wanted -1 to {rows - 1} = blocks * page - 1"
+            f"{_HERE}: slots[{wrong}] is {slot[wrong]}, wanted {most}; name a slot of the "
+            "cache, or -1 for none"
         )
     _only_the_last(slot)
     # One table that names every block: a slot is then a position in it.

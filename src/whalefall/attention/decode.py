@@ -12,12 +12,14 @@ import ctypes
 import math
 from typing import Any
 
-from whalefall.arguments import flag
+from whalefall.arguments import flag, shown
 from whalefall.attention.metadata import FlashMLASchedMeta, check_metadata
 from whalefall.attention.native_calls import decode_entry, sparse_entry
 from whalefall.attention.operands import (
     cache_operand,
+    check_heads,
     check_mixture,
+    check_one_head,
     int32_operand,
     query_operand,
     scale_operand,
@@ -167,7 +169,8 @@ class _Call:
 
     def take_down(self, given: tuple[Any, ...]) -> None:
         """Let a call like this one be known, whose arguments were `given`."""
-        if self.empty:
+        # The table knows arrays in the place of metadata by their class alone.
+        if self.empty or hasattr(given[5], "shape"):
             return
         if self.refuse:  # filled in by each call
             self.paged.tables = self.paged.keys = None
@@ -204,8 +207,7 @@ def _dense(
 ) -> None:
     b, s_q, h_q, width = q.shape
     cache, kind, kv_heads = cache_operand(_HERE, "k_cache", arrays[0], fp8, width)
-    if h_q % kv_heads:
-        raise ShapeError(f"{_HERE}: {h_q} query heads, wanted a multiple of {kv_heads} kv heads")
+    check_heads(_HERE, h_q, "k_cache", kv_heads)
     table, table_kept = int32_operand(_HERE, "block_table", arrays[1], (b, None))
     lengths, lengths_kept = int32_operand(_HERE, "cache_seqlens", arrays[2], (b,))
     heads = (h_q * v_width, v_width)
@@ -225,11 +227,13 @@ def _dense(
         if refusal == 1:
             raise ShapeError(
                 f"{_HERE}: cache_seqlens[{args.wrong_request}] is {args.wrong_value}, wanted 0 to "
-                f"{columns * page} = {columns} blocks of {page} keys"
+                f"{columns * page} = {columns} blocks of {page} keys; correct it, or widen "
+                "block_table"
             )
+        wanted = f"wanted 0 to {blocks - 1}" if blocks else "wanted none: k_cache has no blocks"
         raise ShapeError(
             f"{_HERE}: block_table[{args.wrong_request}, {args.wrong_entry}] is "
-            f"{args.wrong_value}, wanted 0 to {blocks - 1}: the length reaches this entry"
+            f"{args.wrong_value}, {wanted}; the length reaches this entry, name a block of k_cache"
         )
 
     call.keep += [table_kept, lengths_kept]
@@ -254,7 +258,10 @@ def _sparse(
         names = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
         second, other = _chosen(call, extra, names, fp8, q)
         if other != kind:
-            raise ConfigError(f"{_HERE}: extra_k_cache has another dtype than k_cache")
+            raise ConfigError(
+                f"{_HERE}: extra_k_cache is {shown(extra[0])} and k_cache is {shown(main[0])}, "
+                "wanted one dtype; convert one"
+            )
     args = SparseArgs(
         *(q.address, q.strides[1], q.strides[2], None, h_q * v_width, v_width),
         *(None, None, h_q, 1, sink, b * s_q, h_q, width, v_width, first, second),
@@ -268,8 +275,7 @@ def _chosen(
 ) -> tuple[Chosen, int]:
     b, s_q, _, width = q.shape
     cache, kind, kv_heads = cache_operand(_HERE, names[0], given[0], fp8, width)
-    if kv_heads != 1:
-        raise ShapeError(f"{_HERE}: {names[0]} has {kv_heads} kv heads, wanted 1 with indices")
+    check_one_head(_HERE, names[0], kv_heads)
     indices, kept = int32_operand(_HERE, names[1], given[1], (b, s_q, None))
     lengths, lengths_kept = None, None
     if given[2] is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from whalefall.arguments import flag
+from whalefall.arguments import flag, shown
 from whalefall.attention.operands import (
     check_cache,
+    check_heads,
     check_int32,
     check_mixture,
+    check_one_head,
     check_query,
     check_sink,
     scale_operand,
@@ -62,10 +64,9 @@ def checked(given: dict[str, Any]) -> GpuDecode:
     cache = _view(given["k_cache"], "k_cache", q)
     check_cache(_HERE, "k_cache", cache, fp8, width)
     kv_heads = cache.shape[2]
-    if sparse and kv_heads != 1:
-        raise ShapeError(f"{_HERE}: k_cache has {kv_heads} kv heads, wanted 1 with indices")
-    if heads % kv_heads:
-        raise ShapeError(f"{_HERE}: {heads} query heads, wanted a multiple of {kv_heads} kv heads")
+    if sparse:
+        check_one_head(_HERE, "k_cache", kv_heads)
+    check_heads(_HERE, heads, "k_cache", kv_heads)
     where, lengths = _keys(given, b, s_q)
     _check_form(given, seen, cache, v_width, fp8)
     return GpuDecode(q, given["k_cache"], where, lengths, scale, causal, fp8, sparse, sink)
@@ -88,11 +89,12 @@ def _keys(given: dict[str, Any], b: int, s_q: int) -> tuple[Any, Any]:
 
 def _check_form(given: dict[str, Any], q: View, cache: View, v_width: int, fp8: bool) -> None:
     """UnsupportedError, or DtypeError, for what a CPU answers and this kernel doesn't."""
+    extra = given["extra_k_cache"]
     forms = (
-        (given["extra_k_cache"] is not None, "extra_k_cache"),
-        (v_width != _V_WIDTH, f"head_dim_v {v_width}, not {_V_WIDTH},"),
-        (q.shape[3] != _WIDTH, f"q of {q.shape[3]} columns, not {_WIDTH},"),
-        (cache.shape[2] != 1, f"{cache.shape[2]} kv heads"),
+        (extra is not None, f"extra_k_cache is {shown(extra)}, wanted None"),
+        (v_width != _V_WIDTH, f"head_dim_v is {v_width}, wanted {_V_WIDTH}"),
+        (q.shape[3] != _WIDTH, f"q has {q.shape[3]} columns, wanted {_WIDTH}"),
+        (cache.shape[2] != 1, f"k_cache has {cache.shape[2]} kv heads, wanted 1"),
     )
     for there, words in forms:
         if there:
@@ -100,23 +102,25 @@ def _check_form(given: dict[str, Any], q: View, cache: View, v_width: int, fp8: 
     if q.dtype == "float32" or (not fp8 and cache.dtype != q.dtype):
         raise DtypeError(
             f"{_HERE}: q is {q.dtype} and k_cache {cache.dtype}, wanted q in bfloat16 or float16 "
-            "and k_cache in q's dtype, or bytes, on a GPU"
+            "and k_cache in q's dtype, or bytes, on a GPU; convert them"
         )
     # words of four bytes are read, where they lie
     if fp8 and (cache.address % 4 or any(step % 4 for step in cache.strides[:3])):
         raise ShapeError(
             f"{_HERE}: k_cache has strides {list(cache.strides)}, wanted multiples of 4 bytes, "
-            "from an address that is one"
+            "from an address that is one; copy it"
         )
 
 
 def _view(tensor: Any, name: str, q: Any) -> View:
     """Shape, strides and dtype of a tensor beside q; its memory is not for the CPU."""
     if not hasattr(tensor, "data_ptr"):
-        raise DtypeError(f"{_HERE}: {name} is a {type(tensor).__name__}, wanted a tensor like q")
+        raise DtypeError(
+            f"{_HERE}: {name} is a {type(tensor).__name__}, wanted a tensor like q; make it one"
+        )
     if tensor.device != q.device:
         raise UnsupportedError(
-            f"{_HERE}: {name} is on {tensor.device} and q on {q.device}; wanted one device, move "
+            f"{_HERE}: {name} is on {tensor.device} and q on {q.device}, wanted one device; move "
             "it with .to(q.device)"
         )
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())

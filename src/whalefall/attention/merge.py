@@ -36,12 +36,12 @@ def merge_partials(out: Any, lse: Any) -> tuple[Any, Any]:
     if seen.dtype not in TYPES or weights.dtype != "float32":
         raise DtypeError(
             f"merge_partials: out is {seen.dtype} and lse {weights.dtype}, wanted bfloat16, "
-            "float16 or float32, and float32"
+            "float16 or float32, and float32; convert them"
         )
     if len(seen.shape) < 2 or seen.shape[:-1] != weights.shape:
         raise ShapeError(
             f"merge_partials: out is {list(seen.shape)} and lse {list(weights.shape)}, wanted "
-            "[parts, rows …, d_v] and [parts, rows …]"
+            "[parts, rows …, d_v] and [parts, rows …]; reshape them"
         )
     if not seen.contiguous:
         out = restore(np.ascontiguousarray(as_numpy(out)), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from whalefall.arguments import shown
 from whalefall.errors import DtypeError
 
 __all__ = ["FlashMLASchedMeta", "check_metadata", "get_mla_metadata"]
@@ -56,10 +57,15 @@ def check_metadata(where: str, metadata: Any, num_splits: Any) -> None:
     """Accepts both habits: the object with None, or the two int tensors of older releases."""
     if metadata is None or (isinstance(metadata, FlashMLASchedMeta) and num_splits is None):
         return
-    if hasattr(metadata, "shape") and hasattr(num_splits, "shape"):
+    if all(_is_int32(tensor) for tensor in (metadata, num_splits)):
         return
     raise DtypeError(
-        f"{where}: tile_scheduler_metadata is a {type(metadata).__name__} and num_splits a "
-        f"{type(num_splits).__name__}; pass on what get_mla_metadata() gave: an object and None, "
-        "or two int32 tensors"
+        f"{where}: tile_scheduler_metadata is {shown(metadata)} and num_splits is "
+        f"{shown(num_splits)}, wanted an object and None, or two int32 tensors; pass on what "
+        "get_mla_metadata() gave"
     )
+
+
+def _is_int32(tensor: Any) -> bool:
+    dtype = str(getattr(tensor, "dtype", "")).removeprefix("torch.")
+    return hasattr(tensor, "shape") and dtype == "int32"

@@ -16,8 +16,10 @@ from whalefall.errors import ConfigError, DtypeError, ShapeError
 __all__ = [
     "cache_operand",
     "check_cache",
+    "check_heads",
     "check_int32",
     "check_mixture",
+    "check_one_head",
     "check_query",
     "check_sink",
     "int32_operand",
@@ -27,6 +29,7 @@ __all__ = [
     "width_of_values",
 ]
 
+_FLOATS = "bfloat16, float16 or float32"
 FLOAT_MAX = float(np.finfo(np.float32).max)
 _LARGEST_SCALE = FLOAT_MAX * math.log(2)  # kernels divide it by ln 2, in fp32
 FP8_WIDTH = 576  # columns of a 656-byte row
@@ -50,9 +53,11 @@ def query_operand(where: str, name: str, q: Any, axes: str) -> tuple[View, Any]:
 def check_query(where: str, name: str, seen: View, axes: str) -> None:
     """DtypeError or ShapeError where queries are no floats, or have other axes."""
     if seen.dtype not in TYPES:
-        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted {_FLOATS}; convert it")
     if len(seen.shape) != len(axes.split(",")):
-        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]")
+        raise ShapeError(
+            f"{where}: {name} has shape {list(seen.shape)}, wanted [{axes}]; reshape it"
+        )
 
 
 def _token_stride(seen: View) -> View:
@@ -88,7 +93,10 @@ def check_int32(where: str, name: str, seen: View, shape: tuple[int | None, ...]
     )
     if not fits:
         wanted = ["any" if want is None else want for want in shape]
-        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}")
+        raise ShapeError(
+            f"{where}: {name} has shape {list(seen.shape)}, wanted {wanted}; reshape it, or give "
+            "each token or request its own"
+        )
 
 
 def sink_operand(where: str, sink: Any, heads: int) -> int | None:
@@ -102,25 +110,31 @@ def sink_operand(where: str, sink: Any, heads: int) -> int | None:
 
 def check_sink(where: str, seen: View, heads: int) -> None:
     """ShapeError for anything but contiguous float32 [heads]."""
-    if seen.dtype != "float32" or seen.shape != (heads,) or not seen.contiguous:
-        raise ShapeError(
-            f"{where}: attn_sink is {seen.dtype} {list(seen.shape)}, wanted contiguous float32 "
-            f"[{heads}], one for each query head"
-        )
+    wrong = (
+        (seen.dtype != "float32", "", "convert it"),
+        (seen.shape != (heads,), "", "pass a number for each query head"),
+        (not seen.contiguous, f" of strides {list(seen.strides)}", "make it contiguous"),
+    )
+    for there, strides, remedy in wrong:
+        if there:
+            raise ShapeError(
+                f"{where}: attn_sink is {seen.dtype} {list(seen.shape)}{strides}, wanted "
+                f"contiguous float32 [{heads}]; {remedy}"
+            )
 
 
 def cache_operand(
-    where: str, name: str, cache: Any, fp8: bool, width: int
+    where: str, name: str, cache: Any, fp8: bool, width: int, of: str = "q has"
 ) -> tuple[Cache, int, int]:
     """A paged cache [blocks, page, kv heads, width].
 
     Args:
         fp8: whether its rows are of 656 bytes.
-        width: of a query, which the rows must have.
+        width: of what `of` names, which the rows must have.
     Returns: the native struct, the format's code, the number of kv heads.
     """
     seen = view(cache, f"{where}: {name}")
-    check_cache(where, name, seen, fp8, width)
+    check_cache(where, name, seen, fp8, width, of)
     blocks, page, kv_heads, _ = seen.shape
     size = 1 if fp8 else {"float32": 4}.get(seen.dtype, 2)
     strides = [s * size for s in seen.strides[:3]]
@@ -128,30 +142,57 @@ def cache_operand(
     return Cache(seen.address, *strides, blocks, page), code, kv_heads
 
 
-def check_cache(where: str, name: str, seen: View, fp8: bool, width: int) -> None:
+def check_cache(
+    where: str, name: str, seen: View, fp8: bool, width: int, of: str = "q has"
+) -> None:
     """ShapeError or DtypeError for what is no cache; arguments as of `cache_operand`."""
     if len(seen.shape) != 4:
         raise ShapeError(
-            f"{where}: {name} has shape {list(seen.shape)}, wanted [blocks, page, kv heads, width]"
+            f"{where}: {name} has shape {list(seen.shape)}, wanted [blocks, page, kv heads, "
+            "width]; reshape it"
         )
     blocks, page, kv_heads, last = seen.shape
     if fp8 != (seen.dtype in FP8_DTYPES):
+        dtypes = f"one of {', '.join(FP8_DTYPES)}" if fp8 else _FLOATS
         raise DtypeError(
-            f"{where}: {name} is {seen.dtype} and is_fp8_kvcache is {fp8}; wanted "
-            + (f"one of {', '.join(FP8_DTYPES)}" if fp8 else "bfloat16, float16 or float32")
+            f"{where}: {name} is {seen.dtype} and is_fp8_kvcache is {fp8}, wanted {dtypes}; "
+            f"convert it, or pass is_fp8_kvcache={not fp8}"
         )
     if not fp8 and seen.dtype not in TYPES:
-        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted bfloat16, float16 or float32")
-    wanted, of = (FP8_ROW_BYTES, "bytes of an FP8 row") if fp8 else (width, "width of q")
-    if last != wanted or (fp8 and width != FP8_WIDTH):
+        raise DtypeError(f"{where}: {name} is {seen.dtype}, wanted {_FLOATS}; convert it")
+    wanted, columns = (FP8_ROW_BYTES, FP8_WIDTH) if fp8 else (width, width)
+    if last != wanted or width != columns:
         raise ShapeError(
-            f"{where}: {name} has rows of {last} and q has {width} columns, wanted rows of "
-            f"{wanted}, the {of}" + (f", and q of {FP8_WIDTH}" if fp8 else "")
+            f"{where}: {name} has rows of {last} and {of} {width} columns, wanted rows of {wanted} "
+            f"{'bytes ' if fp8 else ''}for {columns} columns; pass arrays that fit"
         )
     if page < 1 or kv_heads < 1:
-        raise ShapeError(f"{where}: {name} has shape {list(seen.shape)}, wanted no axis of 0")
+        raise ShapeError(
+            f"{where}: {name} has shape {list(seen.shape)}, wanted no axis of 0; pass pages with "
+            "tokens and heads"
+        )
     if seen.strides[-1] != 1 and last > 1 and blocks:  # numpy's strides of nothing are 0
-        raise ShapeError(f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1")
+        raise ShapeError(
+            f"{where}: {name} has stride {seen.strides[-1]} in a row, wanted 1; make its rows "
+            "contiguous"
+        )
+
+
+def check_heads(where: str, heads: int, name: str, kv_heads: int) -> None:
+    """ShapeError where query heads are not shared out evenly over the kv heads of `name`."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ShapeError(
+            f"{where}: q has {heads} query heads, wanted a multiple of the {kv_heads} kv heads of "
+            f"{name}; pad q, or repeat heads of {name}"
+        )
+
+
+def check_one_head(where: str, name: str, kv_heads: int) -> None:
+    """ShapeError where a cache has more heads than the one whose rows are listed by number."""
+    if kv_heads != 1:
+        raise ShapeError(
+            f"{where}: {name} has {kv_heads} kv heads, wanted 1; pass one head at a time"
+        )
 
 
 def check_mixture(where: str, given: dict[str, Any]) -> None:
@@ -166,16 +207,24 @@ def check_mixture(where: str, given: dict[str, Any]) -> None:
         for name in names:
             if given[name] is not None:
                 raise ConfigError(
-                    f"{where}: {name} without indices; it belongs to sparse attention"
+                    f"{where}: {name} is {shown(given[name])} and indices is None, wanted both or "
+                    "neither; leave it out, it belongs to sparse attention"
                 )
     elif given["causal"]:
-        raise ConfigError(f"{where}: causal with indices; leave it out, indices choose the keys")
+        raise ConfigError(
+            f"{where}: causal is True with indices, wanted False; leave it out, indices choose the "
+            "keys"
+        )
     elif (extra[0] is None) != (extra[1] is None):
         raise ConfigError(
-            f"{where}: extra_k_cache and extra_indices_in_kvcache come together or not at all"
+            f"{where}: extra_k_cache is {shown(extra[0])} and extra_indices_in_kvcache is "
+            f"{shown(extra[1])}, wanted both or neither; pass the other, too"
         )
     elif extra[0] is None and given["extra_topk_length"] is not None:
-        raise ConfigError(f"{where}: extra_topk_length without extra_k_cache")
+        raise ConfigError(
+            f"{where}: extra_topk_length is {shown(given['extra_topk_length'])} and extra_k_cache "
+            "is None, wanted both or neither; leave it out"
+        )
 
 
 def width_of_values(where: str, name: str, head_dim_v: Any, width: int) -> int:
@@ -193,6 +242,6 @@ def scale_operand(where: str, name: str, given: Any, width: int | None = None) -
         kind = f"at most {_LARGEST_SCALE:.3g}" if large else "a finite number"
         raise ConfigError(
             f"{where}: {name} is {shown(given)}, wanted {kind}"
-            + (" or None" if width is not None else "")
+            + (" or None; leave it out" if width is not None else "; pass one")
         )
     return float(number)

@@ -68,10 +68,12 @@ def flash_mla_sparse_fwd(
     if len(rows.shape) != 3 or rows.shape[1:] != (1, width) or rows.dtype != seen.dtype:
         raise ShapeError(
             f"{_HERE}: kv is {rows.dtype} {list(rows.shape)}, wanted {seen.dtype} [s_kv, 1, "
-            f"{width}] like q"
+            f"{width}] like q; convert or reshape it"
         )
     if rows.strides[2] != 1 and width > 1 and rows.shape[0]:  # numpy's strides of nothing are 0
-        raise ShapeError(f"{_HERE}: kv has stride {rows.strides[2]} in a row, wanted 1")
+        raise ShapeError(
+            f"{_HERE}: kv has stride {rows.strides[2]} in a row, wanted 1; make its rows contiguous"
+        )
     index, index_kept = int32_operand(_HERE, "indices", indices, (s_q, 1, None))
     lengths, lengths_kept = None, None
     if topk_length is not None:

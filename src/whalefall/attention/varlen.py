@@ -14,7 +14,7 @@ import numpy as np
 
 from whalefall.arguments import flag, shown, whole
 from whalefall.attention.native_calls import varlen_entry
-from whalefall.attention.operands import query_operand, scale_operand
+from whalefall.attention.operands import check_heads, query_operand, scale_operand
 from whalefall.attention.structs import TYPES, VarlenArgs, VarlenCall
 from whalefall.dtypes import (
     KnownCalls,
@@ -143,10 +143,11 @@ def _check_accepted(where: str, deterministic: Any, both: Any = 0, **lengths: An
 
 def _check_packed(where: str, name: str, packed: Any, width: Any, parts: int = 1) -> None:
     shape = view(packed, f"{where}: {name}").shape
-    before_v = whole(f"{where}: head_dim_qk", width) * parts
-    if len(shape) != 3 or not 0 < before_v < shape[2]:
+    before_v = whole(f"{where}: head_dim_qk", width, 1) * parts
+    if len(shape) != 3 or before_v >= shape[2]:
         raise ShapeError(
-            f"{where}: {name} has shape {list(shape)}, wanted [tokens, heads, more than {before_v}]"
+            f"{where}: {name} has shape {list(shape)} and head_dim_qk is {width}, wanted [tokens, "
+            f"heads, more than {before_v}]; reshape it, or pass fewer columns"
         )
 
 
@@ -165,7 +166,7 @@ def _attend(
 ) -> tuple[Any, Any]:
     given = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, dropout_p, softmax_scale, causal, is_varlen)
     if not isinstance(dropout_p, Real) or dropout_p != 0.0:
-        raise ConfigError(f"{where}: dropout_p is {shown(dropout_p)}, wanted 0")
+        raise ConfigError(f"{where}: dropout_p is {shown(dropout_p)}, wanted 0; leave it out")
     causal = flag(f"{where}: causal", causal)
     is_varlen = flag(f"{where}: is_varlen", is_varlen)
     refuse_gradient(where, (q, k, v))
@@ -177,7 +178,7 @@ def _attend(
     if len(q_starts) != len(k_starts):
         raise ShapeError(
             f"{where}: cu_seqlens_qo has {len(q_starts)} entries and cu_seqlens_kv "
-            f"{len(k_starts)}, wanted as many"
+            f"{len(k_starts)}, wanted as many; pass one for each sequence, and the end"
         )
     tokens, heads, width = seen_q.shape
     v_width = seen_v.shape[2]
@@ -202,18 +203,17 @@ def _attend(
 
 def _check_heads(where: str, q: View, k: View, v: View) -> None:
     if k.dtype != v.dtype:
-        raise DtypeError(f"{where}: k is {k.dtype} and v {v.dtype}, wanted one dtype")
+        raise DtypeError(f"{where}: k is {k.dtype} and v {v.dtype}, wanted one dtype; convert one")
     if k.shape[:2] != v.shape[:2] or k.shape[2] != q.shape[2]:
         raise ShapeError(
             f"{where}: k is {list(k.shape)} and v {list(v.shape)}, wanted [Tk, h_kv, "
-            f"{q.shape[2]}] and [Tk, h_kv, d_v] for q {list(q.shape)}"
+            f"{q.shape[2]}] and [Tk, h_kv, d_v] for q {list(q.shape)}; reshape them"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(
-            f"{where}: {q.shape[1]} query heads, wanted a multiple of the {k.shape[1]} kv heads"
-        )
+    check_heads(where, q.shape[1], "k", k.shape[1])
     if q.shape[2] == 0 or v.shape[2] == 0:
-        raise ShapeError(f"{where}: head sizes {q.shape[2]} and {v.shape[2]}, wanted above 0")
+        raise ShapeError(
+            f"{where}: q has {q.shape[2]} columns and v {v.shape[2]}, wanted above 0; pass some"
+        )
 
 
 def _starts(where: str, name: str, cu_seqlens: Any, tokens: int, is_varlen: bool) -> Any:
@@ -221,19 +221,21 @@ def _starts(where: str, name: str, cu_seqlens: Any, tokens: int, is_varlen: bool
     starts = as_numpy(cu_seqlens, f"{where}: {name}")
     if starts.ndim != 1 or len(starts) < 1 or starts.dtype != np.int32:
         raise ShapeError(
-            f"{where}: {name} is {starts.dtype} {list(starts.shape)}, wanted int32 [b + 1]"
+            f"{where}: {name} is {starts.dtype} {list(starts.shape)}, wanted int32 [b + 1]; "
+            "convert it, starts and the end"
         )
     if not is_varlen:
         batch = max(1, len(starts) - 1)
         if tokens % batch:
             raise ShapeError(
-                f"{where}: {tokens} tokens, wanted a multiple of the {batch} sequences"
+                f"{where}: {name} has {batch} sequences of {tokens} tokens, wanted a multiple of "
+                "the sequences; pass is_varlen=True, or pad"
             )
         return np.arange(batch + 1, dtype=np.int32) * np.int32(tokens // batch)
     steps_back = (np.diff(starts) < 0).any()
     if starts[0] != 0 or steps_back or starts[-1] > tokens:
         raise ShapeError(
             f"{where}: {name} is {starts.tolist()[:8]}, wanted it to start at 0, never to fall, "
-            f"and to end at {tokens} at most"
+            f"and to end at {tokens} at most; pass the lengths' cumulative sums"
         )
     return np.ascontiguousarray(starts)
