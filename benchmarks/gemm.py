@@ -47,14 +47,17 @@ def pin_threads() -> None:
 
 
 def huge(size: int) -> Any:
-    """Bytes on huge pages, random valid E4M3 codes."""
+    """Bytes on huge pages: E4M3 codes as a checkpoint's, of normally distributed weights.
+
+    One in some ten thousand is subnormal, of uniform codes one in 18: SSE2's multiplications wait
+    for those (docs/benchmarks/gemm.notes.md), FMA does not.
+    """
     # private: shared memory is on huge pages only where the machine's owner says so
     area = mmap.mmap(-1, -(-size // (1 << 21)) << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(area, np.uint8)[:size]
-    codes = RNG.integers(0, 256, 1 << 20).astype(np.uint8)
-    codes[(codes & 127) == 127] = 1
-    memory[:] = np.resize(codes, size)
+    weights = RNG.standard_normal((1024, 1024)).astype(np.float32)
+    memory[:] = np.resize(gemm.per_block_cast_to_fp8(weights, False)[0].view(np.uint8), size)
     return memory
 
 
