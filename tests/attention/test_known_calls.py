@@ -39,6 +39,11 @@ def of_dense() -> Arguments:
     }
 
 
+def of_older_habit() -> Arguments:
+    schedule = {"tile_scheduler_metadata": np.zeros((2, 8), np.int32), "num_splits": whole(0, 1, 2)}
+    return {**of_dense(), **schedule}
+
+
 def of_fp8() -> Arguments:
     rows = np.random.default_rng(0).integers(0, 100, (4, 4, 1, 656)).astype(np.uint8)
     return {**of_dense(), "q": values(2, 2, 2, 576), "k_cache": rows, "is_fp8_kvcache": True}
@@ -95,6 +100,7 @@ def with_torch(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
 
 CALLS: dict[str, tuple[Any, Any, Callable[[], Arguments]]] = {
     "dense": (DECODE, decode._CALLS, of_dense),
+    "older habit": (DECODE, decode._CALLS, of_older_habit),
     "fp8": (DECODE, decode._CALLS, of_fp8),
     "sparse": (DECODE, decode._CALLS, of_sparse),
     "two caches": (DECODE, decode._CALLS, of_two_caches),

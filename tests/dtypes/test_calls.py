@@ -196,10 +196,15 @@ def test_some_arguments_count_by_class_or_not_at_all(entry: Any) -> None:
     table, x = KnownCalls("aonm", classes=(Schedule,)), floats(1)
     alone = Places(Add, {"x": 0}, {"to": 0}, status=True)
     args = (x, Schedule(), 5, 5)
-    table.keep(args, alone, struct_of(x, None), entry, [Result(x, (1,), "float32")])
+    made = Result(x, (1,), "float32")
+    table.keep(args, alone, struct_of(x, None), entry, [made])
     assert table.find(x, Schedule(), 0, 1) is not None
     for odd in ((None, 0, 1), (x, 0, 1), (3, 0, 1)):
         assert table.find(x, *odd) is None
+    table.keep((x, np.zeros(2, np.int32), 5, 5), alone, struct_of(x, None), entry, [made])
+    assert table.find(x, np.ones(2, np.int32), 0, 1) is not None
+    for array in (np.zeros(2, np.float32), np.zeros(3, np.int32)):
+        assert table.find(x, array, 0, 1) is None
     for odd in ((-1, 1), (0, 0), (1.0, 1), (True, 1), (0, np.int64(1)), (2**70, 1)):
         assert table.find(x, Schedule(), *odd) is None
 

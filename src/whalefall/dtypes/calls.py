@@ -106,12 +106,13 @@ class KnownCalls:
 
     Args:
         kinds: a letter for each argument of `find`. a: an array or None; p: a pair of arrays; s: a
-            plain value; o: an object of which only the class counts, None or an array; n, m: None,
-            or a whole number of at least 0 (n) or 1 (m) that changes no result.
+            plain value; o: an object of which only the class counts, None, or an array that the
+            call does not use, as it looks; n, m: None, or a whole number of at least 0 (n) or 1
+            (m) that changes no result.
         written: the array that the call writes, counted as in `Places`; it meets no other array,
             but that `accumulator` may be the same.
         returns: the array to give back. Without it and without results, `find` gives True.
-        classes: of arguments "o".
+        classes: of arguments "o" beside arrays.
 
     Attributes:
         find: called with the arguments; the results of the call, done, or None.

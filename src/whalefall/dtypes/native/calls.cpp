@@ -75,11 +75,13 @@ bool read_pair(Object* pair, Call& call) {
          read_one(api.PyList_GetItem(pair, 0), call) && read_one(api.PyList_GetItem(pair, 1), call);
 }
 
-// An object of which only the type counts.
+// An object of which only the type counts, of an array also what it looks like.
 bool read_object(Object* object, const Table& table, Key& key) {
   if (object == known.none) return key.add(kNone);
   Object* type = python::type_of(object);
-  bool fits = is_array(type);
+  Seen unused;
+  if (is_array(type)) return key.add(kSome) && read_array(object, key, unused);
+  bool fits = false;
   for (Object* one : table.classes) fits = fits || type == one;
   return fits && key.add(kSome) && key.add(reinterpret_cast<int64_t>(type));
 }
@@ -94,7 +96,8 @@ bool read_unused(Object* value, int64_t least, Key& key) {
 }
 
 // Letters: a: an array or None; p: a pair of arrays; s: a plain value; o: an object whose type
-// counts; n and m: None, or a whole number of at least 0, or 1, that changes nothing.
+// counts, or an array that is not used; n and m: None, or a whole number of at least 0, or 1, that
+// changes nothing.
 bool read_arguments(const Table& table, Object* const* args, intptr_t count, Call& call) {
   if (count != intptr_t(table.kinds.size())) return false;
   const char* level = std::getenv("WHALEFALL_ISA");
