@@ -46,6 +46,10 @@ def of_ends() -> Arguments:
     return {**of_index(), "grouped_layout": whole(3, 4, 9), "use_psum_layout": True}
 
 
+def of_ends_with_gaps() -> Arguments:
+    return {**of_ends(), "ensure_zero_padding": False}
+
+
 def of_bf16() -> Arguments:
     return {**of_index(), "a": values(9, 64), "b": values(3, 5, 64)}
 
@@ -64,6 +68,7 @@ CALLS: dict[str, tuple[Any, Any, Callable[[], Arguments]]] = {
     "index": (gemm.m_grouped_fp8_gemm_nt_contiguous, grouped._FP8_CALLS, of_index),
     "index nn": (gemm.m_grouped_fp8_gemm_nn_contiguous, grouped._FP8_CALLS, of_index_nn),
     "ends": (gemm.m_grouped_fp8_gemm_nt_contiguous, grouped._FP8_CALLS, of_ends),
+    "ends, gaps": (gemm.m_grouped_fp8_gemm_nt_contiguous, grouped._FP8_CALLS, of_ends_with_gaps),
     "bf16": (gemm.m_grouped_bf16_gemm_nt_contiguous, grouped._BF16_CALLS, of_bf16),
     "masked": (gemm.m_grouped_fp8_gemm_nt_masked, grouped._FP8_MASKED, of_masked),
     "bf16 masked": (gemm.m_grouped_bf16_gemm_nt_masked, grouped._BF16_MASKED, of_bf16_masked),
