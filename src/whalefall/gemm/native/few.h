@@ -183,7 +183,7 @@ inline void row_step(const uint8_t* p, const float* const* x, int64_t k, Fp8NanF
   if (kKind == kFp8) see<kStep>(nan, p);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
       if constexpr (M > 2)
         add_product(x[m] + k + j * kLanes, v[j], acc[m]);
@@ -192,8 +192,9 @@ inline void row_step(const uint8_t* p, const float* const* x, int64_t k, Fp8NanF
 }
 
 // out[r * kRowsOfX + m] += (R rows of W) . (the M rows of x from `first`), W decoded in registers,
-// two rows at a time: 8 sums, 2 of W and 1 of x. With SSE2, and one row of x, four: an addition
-// waits 3 cycles for the one before.
+// two rows at a time: 8 sums, 2 of W and 1 of x; one for 8 rows of x, loaded as they are multiplied
+// (3 instructions for 2 products, not 5). With SSE2, and one row of x, four: an addition waits 3
+// cycles for the one before.
 template <int kKind, int R, int M>
 __attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens& x, int first,
                                       vf* out) {
@@ -204,12 +205,12 @@ __attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens
     if (first == 0) group.prefetch_next(b);
     const float* row[M];
     for (int m = 0; m < M; ++m) row[m] = x.row[first + m] + b * kBlock;
-    constexpr int P = WF_ISA == 0 && M == 1 ? 4 : 2;
+    constexpr int P = M == 8 ? 1 : WF_ISA == 0 && M == 1 ? 4 : 2;
     for (int r = 0; r < R; r += P, w += P * pitch) {
       vf acc[P][M] = {};
       for (int k = 0; k < kBlock; k += kStep) {
         const uint8_t* p = w + k * group.kBytes;
-        if constexpr (WF_ISA == 0) {
+        if constexpr (WF_ISA == 0 || P == 1) {
 #pragma GCC unroll 4
           for (int i = 0; i < P; ++i) row_step<kKind, M>(p + i * pitch, row, k, nan, acc[i]);
         } else {
@@ -222,7 +223,7 @@ __attribute__((noinline)) bool paired(const Group<kKind, R>& group, const Tokens
       }
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const float factor = x.scaled() ? x.scale[first + m][b] : 1.0f;
           vf& sum = out[(r + i) * kRowsOfX + first + m];
@@ -340,7 +341,10 @@ __attribute__((noinline)) void group_paired(const Weight& w, int64_t n, const To
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < x.count; ++i) sums[r * kRowsOfX + i] = vf{};
   bool known = true;
-  for (int i = 0; i < x.count; i += 4) {
+  int i = 0;
+  if constexpr (WF_ISA == 1)
+    if (x.count == 8) known = paired<kKind, R, 8>(group, x, 0, sums), i = 8;
+  for (; i < x.count; i += 4) {
     const int left = x.count - i;
     known &= left >= 4   ? paired<kKind, R, 4>(group, x, i, sums)
              : left == 3 ? paired<kKind, R, 3>(group, x, i, sums)
