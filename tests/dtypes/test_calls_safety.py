@@ -126,7 +126,7 @@ def test_every_dtype_is_told_from_every_other(entry: Any) -> None:
 def test_an_unknown_python_or_numpy_goes_the_long_way(
     what: str, entry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native.cache_clear()
+    native_module._found.clear()
     if what == "implementation":
         monkeypatch.setattr(sys.implementation, "name", "other")
     elif what == "gil":
@@ -142,7 +142,7 @@ def test_an_unknown_python_or_numpy_goes_the_long_way(
         assert table.find(x, None) is None
     finally:
         monkeypatch.undo()
-        native.cache_clear()
+        native_module._found.clear()
         assert native() is not None
 
 

@@ -198,3 +198,9 @@ def test_the_level_is_part_of_a_call(call: str, monkeypatch: pytest.MonkeyPatch)
             function(**make())
             function(**make())
         assert seen == [True, False, True]
+
+
+@pytest.mark.parametrize("alignment", [2**20, 2**62, 2**63 - 1])
+def test_any_alignment_is_as_the_long_way_has_it(alignment: int) -> None:
+    gemm.set_mk_alignment_for_contiguous_layout(alignment)
+    assert assert_seen("ends", lambda g: g.update(grouped_layout=whole(3, 4, 8)))

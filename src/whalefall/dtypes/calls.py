@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from whalefall.dtypes.arrays import is_torch
-from whalefall.dtypes.native_calls import Made, Native, native, result
+from whalefall.dtypes.native_calls import Made, Native, aside, native, result
 
 __all__ = ["KnownCalls", "Places", "Result", "forget_calls"]
 
@@ -155,7 +155,9 @@ class KnownCalls:
         if loaded.torch is None:
             loaded.meet_torch()
         if self._table is None:
-            self._begin(loaded)
+            aside(lambda: self._begin(loaded))
+        if self._table is None:
+            return
         made = (Made * len(results))(*[result(is_torch(r[0]), *r[1:]) for r in results])
         loaded.library.wf_calls_keep(
             *(self._table, args, ctypes.addressof(struct), ctypes.sizeof(struct)),
@@ -164,6 +166,8 @@ class KnownCalls:
         )
 
     def _begin(self, loaded: Native) -> None:
+        if self._table is not None:  # another thread was first
+            return
         classes = (ctypes.c_void_p * len(self._classes))(*map(id, self._classes))
         library = loaded.library
         table = library.wf_calls_table(*self._given, classes, len(self._classes))
@@ -172,8 +176,8 @@ class KnownCalls:
         make = ctypes.pythonapi.PyCFunction_NewEx
         make.restype = ctypes.py_object
         make.argtypes = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p]
-        self._table = table
         self.find = make(ctypes.addressof(self._method), table, None)
+        self._table = table
 
     def forget(self) -> None:
         """Know no call any more."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from whalefall import jit
 from whalefall.dtypes.arrays import NUMPY_DTYPES, empty_like, view
 from whalefall.errors import WhalefallError
 
-__all__ = ["Made", "Native", "native"]
+__all__ = ["Made", "Native", "aside", "native"]
 
 MOST_AXES, _MOST_DTYPES, _MOST_WORDS = 8, 24, 400
 _NUMPY, _TORCH = 2, 3  # tags of arrays
@@ -138,15 +139,74 @@ class Native:
 
         Call it where a call had a tensor; the answer is found once.
         """
-        if self.torch is None and "torch" in sys.modules:
-            self.torch = False
-            with contextlib.suppress(AttributeError, OSError, RuntimeError):
-                self.torch = _meet_torch(self)
+        torch = sys.modules.get("torch")
+        if torch is None or getattr(torch.__spec__, "_initializing", False):
+            return  # another thread may be importing it
+        if self.torch is None:
+            aside(self._meet_torch)
+
+    def _meet_torch(self) -> None:
+        if self.torch is not None:
+            return
+        self.torch = known = False
+        try:
+            known = _meet_torch(self)
+        finally:
+            if not known:
+                forgotten = sys.modules["torch"].Tensor
+                self.library.wf_calls_torch(None, forgotten, forgotten, None)
+        self.torch = known
 
 
-@functools.cache
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def aside(work: Callable[[], object]) -> None:
+    """Do what is done once in a thread of its own, one at a time; if it fails, it has not been.
+
+    There no mode of the caller's (torch has them by thread) changes what probes are or sees them,
+    and no compiler traces them.
+    """
+
+    def run() -> None:
+        with _lock, contextlib.suppress(Exception):
+            work()
+
+    with contextlib.suppress(RuntimeError):  # Python ends
+        thread = threading.Thread(target=run, name="whalefall-known-calls")
+        thread.start()
+        thread.join()
+
+
+_found: list[Native | None] = []
+
+
 def native() -> Native | None:
     """The unit, or None where calls go through Python."""
+    if not _found:
+        aside(_find)
+    return _found[0] if _found else None
+
+
+def _find() -> None:
+    if _found:
+        return
+    loaded = None
+    try:
+        loaded = _load()
+    finally:
+        _found.append(loaded)
+
+
+def _load() -> Native | None:
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None
     if object.__basicsize__ != _HEAD or any(
@@ -269,9 +329,9 @@ def _meet_torch(loaded: Native) -> bool:
     libraries = Path(torch._C.__file__).parent / "lib"
     cpu = ctypes.CDLL(str(libraries / "libtorch_cpu.so"))
     python = ctypes.CDLL(str(libraries / "libtorch_python.so"))
-    probe = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+    probe = torch.arange(24, dtype=torch.float32, device="cpu").reshape(2, 3, 4)
     if torch.Tensor.__basicsize__ < _HEAD + 8 or any(
-        _word(one, _HEAD) != one._cdata for one in (probe, probe[1:], torch.zeros(()))
+        _word(one, _HEAD) != one._cdata for one in (probe, probe[1:], torch.zeros((), device="cpu"))
     ):
         return False
     names = [*(f"aoti_torch_get_{name}" for name in _SHIM), *_MORE]
@@ -304,6 +364,4 @@ def _torch_is_known(loaded: Native, torch: Any, whole: Any) -> bool:
         known = known and all(loaded.read(one) is None for one in odd)
         with torch.no_grad():
             known = known and loaded.read(wanting) == _expected(wanting) and _makes(loaded, True)
-    if not known:
-        loaded.library.wf_calls_torch(None, torch.Tensor, torch.Tensor, None)
     return known

@@ -134,9 +134,11 @@ struct Results {
   Object* made[kMostResults] = {};
   int64_t address[kMostResults] = {};
 
-  ~Results() {
-    for (Object* one : made)
-      if (one) api.Py_DecRef(one);
+  // No destructor: where Python ends while a thread is in a kernel, the thread is unwound without
+  // the interpreter's lock, and nothing may be counted then.
+  void drop() {
+    for (Object*& one : made)
+      if (one) api.Py_DecRef(std::exchange(one, nullptr));
   }
   bool make(const Plan& plan) {
     for (size_t i = 0; i < plan.results.size(); ++i) {
@@ -178,7 +180,10 @@ int32_t run(const Plan& plan, const Call& call, const Results& results) {
 
 Object* perform(const Table& table, const Plan& plan, const Call& call) {
   Results results;
-  if (!results.make(plan)) return nullptr;
+  if (!results.make(plan)) {
+    results.drop();
+    return nullptr;
+  }
   for (int i = 0; i < call.num_arrays; ++i)  // a list may lose them while the kernel runs
     if (call.arrays[i].object) api.Py_IncRef(call.arrays[i].object);
   const int32_t status = run(plan, call, results);
@@ -189,6 +194,7 @@ Object* perform(const Table& table, const Plan& plan, const Call& call) {
     else
       api.Py_IncRef(given = table.returns < 0 ? known.yes : call.arrays[table.returns].object);
   }
+  results.drop();
   for (int i = 0; i < call.num_arrays; ++i)
     if (call.arrays[i].object) api.Py_DecRef(call.arrays[i].object);
   return given;

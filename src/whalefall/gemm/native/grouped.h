@@ -68,9 +68,10 @@ class GroupedRows {
   }
 
   void by_ends() {
+    const int64_t alignment = std::min(call_->alignment, int64_t(1) << 40);  // beyond all rows
     int64_t start = 0;
     for (int64_t g = 0; g < call_->groups; ++g) {
-      const int64_t end = whose(g), next = round_up(std::max(start, end), call_->alignment);
+      const int64_t end = whose(g), next = round_up(std::max(start, end), alignment);
       if (end > start) {
         add(g, start, end, false);
         if (call_->zero_gaps) zero(end, std::min(next, call_->rows));
