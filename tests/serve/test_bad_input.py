@@ -182,8 +182,12 @@ def test_a_tokenizer_much_smaller_than_the_vocabulary_gets_one_warning(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("max_queue", 0, "--max-queue is 0, wanted a whole number >= 1"),
-        ("max_request_bytes", 1023, "--max-request-bytes is 1023, wanted a whole number >= 1024"),
+        ("max_queue", 0, "--max-queue is 0, wanted a whole number >= 1; pass such an int"),
+        (
+            "max_request_bytes",
+            1023,
+            "--max-request-bytes is 1023, wanted a whole number >= 1024; pass such an int",
+        ),
         ("node_hour", -0.5, "--node-hour is -0.5, wanted a finite number >= 0"),
         ("drain_s", float("inf"), "--drain-seconds is inf, wanted a finite number >= 0"),
     ],
