@@ -7,7 +7,8 @@
 //   M = 1, 2: `direct`, 8 or 4 rows of W at once, decoded in registers. Bound: memory. With SSE2
 //             `paired`: sums of 8 rows leave no registers for the rest.
 //   M <= 8:   with AVX2 and SSE2 `paired`, two rows of W for four of x, decoded in registers anew
-//             for the next four, while the multiply-adds wait for theirs. Bound: FMA.
+//             for the next four, while the multiply-adds wait for theirs; with AVX2 and 8 rows of
+//             x one row of W for all. Bound: FMA.
 //   beyond:   `tiled`, 4 rows of W x 128 columns decoded into L1, then 4 x 3 tiles. Bound: FMA.
 // While a group of rows is read, the next one is prefetched into L2 (which the hardware does not
 // do well across rows). FP8 wants x in Order::kWords, other kinds in Order::kPlain.
