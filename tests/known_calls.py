@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from whalefall import jit
 from whalefall.dtypes import KnownCalls, as_numpy, forget_calls
 
 Arguments = dict[str, Any]
@@ -82,6 +84,30 @@ def assert_changes_are_seen(
         assert run(function, again, written) == wanted
     assert run(function, make(), written) == plain
     return seen[-1]
+
+
+def assert_the_level_counts(
+    function: Callable[..., Any], table: KnownCalls, make: Callable[[], Arguments]
+) -> None:
+    """A call is not known at a level that is forced after it, and then is."""
+    for level in jit.levels():
+        forget_calls()
+        function(**make())
+        with pytest.MonkeyPatch.context() as patch, hits(table) as seen:
+            function(**make())
+            patch.setenv("WHALEFALL_ISA", level)
+            function(**make())
+            function(**make())
+        assert seen == [True, False, True]
+
+
+def in_threads(work: Callable[[int], None], count: int = 4) -> None:
+    """`work` in threads at once, each with its number."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def sub_array(array: Any) -> Any:

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.known_calls import Arguments, assert_changes_are_seen, hits, sub_array
-from whalefall import attention, jit
+from tests.known_calls import (
+    Arguments,
+    assert_changes_are_seen,
+    assert_the_level_counts,
+    sub_array,
+)
+from whalefall import attention
 from whalefall.attention import decode, sparse, varlen
-from whalefall.dtypes import forget_calls, restore
+from whalefall.dtypes import restore
 
 BF16 = ml_dtypes.bfloat16
 DECODE = attention.flash_mla_with_kvcache
@@ -235,17 +240,8 @@ def test_what_arrays_hold_is_looked_at_each_time(
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_level_is_part_of_a_call(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function, table, make = CALLS[call]
-    for level in jit.levels():
-        forget_calls()
-        function(**make())
-        with monkeypatch.context() as patch, hits(table) as seen:
-            function(**make())
-            patch.setenv("WHALEFALL_ISA", level)
-            function(**make())
-            function(**make())
-        assert seen == [True, False, True]
+def test_the_level_is_part_of_a_call(call: str) -> None:
+    assert_the_level_counts(*CALLS[call])
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dtypes.adding import GIVEN, NEW, Add, compiled, floats, struct_of
+from tests.dtypes.adding import GIVEN, NEW, Add, floats, struct_of
 from whalefall.dtypes import KnownCalls, Places, Result, forget_calls
-from whalefall.dtypes.native_calls import native
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if native() is None:
-        pytest.skip("no compiler")
-    return compiled(tmp_path_factory.mktemp("add"))
 
 
 def test_a_call_on_new_arrays_is_known_and_computed(entry: Any) -> None:

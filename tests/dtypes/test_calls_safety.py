@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dtypes.adding import GIVEN, NEW, Add, compiled, floats, struct_of
+from tests.dtypes.adding import GIVEN, NEW, Add, floats, struct_of
+from tests.known_calls import in_threads
 from whalefall.dtypes import KnownCalls, Result
 from whalefall.dtypes import native_calls as native_module
 from whalefall.dtypes.native_calls import native
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if native() is None:
-        pytest.skip("no compiler")
-    return compiled(tmp_path_factory.mktemp("add"))
 
 
 def test_references_are_left_as_they_were(entry: Any) -> None:
@@ -95,11 +88,7 @@ def test_threads_call_at_once(entry: Any) -> None:
                 args = (y, None, number * 10_000 + i + 1)
                 table.keep(args, NEW, struct_of(y, None), entry, [Result(y, (2,), "float32")])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.known_calls import Arguments, assert_changes_are_seen, hits, sub_array
-from whalefall import gemm, jit
+from tests.known_calls import (
+    Arguments,
+    assert_changes_are_seen,
+    assert_the_level_counts,
+    in_threads,
+    sub_array,
+)
+from whalefall import gemm
 from whalefall.dtypes import forget_calls, restore
 from whalefall.gemm.dense import _BF16_CALLS, _FP8_CALLS
 from whalefall.gemm.linear import _CALLS
@@ -272,18 +277,9 @@ def test_a_result_over_an_input_is_seen(call: str, change: Change) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_level_is_part_of_a_call(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_level_is_part_of_a_call(call: str) -> None:
     function, table, make, _ = CALLS[call]
-    for level in jit.levels():
-        with monkeypatch.context() as patch:
-            forget_calls()
-            function(**make())
-            with hits(table) as seen:
-                function(**make())
-                patch.setenv("WHALEFALL_ISA", level)
-                function(**make())
-                function(**make())
-            assert seen == [True, False, True]
+    assert_the_level_counts(function, table, make)
 
 
 def test_every_layout_is_a_call_of_its_own() -> None:
@@ -331,9 +327,5 @@ def test_threads_compute_their_own_results() -> None:
             if (gemm.linear(x, weight) != 128 * (number + 1)).any():
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong

@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from tests.gemm.test_known_calls import scales, values, with_torch
-from tests.known_calls import Arguments, assert_changes_are_seen, hits, sub_array
-from whalefall import gemm, jit
-from whalefall.dtypes import forget_calls, restore
+from tests.known_calls import (
+    Arguments,
+    assert_changes_are_seen,
+    assert_the_level_counts,
+    sub_array,
+)
+from whalefall import gemm
+from whalefall.dtypes import restore
 from whalefall.gemm import grouped
 
 BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -187,17 +192,8 @@ def test_the_alignment_is_part_of_a_call() -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_level_is_part_of_a_call(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function, table, make = CALLS[call]
-    for level in jit.levels():
-        forget_calls()
-        function(**make())
-        with monkeypatch.context() as patch, hits(table) as seen:
-            function(**make())
-            patch.setenv("WHALEFALL_ISA", level)
-            function(**make())
-            function(**make())
-        assert seen == [True, False, True]
+def test_the_level_is_part_of_a_call(call: str) -> None:
+    assert_the_level_counts(*CALLS[call])
 
 
 @pytest.mark.parametrize("alignment", [2**20, 2**62, 2**63 - 1])
